@@ -1,0 +1,11 @@
+"""The documented spelling of the command: ``python -m src.cli …`` from a clone, ``minifoundation …`` once installed."""
+
+import sys
+
+try:
+    from minifoundation.cli import main
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error.name} is not installed; run: pip install -r requirements.txt")
+
+if __name__ == "__main__":
+    sys.exit(main())

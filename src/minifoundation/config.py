@@ -1,0 +1,363 @@
+"""Every setting: its type, bounds, default and where the default comes from. Imports no torch.
+
+A setting is reached by its dotted name in YAML and on the command line (``train.lr``, ``--train.lr``); the few that
+have a short flag name it in ``flag=``. Precedence: defaults < checkpoint (longft) < YAML < command line.
+"""
+
+from __future__ import annotations
+
+import math
+from difflib import get_close_matches
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, Self, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from minifoundation.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+"""The clone this package is installed from; ``configs/`` lies here."""
+
+
+def setting(default: Any = ..., *, help: str, flag: str | None = None, **bounds: Any) -> Any:
+    """Return a pydantic field with its help text and, where it has one, its short flag."""
+    return Field(default, description=help, json_schema_extra={"flag": flag} if flag else None, **bounds)
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, no unknown names, ``none`` spelled as a word means off."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _none_word(cls, value: Any, info: ValidationInfo) -> Any:
+        """``none`` on a command line is YAML's ``null`` for a setting that can be off."""
+        if value == "none" and NoneType in get_args(cls.model_fields[str(info.field_name)].annotation):
+            return None
+        return value
+
+
+class RopeConfig(Settings):
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and its scaling to longer contexts."""
+
+    theta: float = setting(10_000.0, gt=1, help="base of the frequencies [RoFormer, Llama 2: 10,000]")
+    scaling: Literal["none", "linear", "ntk", "yarn"] = setting(
+        "none",
+        help="linear: position interpolation (arXiv:2306.15595); ntk: static NTK-aware base change; yarn: arXiv:2309.00071",
+    )
+    factor: float = setting(1.0, ge=1, help="how many times longer the context becomes, from the original length")
+    beta_fast: float = setting(32.0, gt=0, help="YaRN: rotations over the original length above which nothing is scaled")
+    beta_slow: float = setting(1.0, gt=0, help="YaRN: rotations below which a frequency is fully interpolated")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.scaling == "none" and self.factor != 1.0:
+            raise ValueError(f"factor {self.factor:g} has no effect with scaling none; set rope.scaling to yarn, ntk or linear")
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(f"beta_fast {self.beta_fast:g} must be larger than beta_slow {self.beta_slow:g}")
+        return self
+
+
+class ModelConfig(Settings):
+    """A dense decoder in the layout of Llama (or Qwen3 when ``qk_norm`` is on)."""
+
+    vocab_size: int = setting(59_392, ge=8, multiple_of=8, help="rows of the embedding; the tokenizer's size padded to a multiple of 128")
+    d_model: int = setting(help="width of the residual stream", ge=8)
+    n_layer: int = setting(help="number of blocks", ge=1)
+    n_head: int = setting(help="query heads", ge=1)
+    n_kv_head: int = setting(help="key/value heads; fewer than n_head is grouped-query attention (arXiv:2305.13245)", ge=1)
+    d_ff: int = setting(help="inner width of SwiGLU (arXiv:2002.05202); 8/3 d_model keeps the size of a 4 d_model MLP", ge=8)
+    original_seq_len: int = setting(4096, ge=8, help="context length before any RoPE scaling: the one pretraining uses")
+    rope: RopeConfig = RopeConfig()
+    qk_norm: bool = setting(False, help="RMSNorm on queries and keys, per head (arXiv:2302.05442; Qwen3)")
+    norm_eps: float = setting(1e-5, gt=0, help="epsilon of RMSNorm [Llama 2: 1e-5]")
+    tie_embeddings: bool = setting(True, help="one matrix for the embedding and the output head (arXiv:1608.05859)")
+    dropout: float = setting(0.0, ge=0, lt=1, help="dropout on the residual branches [Llama, PaLM: 0 in pretraining]")
+    init_std: float | None = setting(
+        None,
+        gt=0,
+        help="standard deviation of the initial weights; default 0.4/sqrt(d_model) [DeepSeek LLM, arXiv:2401.02954: 0.006 at 4096], "
+        "the branch outputs smaller by sqrt(2 n_layer) [GPT-2]",
+    )
+    attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = setting("auto", help="kernel of scaled dot-product attention")
+    checkpointing: Literal["none", "attention", "full"] = setting(
+        "none", help="activation checkpointing of a block: attention keeps the attention outputs and recomputes the rest, full recomputes all"
+    )
+    checkpoint_every: int = setting(1, ge=1, help="apply checkpointing to every k-th block")
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_head
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens of context the RoPE settings reach."""
+        return math.floor(self.original_seq_len * self.rope.factor)
+
+    @property
+    def weight_std(self) -> float:
+        return self.init_std if self.init_std is not None else 0.4 / math.sqrt(self.d_model)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.d_model % self.n_head:
+            raise ValueError(f"d_model {self.d_model} is not divisible by n_head {self.n_head}; choose n_head among its divisors")
+        if self.head_dim % 2:
+            raise ValueError(f"head width d_model/n_head = {self.head_dim} is odd; RoPE needs an even width")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}; choose n_kv_head among its divisors")
+        return self
+
+
+class TokenizerConfig(Settings):
+    """The tokenizer: a given SentencePiece model, or one trained on a sample of the corpus."""
+
+    path: Path | None = setting(None, flag="tokenizer", help="a SentencePiece .model to use; none trains one on the corpus")
+    kind: Literal["unigram", "bpe"] = setting("unigram", help="Unigram (arXiv:1804.10959) or BPE (arXiv:1508.07909), both with byte fallback")
+    vocab_size: int = setting(59_392, ge=512, le=1_000_000, help="pieces to train; reduced with a warning where the text supports fewer")
+    sample_bytes: int = setting(200_000_000, ge=1_000, help="bytes of text the tokenizer is trained on at most")
+    threads: int | None = setting(None, ge=1, help="threads of tokenizer training and encoding; default: all cores")
+
+
+class DataConfig(Settings):
+    """Where the text comes from and how it becomes token shards."""
+
+    source: str = setting(help="fineweb, fineweb-edu, slimpajama, or a path: a tree or file of .txt, .jsonl, .parquet, plain or .gz/.zst/.xz", flag="data")
+    text_column: str = setting("text", help="the column or JSON key that holds the text")
+    shards_dir: Path = setting(Path("outputs/shards"), help="token shards are kept here, one folder for each corpus and tokenizer")
+    shard_tokens: int = setting(16_777_216, ge=1_024, help="tokens in a shard; samples are shuffled within a shard")
+    held_out: float = setting(0.002, ge=0, le=0.5, help="share of the documents, chosen by hash, that is never trained on")
+    held_out_tokens: int = setting(2_000_000, ge=1_024, help="tokens of the held-out split that are kept at most")
+    max_document_bytes: int = setting(4_194_304, ge=256, help="a longer document is cut at line ends into documents of this size")
+
+
+class TrainConfig(Settings):
+    """One phase of training: pretraining or context extension."""
+
+    tokens: int = setting(help="training tokens in all", flag="tokens", ge=1)
+    seq_len: int = setting(4096, ge=8, flag="seq_len", help="tokens in a row")
+    batch_size: int | Literal["auto"] = setting(1, flag="batch_size", help="rows in a micro-batch on each device; auto finds the largest that fits")
+    grad_accum: int = setting(1, ge=1, flag="grad_accum", help="micro-batches summed into one step on each device")
+    precision: Literal["fp32", "bf16", "fp16"] = setting(
+        "fp32", help="dtype of compute; weights, gradients and optimizer stay fp32 (--amp --bf16: bf16; --amp alone: fp16 with loss scaling)"
+    )
+    compile: bool = setting(False, flag="compile", help="torch.compile for each block")
+    lr: float = setting(6e-4, gt=0, flag="lr", help="peak learning rate [GPT-3 125M-350M, arXiv:2005.14165: 6e-4 to 3e-4; see docs/numerics.md]")
+    schedule: Literal["cosine", "constant", "wsd"] = setting("cosine", help="cosine [Llama 2], constant, or warm-up-stable-decay (arXiv:2404.06395)")
+    warmup: float = setting(0.01, ge=0, lt=1, help="share of the steps with linearly rising rate [Pythia, arXiv:2304.01373: 1%]")
+    decay: float = setting(0.1, gt=0, le=1, help="wsd: share of the steps, at the end, with falling rate [MiniCPM: 10%]")
+    min_lr: float = setting(0.1, ge=0, le=1, help="final rate as a share of the peak [Llama 2, arXiv:2307.09288: 10%]")
+    weight_decay: float = setting(0.1, ge=0, help="AdamW decay of matrices; embeddings, norms and biases have none [Llama 2: 0.1; OLMo 2: none on embeddings]")
+    beta1: float = setting(0.9, ge=0, lt=1, help="AdamW (arXiv:1711.05101) [GPT-3, Llama 2: 0.9]")
+    beta2: float = setting(0.95, ge=0, lt=1, help="[GPT-3, Llama 2: 0.95]")
+    eps: float = setting(1e-8, gt=0, help="[GPT-3, Pythia: 1e-8]")
+    optimizer_states: Literal["fp32", "bf16", "int8"] = setting("fp32", help="dtype of AdamW's moments; bf16 and int8 need torchao (arXiv:2110.02861)")
+    grad_clip: float | None = setting(1.0, gt=0, help="largest gradient norm; none is off [GPT-3, Llama 2: 1.0]")
+    z_loss: float = setting(1e-4, ge=0, help="weight of log(Z)^2, 0 is off [PaLM, arXiv:2204.02311: 1e-4]")
+    loss_chunk: int = setting(2048, ge=1, help="tokens whose logits are held at once by the loss")
+    ema: float | None = setting(None, gt=0, lt=1, help="decay of an exponential moving average of the weights; none is off")
+    seed: int = setting(1234, ge=0, flag="seed", help="of the weights, the order of samples and dropout")
+    log_every: int = setting(1, ge=1, help="steps between lines of metrics.csv")
+    eval_every: int = setting(250, ge=1, help="steps between evaluations on the held-out split")
+    eval_tokens: int = setting(262_144, ge=1, help="held-out tokens read at an evaluation")
+    save_every: int = setting(500, ge=1, help="steps between checkpoints")
+    keep: int = setting(2, ge=1, help="step checkpoints kept; older ones are removed")
+    tensorboard: bool = setting(False, help="also write TensorBoard events to <out_dir>/tensorboard")
+
+    @field_validator("batch_size")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be at least 1, or auto")
+        return value
+
+
+class RunConfig(Settings):
+    """Everything a run is made of; written to ``<out_dir>/config.yaml`` and stored in each checkpoint."""
+
+    out_dir: Path = setting(Path("outputs/pretrain"), flag="out_dir", help="folder of the run")
+    model: ModelConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig
+    train: TrainConfig
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.train.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"train.seq_len {self.train.seq_len} is longer than the model's {self.model.max_seq_len} "
+                "(model.original_seq_len x model.rope.factor); shorten it, or extend the model with longft"
+            )
+        return self
+
+
+class PretrainOptions(Settings):
+    """What ``pretrain`` and ``longft`` take beside the settings of the run."""
+
+    config: Path | None = setting(None, flag="config", help="YAML file with settings")
+    amp: bool = setting(False, flag="amp", help="mixed precision: fp16 with loss scaling, or bf16 with --bf16")
+    bf16: bool = setting(False, flag="bf16", help="bf16 compute over fp32 weights; means --amp --bf16")
+    resume: str | None = setting(None, flag="resume", help="auto: go on from the latest good checkpoint in out_dir; or the path of one")
+    dry_run: bool = setting(False, flag="dry_run", help="print the plan (steps, parameters, FLOPs, memory, time) and stop")
+
+
+class LongftOptions(PretrainOptions):
+    ckpt_in: Path = setting(help="final.pth (or a step folder) of the run whose context is extended", flag="ckpt_in")
+
+
+class PrepareOptions(Settings):
+    """``prepare``: corpus to token shards, by hand."""
+
+    config: Path | None = setting(None, flag="config", help="YAML file with settings (data, tokenizer)")
+    tokens: int | None = setting(None, ge=1, flag="tokens", help="stop after this many training tokens; none reads the whole corpus")
+    tokenizer_out: Path = setting(Path("outputs/tokenizer"), flag="tokenizer_out", help="where a newly trained tokenizer is written")
+
+
+class PrepareConfig(Settings):
+    """The part of a run that ``prepare`` needs."""
+
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig
+
+
+class ExportOptions(Settings):
+    """``export_hf``: checkpoint to Hugging Face folder, with proof of parity."""
+
+    ckpt: Path = setting(help="final.pth or a step folder", flag="ckpt")
+    out_dir: Path = setting(Path("outputs/hf_export"), flag="out_dir", help="folder to write")
+    dtype: Literal["fp32", "bf16", "fp16"] = setting("bf16", flag="dtype", help="dtype of the exported weights")
+    ema: bool = setting(False, flag="ema", help="export the averaged weights instead")
+
+
+class EvalOptions(Settings):
+    """``eval``: benchmarks of a Hugging Face folder through lm-eval."""
+
+    model_path: str = setting(help="folder in Hugging Face form, ours or any other", flag="model_path")
+    tasks: str = setting(str(REPOSITORY / "configs" / "tasks.txt"), flag="tasks", help="file with one task a line, or names separated by commas")
+    limit: int = setting(0, ge=0, flag="limit", help="documents of each task, 0 means all")
+    batch_size: int | None = setting(None, ge=1, flag="batch_size", help="rows in a batch; default: by memory")
+    data_dir: Path | None = setting(None, flag="data_dir", help="mirror folder <org>/<name>/<config>/<split>.parquet to read benchmarks from instead of the hub")
+    out_dir: Path | None = setting(None, flag="out_dir", help="where results.json and report.md go; default <model_path>/eval")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", flag="dtype", help="dtype of the weights in memory")
+    device: str | None = setting(None, flag="device", help="cuda, cpu; default: cuda where there is one")
+    allow_code_exec: bool = setting(False, flag="allow_code_exec", help="run programs written by the model (HumanEval, MBPP) in a sandboxed process")
+
+
+class GenerateOptions(Settings):
+    """``generate``: a prompt in, text out."""
+
+    model: Path = setting(help="a checkpoint (final.pth, step folder) or an exported folder", flag="model")
+    prompt: str = setting(help="the text to go on from", flag="prompt")
+    max_new_tokens: int = setting(128, ge=1, flag="max_new_tokens", help="tokens to add at most")
+    temperature: float = setting(0.8, ge=0, flag="temperature", help="0 is greedy")
+    top_p: float = setting(0.95, gt=0, le=1, flag="top_p", help="nucleus sampling (arXiv:1904.09751)")
+    seed: int = setting(1234, ge=0, flag="seed", help="of the sampling")
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def build(kind: type[S], values: dict[str, Any], sources: str) -> S:
+    """Return ``kind`` made from nested ``values``; the first fault becomes a one-line UserError.
+
+    Args:
+        sources: where the values came from, for the message (``configs/x.yaml, command line``).
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as invalid:
+        raise _readable(kind, invalid, sources) from None
+
+
+def _readable(kind: type[BaseModel], invalid: ValidationError, sources: str) -> UserError:
+    fault = invalid.errors(include_url=False)[0]
+    path = [str(part) for part in fault["loc"] if part not in ("int", "literal['auto']")]
+    name = ".".join(path) or sources
+    match fault["type"]:
+        case "extra_forbidden":
+            near = nearest(name, dotted_names(kind))
+            return UserError(name, f"unknown setting (in {sources})", f"did you mean {near}?" if near else "--help lists the settings")
+        case "missing":
+            flag = flags(kind).get(name)
+            spelled = f"--{flag} or --{name}" if flag and flag != name else f"--{name}"
+            return UserError(name, f"required and not set (in {sources})", f"set it in the YAML or with {spelled}")
+        case "value_error":
+            problem, _, remedy = str(fault["ctx"]["error"]).partition("; ")
+            return UserError(name, problem, remedy or "correct it")
+        case _:
+            return UserError(name, f"{fault['input']!r} is not valid", fault["msg"][0].lower() + fault["msg"][1:])
+
+
+def nearest(name: str, known: list[str]) -> str | None:
+    """Return the known dotted name most like ``name``: the same last part in another section first."""
+    leaf = name.rsplit(".", 1)[-1]
+    same_leaf = [other for other in known if other.rsplit(".", 1)[-1] == leaf]
+    close = same_leaf or get_close_matches(name, known, n=1, cutoff=0.6)
+    close = close or [k for k in known if k.rsplit(".", 1)[-1] in get_close_matches(leaf, [k.rsplit(".", 1)[-1] for k in known], n=1)]
+    return close[0] if close else None
+
+
+def fields(kind: type[BaseModel], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return (dotted name, pydantic field) of every leaf setting of ``kind``, in order."""
+    found: list[tuple[str, Any]] = []
+    for name, field in kind.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            found += fields(inner, f"{prefix}{name}.")
+        else:
+            found.append((prefix + name, field))
+    return found
+
+
+def dotted_names(kind: type[BaseModel]) -> list[str]:
+    """Return the dotted name of every leaf setting of ``kind``."""
+    return [name for name, _ in fields(kind)]
+
+
+def flags(kind: type[BaseModel]) -> dict[str, str]:
+    """Return the short flag (without dashes) of each setting of ``kind`` that has one, by dotted name."""
+    return {name: field.json_schema_extra["flag"] for name, field in fields(kind) if field.json_schema_extra}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the nested settings in a YAML file.
+
+    Raises:
+        UserError: the file is missing, not YAML, or not a mapping.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        raise UserError(str(path), "no such file", f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(str(path), f"cannot be read ({error})", "give the path of a YAML file") from None
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        line = f" at line {place.line + 1}" if place else ""
+        raise UserError(str(path), f"not YAML{line}", "indent with spaces, one 'name: value' a line") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(str(path), "holds no settings", "write 'section:' lines with 'name: value' below them")
+    return values
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Return ``below`` overlaid by ``above``, section by section."""
+    result = dict(below)
+    for name, value in above.items():
+        inner = result.get(name)
+        result[name] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return result
+
+
+def to_yaml(settings: BaseModel) -> str:
+    """Return ``settings`` as YAML that reads back equal."""
+    import yaml
+
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,21 @@
+"""What a person did that cannot work: one line with the setting or file, its value and the remedy."""
+
+
+class UserError(Exception):
+    """Raised for anything the person at the keyboard can mend; the command prints it as one line and exits with code 2.
+
+    Args:
+        where: the setting (its dotted name or flag) or the file at fault.
+        problem: what is wrong, with the value that was found.
+        remedy: what to do or type.
+    """
+
+    def __init__(self, where: str, problem: str, remedy: str) -> None:
+        self.where = where
+        self.problem = problem
+        self.remedy = remedy
+        super().__init__(f"{where}: {problem}; {remedy}")
+
+
+class Interrupted(Exception):
+    """A run that was told to stop (Ctrl-C, SIGTERM) and saved itself; carries the line that says how to go on."""
