@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
-from functools import partial
 from typing import Any, get_args
 
 import click
