@@ -153,7 +153,7 @@ class TrainConfig(Settings):
     beta1: float = setting(0.9, ge=0, lt=1, help="AdamW (arXiv:1711.05101) [GPT-3, Llama 2: 0.9]")
     beta2: float = setting(0.95, ge=0, lt=1, help="[GPT-3, Llama 2: 0.95]")
     eps: float = setting(1e-8, gt=0, help="[GPT-3, Pythia: 1e-8]")
-    optimizer_states: Literal["fp32", "bf16", "int8"] = setting("fp32", help="dtype of AdamW's moments; bf16 and int8 need torchao (arXiv:2110.02861)")
+    optimizer_states: Literal["fp32", "int8"] = setting("fp32", help="dtype of the moments of AdamW; int8 (arXiv:2110.02861) needs torchao")
     grad_clip: float | None = setting(1.0, gt=0, help="largest gradient norm; none is off [GPT-3, Llama 2: 1.0]")
     z_loss: float = setting(1e-4, ge=0, help="weight of log(Z)^2, 0 is off [PaLM, arXiv:2204.02311: 1e-4]")
     loss_chunk: int = setting(2048, ge=1, help="tokens whose logits are held at once by the loss")

@@ -1,0 +1,111 @@
+"""This machine: device, precision, peak rate, memory. Alone sets the switches of torch's backends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from minifoundation.errors import UserError
+
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.4,
+    "H200": 989.4,
+    "GH200": 989.4,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "A10G": 70.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "RTX 4090": 165.2,
+    "RTX 4060": 60.5,
+    "RTX 3090": 71.0,
+}
+"""Dense bf16 peak by part of the GPU's name, longest match first [NVIDIA datasheets; GeForce: Ada and Ampere whitepapers, fp32 accumulate]."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The device a run computes on."""
+
+    device: torch.device
+    name: str
+    memory_bytes: int
+    peak_flops: float | None
+    """Dense bf16 FLOP/s, None where it is not known: MFU is then left empty."""
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def synchronize(self) -> None:
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
+
+    def peak_memory_bytes(self) -> int:
+        """Return the most device memory allocated so far; on a CPU the largest resident size of the process."""
+        if self.is_cuda:
+            return torch.cuda.max_memory_allocated(self.device)
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def machine(local_rank: int = 0) -> Machine:
+    """Return the GPU of this process, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(local_rank)
+        return Machine(torch.device("cuda", local_rank), properties.name, properties.total_memory, peak_flops(properties.name))
+    return Machine(torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads", _ram_bytes(), None)
+
+
+def peak_flops(gpu_name: str) -> float | None:
+    """Return the dense bf16 peak of a GPU in FLOP/s by its name, or None."""
+    for part in sorted(PEAK_TFLOPS, key=len, reverse=True):
+        if part in gpu_name:
+            return PEAK_TFLOPS[part] * 1e12
+    return None
+
+
+def _ram_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def compute_dtype(precision: str, where: Machine) -> torch.dtype:
+    """Return the dtype of compute for ``train.precision``.
+
+    Raises:
+        UserError: bf16 on a GPU without bf16 arithmetic.
+    """
+    match precision:
+        case "bf16":
+            if where.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+                raise UserError("--bf16", f"{where.name} has no bf16 arithmetic", "use --amp alone (fp16 with loss scaling)")
+            return torch.bfloat16
+        case "fp16":
+            return torch.float16
+        case _:
+            return torch.float32
+
+
+def can_compile(where: Machine) -> str | None:
+    """Return why torch.compile cannot run here, or None when it can."""
+    compiler = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
+    if where.is_cuda and find_spec("triton") is None:
+        return "triton is not installed"
+    if compiler is None or shutil.which(compiler) is None:
+        return "no C++ compiler (g++ or clang++) is on the PATH"
+    return None
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Return the free bytes on the disk that holds ``folder`` or its nearest existing parent."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -1,0 +1,30 @@
+"""An exponential moving average of the weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Average:
+    """Holds ``decay * average + (1 - decay) * weight`` of each parameter, in fp32 on the parameters' device.
+
+    The decay is held down early to ``(1 + n) / (10 + n)`` after n updates, so that the initial weights are forgotten
+    (the warm-up of TensorFlow's ExponentialMovingAverage).
+    """
+
+    def __init__(self, parameters: dict[str, Tensor], decay: float, state: dict[str, Tensor] | None = None) -> None:
+        self.decay = decay
+        self.names = list(parameters)
+        self.weights = list(parameters.values())
+        self.averages = [(state[n] if state else p).detach().clone().to(p.device) for n, p in parameters.items()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after update number ``step`` (from 1)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the averages by parameter name."""
+        return dict(zip(self.names, self.averages, strict=True))

@@ -1,0 +1,231 @@
+"""The training loop: steps, and now and then an evaluation or a checkpoint."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from minifoundation.config import TrainConfig
+from minifoundation.data.loader import Batch, Loader, micro_batches, prefetch
+from minifoundation.distributed import World
+from minifoundation.errors import UserError
+from minifoundation.runtime import Machine
+from minifoundation.train.ema import Average
+from minifoundation.train.metrics import MetricsLog, bits_per_byte, model_flops_utilisation
+from minifoundation.train.plan import Plan
+from minifoundation.train.schedule import learning_rate
+from minifoundation.train.step import StepStats, held_out_loss, train_step
+
+
+@dataclass
+class Progress:
+    """How far a phase has come: the one mutable object of the loop."""
+
+    step: int = 0
+    tokens: int = 0
+    sample: int = 0
+    """The place in the data: the next sample of this phase."""
+    first_shard: int = 0
+    """The shard at which the phase began to read."""
+    phase: str = "pretrain"
+    held_out_bits_per_byte: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out batches and the bytes of text that a token of them stands for."""
+
+    batches: Sequence[Batch]
+    bytes_per_token: float
+
+
+@dataclass
+class _Pending:
+    """A step whose figures have not been read from the device yet."""
+
+    step: int
+    lr: float
+    stats: StepStats
+    wait_seconds: float
+    started: float
+
+
+class Stop:
+    """Set by SIGINT and SIGTERM; a second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        tqdm.write(f"{signal.Signals(number).name}: saving after this step (once more to stop at once)")
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """Yield a flag that SIGINT or SIGTERM sets, and put the former handlers back at the end."""
+    stop = Stop()
+    former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    average: Average | None,
+    loader: Loader,
+    held_out: HeldOut | None,
+    *,
+    config: TrainConfig,
+    plan: Plan,
+    progress: Progress,
+    machine: Machine,
+    world: World,
+    log: MetricsLog | None,
+    save: Callable[[], None],
+    stop: Stop,
+) -> bool:
+    """Train from ``progress`` to the end of ``plan`` and return whether the end was reached (False: told to stop, and saved).
+
+    A step's figures are read from the device after the next step has been launched, so the device never waits for Python.
+
+    Raises:
+        UserError: the loss is not a finite number.
+    """
+    assert isinstance(config.batch_size, int)
+    report = _Report(config, plan, progress, machine, world, log, held_out)
+    data = (
+        list(
+            micro_batches(
+                loader,
+                progress.sample + ahead * plan.samples_per_step,
+                batch_size=config.batch_size,
+                grad_accum=config.grad_accum,
+                rank=world.rank,
+                world_size=world.size,
+            )
+        )
+        for ahead in range(plan.steps - progress.step)
+    )
+    pending: _Pending | None = None
+    with report.bar, prefetch(data, pin=machine.is_cuda) as batches:
+        while progress.step < plan.steps:
+            started = time.perf_counter()
+            micro = [_to(batch, machine) for batch in next(batches)]
+            waited = time.perf_counter() - started
+            rate = learning_rate(progress.step, plan.steps, config)
+            stats = train_step(
+                model, optimizer, scaler, micro, lr=rate, grad_clip=config.grad_clip, tokens=plan.tokens_per_step, world=world
+            )
+            progress.step += 1
+            progress.sample += plan.samples_per_step
+            progress.tokens += plan.tokens_per_step
+            if average is not None:
+                average.update(progress.step)
+            if pending is not None:
+                report.line(pending)
+            pending = _Pending(progress.step, rate, stats, waited, started)
+
+            last = progress.step == plan.steps
+            evaluating = last or progress.step % config.eval_every == 0
+            saving = not last and progress.step % config.save_every == 0
+            stopping = world.agreed(stop.asked, machine.device) and not last
+            if evaluating or saving or stopping:
+                if evaluating and held_out is not None:
+                    nats = held_out_loss(model, held_out.batches, world, machine.device)
+                    progress.held_out_bits_per_byte = bits_per_byte(nats, held_out.bytes_per_token)
+                report.line(pending, evaluated=evaluating)
+                pending = None
+                if saving or stopping:
+                    save()
+                report.resume_clock()
+            if stopping:
+                return False
+    return True
+
+
+def _to(batch: Batch, machine: Machine) -> Batch:
+    return Batch(batch.tokens.to(machine.device, non_blocking=True), batch.targets.to(machine.device, non_blocking=True))
+
+
+class _Report:
+    """Turns the figures of steps into the progress line and rows of metrics.csv."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        plan: Plan,
+        progress: Progress,
+        machine: Machine,
+        world: World,
+        log: MetricsLog | None,
+        held_out: HeldOut | None,
+    ) -> None:
+        self.config, self.plan, self.progress, self.machine, self.world, self.log = config, plan, progress, machine, world, log
+        self.has_held_out = held_out is not None
+        self.bar = tqdm(
+            total=plan.steps, initial=progress.step, desc=progress.phase, unit="step", disable=not world.is_first, dynamic_ncols=True
+        )
+        self.clock = time.perf_counter()
+        self.wait_seconds = 0.0
+        self.steps = 0
+
+    def resume_clock(self) -> None:
+        """Leave the time of an evaluation or a save out of the next figures."""
+        self.clock = time.perf_counter()
+
+    def line(self, pending: _Pending, *, evaluated: bool = False) -> None:
+        """Report one step; reading its figures waits until the device has done it."""
+        loss, z_loss, norm = (float(x) for x in (*pending.stats.losses.tolist(), pending.stats.grad_norm.item()))
+        if not math.isfinite(loss):
+            raise UserError(
+                "train.lr",
+                f"the loss became {loss} at step {pending.step} with rate {pending.lr:.3g}",
+                "go on from the last checkpoint with --resume auto and a lower rate, a longer warm-up, or bf16 instead of fp16",
+            )
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        self.steps += 1
+        rate = self.plan.tokens_per_step / seconds
+        mfu = model_flops_utilisation(rate, self.plan.flops_per_token, self.machine.peak_flops, self.world.size)
+        bits = self.progress.held_out_bits_per_byte
+        self.bar.update(1)
+        shown = {"loss": f"{loss:.3f}", "bpb": f"{bits:.3f}" if bits is not None else None, "lr": f"{pending.lr:.2e}", "tok/s": f"{rate:,.0f}"}
+        shown["MFU"] = f"{mfu:.1%}" if mfu is not None else None
+        self.bar.set_postfix({name: value for name, value in shown.items() if value is not None}, refresh=False)
+        if self.log is not None and (evaluated or pending.step % self.config.log_every == 0):
+            self.log.write(
+                {
+                    "step": pending.step,
+                    "tokens": self.progress.tokens - (self.progress.step - pending.step) * self.plan.tokens_per_step,
+                    "loss": loss,
+                    "z_loss": z_loss,
+                    "held_out_bits_per_byte": bits if evaluated else None,
+                    "lr": pending.lr,
+                    "grad_norm": norm,
+                    "tokens_per_second": rate,
+                    "mfu": mfu,
+                    "peak_memory_gib": self.machine.peak_memory_bytes() / 2**30,
+                    "data_wait_seconds": pending.wait_seconds,
+                }
+            )

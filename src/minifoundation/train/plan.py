@@ -1,0 +1,116 @@
+"""What a run will do and need, known before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minifoundation.config import RunConfig
+from minifoundation.errors import UserError
+from minifoundation.model.size import flops_per_token, memory_bytes, n_parameters
+from minifoundation.runtime import Machine
+from minifoundation.train.schedule import warmup_steps
+
+USABLE_MEMORY = 0.92
+"""Share of the device's memory that a batch found by ``auto`` may be predicted to take; the rest is the context and fragmentation."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arithmetic of a run."""
+
+    steps: int
+    tokens_per_step: int
+    samples_per_step: int
+    warmup_steps: int
+    parameters: int
+    flops_per_token: float
+    memory: dict[str, int]
+    """Predicted peak device memory by what it holds, bytes."""
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
+
+    @property
+    def memory_total(self) -> int:
+        return sum(self.memory.values())
+
+
+def plan(config: RunConfig, world_size: int) -> Plan:
+    """Return the plan of a run; ``batch_size`` must be a number by now (see ``with_batch_size``).
+
+    Raises:
+        UserError: fewer tokens than one step takes.
+    """
+    train = config.train
+    assert isinstance(train.batch_size, int)
+    samples = train.batch_size * train.grad_accum * world_size
+    tokens = samples * train.seq_len
+    steps = train.tokens // tokens
+    if steps == 0:
+        raise UserError(
+            "train.tokens",
+            f"{train.tokens:,} is less than one step of {tokens:,} (batch_size {train.batch_size} x grad_accum {train.grad_accum} "
+            f"x seq_len {train.seq_len} x {world_size} processes)",
+            "raise --tokens or lower --grad_accum",
+        )
+    return Plan(
+        steps=steps,
+        tokens_per_step=tokens,
+        samples_per_step=samples,
+        warmup_steps=warmup_steps(train, steps),
+        parameters=n_parameters(config.model),
+        flops_per_token=flops_per_token(config.model, train.seq_len),
+        memory=_memory(config, train.batch_size),
+    )
+
+
+def _memory(config: RunConfig, batch_size: int) -> dict[str, int]:
+    train = config.train
+    return memory_bytes(
+        config.model,
+        batch_size=batch_size,
+        seq_len=train.seq_len,
+        precision=train.precision,
+        optimizer_states=train.optimizer_states,
+        ema=train.ema is not None,
+        loss_chunk=train.loss_chunk,
+    )
+
+
+def with_batch_size(config: RunConfig, machine: Machine) -> RunConfig:
+    """Return ``config`` with ``batch_size: auto`` replaced by the largest power of two up to 64 that is predicted to fit.
+
+    Raises:
+        UserError: not even one row fits.
+    """
+    if config.train.batch_size != "auto":
+        return config
+    usable = USABLE_MEMORY * machine.memory_bytes
+    fitting = [rows for rows in (1, 2, 4, 8, 16, 32, 64) if sum(_memory(config, rows).values()) <= usable]
+    if not fitting:
+        raise UserError(
+            "train.batch_size",
+            f"not even one row of {config.train.seq_len} tokens fits {machine.name} ({machine.memory_bytes / 2**30:.1f} GiB)",
+            "use --model.checkpointing full, --train.optimizer_states int8 or a shorter --seq_len",
+        )
+    return config.model_copy(update={"train": config.train.model_copy(update={"batch_size": fitting[-1]})})
+
+
+def describe(config: RunConfig, plan: Plan, machine: Machine, world_size: int) -> str:
+    """Return the plan as lines for a person."""
+    train, model = config.train, config.model
+    flops = plan.flops_per_token * plan.tokens
+    rows = [
+        ("model", f"{plan.parameters / 1e6:,.1f}M parameters: {model.n_layer} blocks x {model.d_model}, {model.n_head}/{model.n_kv_head} heads, d_ff {model.d_ff}, vocabulary {model.vocab_size:,}"),
+        ("steps", f"{plan.steps:,} of {plan.tokens_per_step:,} tokens ({train.batch_size} rows x {train.grad_accum} micro-batches x {train.seq_len} tokens x {world_size} processes), {plan.warmup_steps:,} of them warm-up"),
+        ("tokens", f"{plan.tokens:,} ({plan.tokens / plan.parameters:.1f} a parameter; Chinchilla's optimum is about 20, arXiv:2203.15556)"),
+        ("compute", f"{flops:.3g} FLOP ({plan.flops_per_token / 1e9:.3f} GFLOP a token), {train.precision}"),
+        ("memory", f"{plan.memory_total / 2**30:.1f} GiB of {machine.memory_bytes / 2**30:.1f} GiB predicted on {machine.name}: " + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.memory.items())),
+    ]
+    if machine.peak_flops:
+        hours = {share: flops / (share * machine.peak_flops * world_size) / 3600 for share in (0.3, 0.4, 0.5)}
+        rows.append(("time", ", ".join(f"{h:.2f} h at {share:.0%} MFU" for share, h in hours.items())))
+    else:
+        rows.append(("time", f"not predicted: the peak rate of {machine.name} is not known"))
+    return "\n".join(f"  {name:<8} {text}" for name, text in rows)

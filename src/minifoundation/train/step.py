@@ -1,0 +1,79 @@
+"""One optimizer step: the only forward and backward of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minifoundation.data.loader import Batch
+from minifoundation.distributed import World, local_gradients
+from minifoundation.train.optimizer import set_learning_rate
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What a step measured, still on the device so that nothing waits for it."""
+
+    losses: Tensor
+    """(2,) mean cross entropy and mean z-loss, nats a token, over the whole step of all processes."""
+    grad_norm: Tensor
+    """() norm of the whole gradient before clipping."""
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    batches: Sequence[Batch],
+    *,
+    lr: float,
+    grad_clip: float | None,
+    tokens: int,
+    world: World,
+) -> StepStats:
+    """Update the weights with the gradient of the mean loss over ``batches`` and return what was measured.
+
+    The losses of the micro-batches are sums, divided once by the step's tokens, so that accumulation equals one large batch
+    whatever the split. Gradients accumulate in fp32, the dtype of the weights.
+
+    Args:
+        tokens: targets in the step over all processes.
+    """
+    set_learning_rate(optimizer, lr)
+    sums: list[Tensor] = []
+    for number, batch in enumerate(batches, start=1):
+        with nullcontext() if number == len(batches) else local_gradients(model):
+            losses = model(batch.tokens, batch.targets)
+            scaler.scale(losses.total * (world.size / tokens)).backward()  # DDP takes the mean over the processes
+        sums.append(torch.stack([losses.cross_entropy, losses.z_loss]))
+    scaler.unscale_(optimizer)
+    grad_norm = _clip([p for p in model.parameters() if p.grad is not None], grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return StepStats(world.total(torch.stack(sums).sum(0)) / tokens, grad_norm)
+
+
+def _clip(parameters: list[nn.Parameter], largest: float | None) -> Tensor:
+    """Scale the gradients down to norm ``largest`` and return their norm before that."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if largest is not None:
+        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return norm
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, batches: Sequence[Batch], world: World, device: torch.device) -> float:
+    """Return the mean cross entropy of ``batches``, nats a token; the processes share the work."""
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch in batches[world.rank :: world.size]:
+        losses = model(batch.tokens.to(device), batch.targets.to(device))
+        sums += torch.stack([losses.cross_entropy.double(), torch.as_tensor(losses.tokens, dtype=torch.float64, device=device)])
+    model.train()
+    total = world.total(sums)
+    return float(total[0] / total[1])
