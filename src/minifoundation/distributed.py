@@ -37,10 +37,6 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def agreed(self, flag: bool, device: torch.device) -> bool:
-        """Return True on every process when ``flag`` is true on any: how all of them stop at the same step."""
-        return flag if self.size == 1 else bool(self.total(torch.tensor([float(flag)], device=device)).item())
-
     def wait(self) -> None:
         """Return when every process has come here."""
         if self.size > 1:

@@ -60,7 +60,6 @@ class _Pending:
     lr: float
     stats: StepStats
     wait_seconds: float
-    started: float
 
 
 class Stop:
@@ -101,7 +100,7 @@ def fit(
     progress: Progress,
     machine: Machine,
     world: World,
-    log: MetricsLog | None,
+    log: MetricsLog,
     save: Callable[[], None],
     stop: Stop,
 ) -> bool:
@@ -113,7 +112,7 @@ def fit(
         UserError: the loss is not a finite number.
     """
     assert isinstance(config.batch_size, int)
-    report = _Report(config, plan, progress, machine, world, log, held_out)
+    report = _Report(config, plan, progress, machine, world, log)
     data = (
         list(
             micro_batches(
@@ -135,21 +134,28 @@ def fit(
             waited = time.perf_counter() - started
             rate = learning_rate(progress.step, plan.steps, config)
             stats = train_step(
-                model, optimizer, scaler, micro, lr=rate, grad_clip=config.grad_clip, tokens=plan.tokens_per_step, world=world
+                model,
+                optimizer,
+                scaler,
+                micro,
+                lr=rate,
+                grad_clip=config.grad_clip,
+                tokens=plan.tokens_per_step,
+                world=world,
+                stop=stop.asked,
             )
             progress.step += 1
             progress.sample += plan.samples_per_step
             progress.tokens += plan.tokens_per_step
             if average is not None:
                 average.update(progress.step)
-            if pending is not None:
-                report.line(pending)
-            pending = _Pending(progress.step, rate, stats, waited, started)
+            told = report.line(pending) if pending is not None else False
+            pending = _Pending(progress.step, rate, stats, waited)
 
             last = progress.step == plan.steps
             evaluating = last or progress.step % config.eval_every == 0
             saving = not last and progress.step % config.save_every == 0
-            stopping = world.agreed(stop.asked, machine.device) and not last
+            stopping = not last and (told or (world.size == 1 and stop.asked))
             if evaluating or saving or stopping:
                 if evaluating and held_out is not None:
                     nats = held_out_loss(model, held_out.batches, world, machine.device)
@@ -178,34 +184,29 @@ class _Report:
         progress: Progress,
         machine: Machine,
         world: World,
-        log: MetricsLog | None,
-        held_out: HeldOut | None,
+        log: MetricsLog,
     ) -> None:
         self.config, self.plan, self.progress, self.machine, self.world, self.log = config, plan, progress, machine, world, log
-        self.has_held_out = held_out is not None
         self.bar = tqdm(
             total=plan.steps, initial=progress.step, desc=progress.phase, unit="step", disable=not world.is_first, dynamic_ncols=True
         )
         self.clock = time.perf_counter()
-        self.wait_seconds = 0.0
-        self.steps = 0
 
     def resume_clock(self) -> None:
         """Leave the time of an evaluation or a save out of the next figures."""
         self.clock = time.perf_counter()
 
-    def line(self, pending: _Pending, *, evaluated: bool = False) -> None:
-        """Report one step; reading its figures waits until the device has done it."""
+    def line(self, pending: _Pending, *, evaluated: bool = False) -> bool:
+        """Report one step and return whether any process was told to stop; reading the figures waits until the device has done the step."""
         loss, z_loss, norm = (float(x) for x in (*pending.stats.losses.tolist(), pending.stats.grad_norm.item()))
         if not math.isfinite(loss):
             raise UserError(
                 "train.lr",
                 f"the loss became {loss} at step {pending.step} with rate {pending.lr:.3g}",
-                "go on from the last checkpoint with --resume auto and a lower rate, a longer warm-up, or bf16 instead of fp16",
+                "start again in another --out_dir with a lower --lr, a longer --train.warmup, or bf16 instead of fp16",
             )
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        self.steps += 1
         rate = self.plan.tokens_per_step / seconds
         mfu = model_flops_utilisation(rate, self.plan.flops_per_token, self.machine.peak_flops, self.world.size)
         bits = self.progress.held_out_bits_per_byte
@@ -213,7 +214,7 @@ class _Report:
         shown = {"loss": f"{loss:.3f}", "bpb": f"{bits:.3f}" if bits is not None else None, "lr": f"{pending.lr:.2e}", "tok/s": f"{rate:,.0f}"}
         shown["MFU"] = f"{mfu:.1%}" if mfu is not None else None
         self.bar.set_postfix({name: value for name, value in shown.items() if value is not None}, refresh=False)
-        if self.log is not None and (evaluated or pending.step % self.config.log_every == 0):
+        if evaluated or pending.step % self.config.log_every == 0:
             self.log.write(
                 {
                     "step": pending.step,
@@ -229,3 +230,4 @@ class _Report:
                     "data_wait_seconds": pending.wait_seconds,
                 }
             )
+        return pending.stats.stop_votes.item() > 0

@@ -36,9 +36,16 @@ def model_flops_utilisation(tokens_per_second: float, flops_per_token: float, pe
 
 
 class MetricsLog:
-    """``metrics.csv`` and, when asked, TensorBoard; rows of steps after ``resumed_at`` are dropped when a run goes on from there."""
+    """``metrics.csv`` and, when asked, TensorBoard; rows of steps after ``resumed_at`` are dropped when a run goes on from there.
 
-    def __init__(self, out_dir: Path, *, resumed_at: int, tensorboard: bool) -> None:
+    With ``out_dir`` None (every process but the first) nothing is written.
+    """
+
+    def __init__(self, out_dir: Path | None, *, resumed_at: int, tensorboard: bool) -> None:
+        self._file: IO[str] | None = None
+        self._board: Any = None
+        if out_dir is None:
+            return
         path = out_dir / "metrics.csv"
         kept = _rows_until(path, resumed_at) if resumed_at else []
         part = path.with_suffix(".part")
@@ -46,9 +53,7 @@ class MetricsLog:
             csv.DictWriter(file, COLUMNS).writeheader()
             csv.DictWriter(file, COLUMNS).writerows(kept)
         part.replace(path)
-        self._file: IO[str] = path.open("a", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, COLUMNS)
-        self._board: Any = None
+        self._file = path.open("a", newline="", encoding="utf-8")
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -58,7 +63,10 @@ class MetricsLog:
 
     def write(self, row: dict[str, float | int | None]) -> None:
         """Add one row; values that are None stay empty."""
-        self._writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+        if self._file is None:
+            return
+        shown = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+        csv.DictWriter(self._file, COLUMNS).writerow(shown)
         self._file.flush()
         if self._board is not None:
             for name, value in row.items():
@@ -69,7 +77,8 @@ class MetricsLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

@@ -20,6 +20,8 @@ class StepStats:
 
     losses: Tensor
     """(2,) mean cross entropy and mean z-loss, nats a token, over the whole step of all processes."""
+    stop_votes: Tensor
+    """() how many processes had been told to stop when the step began."""
     grad_norm: Tensor
     """() norm of the whole gradient before clipping."""
 
@@ -34,6 +36,7 @@ def train_step(
     grad_clip: float | None,
     tokens: int,
     world: World,
+    stop: bool = False,
 ) -> StepStats:
     """Update the weights with the gradient of the mean loss over ``batches`` and return what was measured.
 
@@ -42,6 +45,7 @@ def train_step(
 
     Args:
         tokens: targets in the step over all processes.
+        stop: whether this process has been told to stop; summed with the losses, so that all processes learn of it at the same step.
     """
     set_learning_rate(optimizer, lr)
     sums: list[Tensor] = []
@@ -55,7 +59,9 @@ def train_step(
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return StepStats(world.total(torch.stack(sums).sum(0)) / tokens, grad_norm)
+    mine = torch.stack(sums).sum(0)
+    total = world.total(torch.cat([mine, mine.new_full((1,), float(stop))]))
+    return StepStats(total[:2] / tokens, total[2], grad_norm)
 
 
 def _clip(parameters: list[nn.Parameter], largest: float | None) -> Tensor:
