@@ -1,0 +1,217 @@
+"""Whole runs on CPU: resumed equals uninterrupted, nothing overwritten, each fault one line."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minifoundation.checkpoint import Checkpoint, load_checkpoint
+from minifoundation.config import RunConfig
+from minifoundation.errors import Interrupted, UserError
+from minifoundation.train import loop
+from minifoundation.train.run import Start, run
+
+Make = Callable[..., RunConfig]
+
+
+def trained(config: RunConfig, *, resume: str | None = None, start: Start | None = None) -> Checkpoint:
+    path = run(config, resume=resume, dry_run=False, start=start)
+    assert path is not None
+    return load_checkpoint(path)
+
+
+def rows(config: RunConfig) -> list[dict[str, str]]:
+    with (config.out_dir / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def steady(row: dict[str, str]) -> dict[str, str]:
+    """The columns that do not depend on the clock or the allocator."""
+    return {name: row[name] for name in ("step", "tokens", "loss", "z_loss", "held_out_bits_per_byte", "lr", "grad_norm")}
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"train": {"ema": 0.9}},
+        {"train": {"precision": "bf16"}, "model": {"dropout": 0.1, "checkpointing": "full"}},
+        {"train": {"precision": "fp16"}},
+    ],
+    ids=["fp32+ema", "bf16+dropout+checkpointing", "fp16"],
+)
+def test_interrupted_and_resumed_is_bitwise_the_uninterrupted_run(settings: Make, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any]) -> None:
+    whole = trained(settings("whole", **sections))
+
+    broken = settings("broken", **sections)
+    steps = 0
+    real = loop.train_step
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", interrupted)
+    with pytest.raises(Interrupted, match="stopped at step 7 of 12 .* --resume auto"):
+        trained(broken)
+    monkeypatch.undo()
+    resumed = trained(broken, resume="auto")
+
+    assert resumed.progress == whole.progress
+    for name, value in whole.model.items():
+        assert torch.equal(value, resumed.model[name]), name
+    if whole.ema:
+        assert resumed.ema is not None and all(torch.equal(value, resumed.ema[name]) for name, value in whole.ema.items())
+    assert [steady(r) for r in rows(broken)] == [steady(r) for r in rows(settings("whole", **sections))]
+
+
+def test_a_killed_run_goes_on_from_the_last_checkpoint(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = trained(settings("whole"))
+    killed = settings("killed")
+    steps = 0
+    real = loop.train_step
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 11:
+            raise MemoryError("as if killed")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", dies)
+    with pytest.raises(MemoryError):
+        trained(killed)
+    monkeypatch.undo()
+    state = killed.out_dir / "step_00000008" / "state.pth"
+    state.write_bytes(state.read_bytes()[:-1])  # and the last checkpoint is damaged
+    with pytest.warns(UserWarning, match="step_00000008.*passed over"):
+        resumed = trained(killed, resume="auto")
+    assert all(torch.equal(value, resumed.model[name]) for name, value in whole.model.items())
+    assert [row["step"] for row in rows(killed)] == [str(n) for n in range(1, 13)]
+
+
+def test_the_loss_falls_and_the_table_is_whole(settings: Make) -> None:
+    config = settings(train={"tokens": 32 * 4 * 60, "log_every": 3})
+    trained(config)
+    table = rows(config)
+    assert float(table[-1]["loss"]) < float(table[0]["loss"]) - 1.0
+    assert [int(r["step"]) for r in table if r["held_out_bits_per_byte"]] == list(range(5, 61, 5))
+    assert {int(r["step"]) for r in table} == set(range(3, 61, 3)) | set(range(5, 61, 5))
+    last = table[-1]
+    assert int(last["tokens"]) == 32 * 4 * 60 and float(last["tokens_per_second"]) > 0 and last["mfu"] == ""
+    assert float(last["peak_memory_gib"]) > 0 and float(last["data_wait_seconds"]) >= 0
+
+
+def test_the_same_line_twice_resumes_nothing_and_overwrites_nothing(settings: Make) -> None:
+    config = settings()
+    path = run(config, resume=None, dry_run=False)
+    assert path is not None
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="holds a finished run; type --resume auto to go on with it, or --out_dir"):
+        run(config, resume=None, dry_run=False)
+    assert run(config, resume="auto", dry_run=False) == path
+    assert path.read_bytes() == before
+
+
+def test_settings_that_would_make_it_another_run_are_refused_on_resume(settings: Make) -> None:
+    config = settings()
+    trained(config)
+    (config.out_dir / "final.pth").unlink()
+    for sections, message in (
+        ({"train": {"lr": 0.5}}, r"train\.lr: 0\.5 here, but 0\.01 in .*; set it to 0\.01"),
+        ({"model": {"d_ff": 128}}, r"model\.d_ff: 128 here, but 64"),
+        ({"train": {"batch_size": 4}}, r"8 rows a step here, but 4 .*; choose them so that their product is 4"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(settings(**sections), resume="auto", dry_run=False)
+    other_split = settings(train={"batch_size": 1, "grad_accum": 4})
+    trained(other_split, resume="auto")
+
+
+def test_longft_reads_on_where_pretraining_stopped(settings: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    first = trained(settings())
+    rope = {"scaling": "yarn", "factor": 4.0}
+    config = settings("long", model={"rope": rope}, train={"seq_len": 128, "batch_size": 1, "grad_accum": 1, "tokens": 128 * 6})
+    second = trained(config, start=Start("longft", first))
+    assert "starting at shard 1, after the 1,536 tokens" in capsys.readouterr().err
+    assert second.progress["first_shard"] == 1 and second.progress["phase"] == "longft"
+    assert second.config.model.max_seq_len == 128
+    assert not torch.equal(second.model["blocks.0.qkv.weight"], first.model["blocks.0.qkv.weight"])
+
+
+def test_longft_of_a_read_corpus_says_that_it_reads_it_again(settings: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    first = trained(settings(train={"tokens": 60_000}, data={"shard_tokens": 1_000_000}))
+    config = settings("long", data={"shard_tokens": 1_000_000}, train={"tokens": 1_000})
+    assert trained(config, start=Start("longft", first)).progress["first_shard"] == 0
+    assert "come to the end of the corpus; reading it again" in capsys.readouterr().err
+
+
+def test_dry_run_writes_nothing_and_prints_the_plan(settings: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    config = settings()
+    assert run(config, resume=None, dry_run=True) is None
+    shown = capsys.readouterr().err
+    assert "12 of 128 tokens (2 rows x 2 micro-batches x 32 tokens x 1 processes)" in shown
+    assert "FLOP" in shown and "GiB" in shown and "nothing was started" in shown
+    assert not config.out_dir.exists() and not config.data.shards_dir.exists()
+
+
+def test_faults_are_one_line(settings: Make, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    short = tmp_path / "short.txt"
+    short.write_text("one two three four five six seven eight nine ten. " * 40)
+    for config, message in (
+        (settings(train={"tokens": 100}), r"train\.tokens: 100 is less than one step of 128"),
+        (settings(data={"source": str(empty)}), r"empty"),
+        (settings(data={"source": str(tmp_path / "nowhere")}), r"nowhere"),
+        (settings(data={"source": str(short)}, train={"grad_accum": 5000, "tokens": 10_000_000}), r"samples of 32 tokens, and one step takes 10,000"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            run(config, resume=None, dry_run=False)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(settings: Make) -> None:
+    with pytest.raises(UserError, match=r"train\.lr: the loss became (nan|inf) at step \d+.*lower --lr"):
+        run(settings(train={"lr": 1e30, "grad_clip": None, "warmup": 0.0}), resume=None, dry_run=False)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings()
+    real, calls = os.fsync, 0
+
+    def full(descriptor: int) -> None:
+        nonlocal calls
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        calls += "state.pth" in name
+        if calls >= 2:
+            raise OSError(28, "No space left on device", name)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(config, resume=None, dry_run=False)
+    monkeypatch.undo()
+    assert [p.name for p in config.out_dir.glob("step_*")] == ["step_00000004"]
+    shutil.rmtree(config.out_dir / "tokenizer")  # the checkpoint holds the tokenizer too
+    assert trained(config, resume="auto").progress["step"] == 12
+
+
+@pytest.mark.slow
+def test_compiled_training_follows_eager_training(settings: Make) -> None:
+    eager = settings("eager")
+    compiled = settings("compiled", train={"compile": True})
+    trained(eager)
+    trained(compiled)
+    for a, b in zip(rows(eager), rows(compiled), strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=2e-4)
