@@ -1,0 +1,35 @@
+"""The model with its loss inside: what is compiled, wrapped by DDP or FSDP, and called by the training step."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from minifoundation.model.loss import LossSums, token_losses
+from minifoundation.model.transformer import Transformer
+
+
+class TrainingModel(nn.Module):
+    """A transformer whose forward returns the summed losses; the head's weight is used inside it, where FSDP has gathered it.
+
+    Args:
+        z_loss: weight of log(Z)^2.
+        chunk: tokens whose logits are held at once.
+    """
+
+    def __init__(self, transformer: Transformer, *, z_loss: float, chunk: int) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.z_loss = z_loss
+        self.chunk = chunk
+        self.compiled = False
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> LossSums:
+        """Return the losses summed over ``targets`` (B, T) given ``tokens`` (B, T)."""
+        hidden = self.transformer(tokens).flatten(0, 1)
+        head = self.transformer.head_weight
+        return token_losses(hidden, head, targets.flatten(), z_loss=self.z_loss, chunk=self.chunk, compiled=self.compiled)
+
+    def compile_blocks(self) -> None:
+        """Compile each block and the element-wise part of the loss, in place."""
+        self.transformer.compile_blocks()
+        self.compiled = True

@@ -1,0 +1,168 @@
+"""The decoder: Llama's layout (Qwen3's with QK-norm), with query-key-value and gate-up merged into one matrix each.
+
+Letters: B rows, T tokens a row, D model width, H query heads, K key/value heads, h head width, F feed-forward width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from minifoundation.config import ModelConfig
+from minifoundation.model.attention import KERNEL_OPERATORS, Kernel, attend, resolve
+from minifoundation.model.rope import apply_rope, rope_frequencies, rotary_tables
+
+
+class Matrix(nn.Module):
+    """A linear map without bias; the float32 weight is cast to the dtype of what it multiplies."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv:1910.07467): statistics in float32, scaled after the cast back, as Hugging Face does."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight.to(x.dtype) * normed.to(x.dtype)
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU, each normed before and added to the residual stream after."""
+
+    def __init__(self, config: ModelConfig, *, checkpointing: str) -> None:
+        super().__init__()
+        D, h = config.d_model, config.head_dim
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, h
+        self.dropout = config.dropout
+        self.checkpointing = checkpointing
+        self.attention_norm = RMSNorm(D, config.norm_eps)
+        self.qkv = Matrix(D, (config.n_head + 2 * config.n_kv_head) * h)
+        self.q_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
+        self.out = Matrix(D, D)
+        self.mlp_norm = RMSNorm(D, config.norm_eps)
+        self.gate_up = Matrix(D, 2 * config.d_ff)
+        self.down = Matrix(config.d_ff, D)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Kernel) -> Tensor:  # (B, T, D)
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return self.branches(x, cos, sin, kernel)
+        # Inside forward, so that a compiled block sees it; a selective policy around compiled code would see no operators.
+        extra: dict[str, Any] = {"context_fn": _keep_attention} if self.checkpointing == "attention" else {}
+        result: Tensor = checkpoint(
+            self.branches, x, cos, sin, kernel, use_reentrant=False, preserve_rng_state=self.training and self.dropout > 0, **extra
+        )
+        return result
+
+    def branches(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Kernel) -> Tensor:
+        x = x + F.dropout(self.attention(self.attention_norm(x), cos, sin, kernel), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
+
+    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Kernel) -> Tensor:
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2K, h)
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=-2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        mixed = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, kernel)  # (B, T, H, h)
+        result: Tensor = self.out(mixed.flatten(-2))
+        return result
+
+    def mlp(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, T, F) each
+        result: Tensor = self.down(F.silu(gate) * up)
+        return result
+
+
+def _keep_attention() -> Any:
+    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+
+
+def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in KERNEL_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class Transformer(nn.Module):
+    """The decoder; its float32 weights are unset until ``initialise`` or ``load_state_dict``.
+
+    Args:
+        dtype: of activations and of the weights' copies that multiply them.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.embedding = Matrix(config.d_model, config.vocab_size)
+        self.blocks = nn.ModuleList(
+            Block(config, checkpointing="none" if i % config.checkpoint_every else config.checkpointing) for i in range(config.n_layer)
+        )
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = None if config.tie_embeddings else Matrix(config.d_model, config.vocab_size)
+        frequencies, self.gain = rope_frequencies(config.rope, config.head_dim, config.original_seq_len)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The (V, D) matrix of the output head: the embedding when tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the hidden states (B, T, D) after the final norm of token ids (B, T)."""
+        x = F.embedding(tokens, self.embedding.weight).to(self.dtype)
+        cos, sin = rotary_tables(self.frequencies, self.gain, tokens.shape[1])
+        kernel = self.kernel(tokens.device)
+        for block in self.blocks:
+            x = block(x, cos, sin, kernel)
+        result: Tensor = self.norm(x)
+        return result
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Return the logits (B, T, V), float32 (float64 when the model computes in it)."""
+        hidden = self(tokens)
+        return F.linear(hidden, self.head_weight.to(hidden.dtype)).to(torch.promote_types(hidden.dtype, torch.float32))
+
+    def kernel(self, device: torch.device) -> Kernel:
+        """Return the attention kernel that runs on ``device``."""
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+        return resolve(self.config.attention, device.type, dtype=self.dtype, head_dim=self.config.head_dim, capability=capability)[0]
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Set every weight, the same for a seed on any device.
+
+        Normal with ``config.weight_std``; the matrices that write to the residual stream smaller by sqrt(2 n_layer) (GPT-2), so that its
+        variance does not grow with depth; norms are one.
+        """
+        generator = torch.Generator("cpu").manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if weight.ndim == 1:
+                weight.fill_(1.0)
+                continue
+            residual = name.endswith((".out.weight", ".down.weight"))
+            std = self.config.weight_std / (2 * self.config.n_layer) ** 0.5 if residual else self.config.weight_std
+            weight.copy_(torch.empty(weight.shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator))
+        self.frequencies.copy_(rope_frequencies(self.config.rope, self.config.head_dim, self.config.original_seq_len)[0])
+
+    def compile_blocks(self) -> None:
+        """Compile each block in place; all share one graph, and the names in the state dict stay as they are."""
+        for block in self.blocks:
+            # Static shapes: with automatic dynamic ones, which of two graphs runs would depend on the history of the process.
+            block.compile(dynamic=False)
