@@ -5,10 +5,10 @@ Click splits the line and suggests near names; pydantic converts and checks ever
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, get_args
 
 import click
@@ -155,7 +155,7 @@ def _command(name: str, action: Callable[[Values], None], summary: str, *kinds: 
 
 def program() -> Commands:
     """Return the click group with every command."""
-    group = Commands("minifoundation", help="From raw text to a benchmarked small language model.", no_args_is_help=True)
+    group = Commands("minifoundation", help="From raw text to a benchmarked small language model.")
     group.params.append(click.Option(["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_version, help="print the version"))
     run = config.RunConfig
     for command in (
@@ -178,8 +178,10 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line and return its exit code: 0 done, 2 the person can mend it, 130 stopped and saved."""
+    if arguments is None:
+        arguments = sys.argv[1:]
     try:
-        program().main(arguments, prog_name="minifoundation", standalone_mode=False)
+        program().main(arguments or ["--help"], prog_name="minifoundation", standalone_mode=False)
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         return 2
@@ -195,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (28, 122):  # no space left, quota exceeded
             raise
-        place = error.filename or os.getcwd()
+        place = error.filename or Path.cwd()
         click.echo(f"error: {place}: the disk is full; free some space and run the same line with --resume auto", err=True)
         return 2
     return 0

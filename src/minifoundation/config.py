@@ -204,6 +204,8 @@ class PretrainOptions(Settings):
 
 
 class LongftOptions(PretrainOptions):
+    """``longft``: the same, and the model to begin from."""
+
     ckpt_in: Path = setting(help="final.pth (or a step folder) of the run whose context is extended", flag="ckpt_in")
 
 
