@@ -2,7 +2,7 @@
 
 Letters: B rows, T tokens a row, H query heads, K key/value heads, h head width.
 
-Kernels are called by their own operators, not through ``scaled_dot_product_attention`` under backend flags: torch's compile caches do
+Backends are called by their own operators, not through ``scaled_dot_product_attention`` under backend flags: torch's compile caches do
 not key on those flags, and activation checkpointing would recompute after the flags are gone.
 """
 
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Backend = Literal["auto", "flash", "cudnn", "efficient", "math"]
-Kernel = Literal["default", "flash", "cudnn", "efficient", "math"]
 aten = torch.ops.aten
 
 KERNEL_OPERATORS = frozenset(
@@ -36,8 +35,10 @@ def resolve(
     dtype: torch.dtype = torch.bfloat16,
     head_dim: int = 64,
     capability: tuple[int, int] = (9, 0),
-) -> tuple[Kernel, str | None]:
+) -> tuple[Backend, str | None]:
     """Return the kernel that runs for the setting ``model.attention``, and one line of reason when it is not the one asked for.
+
+    ``auto`` comes back only where torch has one good kernel of its own to choose: off CUDA.
 
     Args:
         device_type: ``torch.device.type``.
@@ -47,18 +48,17 @@ def resolve(
     if backend == "math":
         return "math", None
     if device_type != "cuda":
-        reason = f"model.attention {backend} needs a CUDA GPU and this is {device_type}; using torch's default kernel"
-        return "default", None if backend == "auto" else reason
+        return "auto", None if backend == "auto" else f"{backend} needs a CUDA GPU and this is {device_type}; using torch's own choice"
     # Fastest first: cuDNN is ahead of FlashAttention 2 on Hopper and later, and not before (docs/numerics.md).
-    order: tuple[Kernel, ...] = ("cudnn", "flash", "efficient", "math") if capability >= (9, 0) else ("flash", "efficient", "math")
+    order: tuple[Backend, ...] = ("cudnn", "flash", "efficient", "math") if capability >= (9, 0) else ("flash", "efficient", "math")
     usable = next(kernel for kernel in order if _obstacle(kernel, dtype, head_dim, capability) is None)
     if backend == "auto":
         return usable, None
     obstacle = _obstacle(backend, dtype, head_dim, capability)
-    return (backend, None) if obstacle is None else (usable, f"model.attention {backend} {obstacle}; using {usable}")
+    return (backend, None) if obstacle is None else (usable, f"{backend} {obstacle}; using {usable}")
 
 
-def _obstacle(kernel: Kernel, dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> str | None:
+def _obstacle(kernel: Backend, dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> str | None:
     half = dtype in (torch.float16, torch.bfloat16)
     if kernel == "math":
         return None
@@ -76,14 +76,14 @@ def _obstacle(kernel: Kernel, dtype: torch.dtype, head_dim: int, capability: tup
     return None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, kernel: Backend) -> Tensor:
     """Return causal attention (B, T, H, h) of queries (B, T, H, h) over keys and values (B, T, K, h), scaled by 1/sqrt(h).
 
-    ``kernel`` comes from ``resolve``. Query head i reads key/value head i // (H/K) (arXiv:2305.13245).
+    ``kernel`` comes from ``resolve``; auto leaves the choice to torch. Query head i reads key/value head i // (H/K) (arXiv:2305.13245).
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, h)
     match kernel:
-        case "default":
+        case "auto":
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         case "flash":
             out = aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, True)[0]

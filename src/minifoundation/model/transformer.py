@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from minifoundation.config import ModelConfig
-from minifoundation.model.attention import KERNEL_OPERATORS, Kernel, attend, resolve
+from minifoundation.model.attention import KERNEL_OPERATORS, Backend, attend, resolve
 from minifoundation.model.rope import apply_rope, rope_frequencies, rotary_tables
 
 
@@ -60,7 +60,7 @@ class Block(nn.Module):
         self.gate_up = Matrix(D, 2 * config.d_ff)
         self.down = Matrix(config.d_ff, D)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Kernel) -> Tensor:  # (B, T, D)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend) -> Tensor:  # (B, T, D)
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self.branches(x, cos, sin, kernel)
         # Inside forward, so that a compiled block sees it; a selective policy around compiled code would see no operators.
@@ -70,11 +70,11 @@ class Block(nn.Module):
         )
         return result
 
-    def branches(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Kernel) -> Tensor:
+    def branches(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend) -> Tensor:
         x = x + F.dropout(self.attention(self.attention_norm(x), cos, sin, kernel), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
-    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Kernel) -> Tensor:
+    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2K, h)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=-2)
         if self.q_norm is not None and self.k_norm is not None:
@@ -139,7 +139,7 @@ class Transformer(nn.Module):
         hidden = self(tokens)
         return F.linear(hidden, self.head_weight.to(hidden.dtype)).to(torch.promote_types(hidden.dtype, torch.float32))
 
-    def kernel(self, device: torch.device) -> Kernel:
+    def kernel(self, device: torch.device) -> Backend:
         """Return the attention kernel that runs on ``device``."""
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
         return resolve(self.config.attention, device.type, dtype=self.dtype, head_dim=self.config.head_dim, capability=capability)[0]

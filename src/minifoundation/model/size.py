@@ -1,0 +1,92 @@
+"""What a model of some settings takes: parameters, arithmetic, memory. Pure arithmetic on the settings; imports no torch.
+
+Letters: D model width, H query heads, K key/value heads, h head width, F feed-forward width, V vocabulary, L blocks, N tokens at once.
+"""
+
+from __future__ import annotations
+
+from minifoundation.config import ModelConfig
+
+MOMENT_BYTES = {"fp32": 8.0, "bf16": 4.0, "int8": 2 * (1 + 4 / 256)}
+"""Bytes of AdamW's two moments a parameter; int8 has a float32 scale for each 256 [torchao]."""
+
+
+def n_parameters(config: ModelConfig) -> int:
+    """Return the number of weights, a tied head counted once."""
+    D, h = config.d_model, config.head_dim
+    norms = 2 * D + (2 * h if config.qk_norm else 0)
+    heads = 1 if config.tie_embeddings else 2
+    return heads * config.vocab_size * D + config.n_layer * (_block_matrices(config) + norms) + D
+
+
+def n_matmul_parameters(config: ModelConfig) -> int:
+    """Return the number of weights that multiply activations: the blocks' matrices and the head, not norms, not the embedding look-up."""
+    return config.n_layer * _block_matrices(config) + config.vocab_size * config.d_model
+
+
+def _block_matrices(config: ModelConfig) -> int:
+    D, h = config.d_model, config.head_dim
+    return D * (config.n_head + 2 * config.n_kv_head) * h + D * D + 3 * D * config.d_ff
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Return the FLOPs of forward and backward a token in rows of ``seq_len``: 6 N + 6 L H h T.
+
+    A multiply-add is 2 FLOPs, the backward twice the forward (Kaplan et al., arXiv:2001.08361). Attention is counted causally: a
+    token reads T/2 others on average in two products, 2 x 2 x H h x T/2 forward. Recomputation is not counted: this is model FLOPs,
+    what MFU is defined on (PaLM, arXiv:2204.02311, appendix B, with its full attention halved).
+    """
+    return 6.0 * n_matmul_parameters(config) + 6.0 * config.n_layer * config.n_head * config.head_dim * seq_len
+
+
+def memory_bytes(
+    config: ModelConfig, *, batch_size: int, seq_len: int, precision: str, optimizer_states: str, ema: bool, loss_chunk: int
+) -> dict[str, int]:
+    """Return the predicted peak of device memory by what it holds, in bytes; the sum is the prediction.
+
+    The peak is taken in the backward of the last micro-batch, when gradients, optimizer states and all saved activations exist at once.
+
+    Args:
+        precision: fp32, bf16 or fp16.
+        optimizer_states: fp32, bf16 or int8.
+        ema: whether an averaged copy of the weights is kept on the device.
+        loss_chunk: tokens whose logits are held at once.
+    """
+    parameters, N, V, D = n_parameters(config), batch_size * seq_len, config.vocab_size, config.d_model
+    item = 4 if precision == "fp32" else 2
+    head = V * D
+    checkpointed = 0 if config.checkpointing == "none" else -(-config.n_layer // config.checkpoint_every)
+    kept = config.n_layer - checkpointed
+    saved = {
+        "none": 0,
+        "attention": N * _attention_kept(config, item) + N * D * item,
+        "full": N * D * item,
+    }[config.checkpointing]
+    whole = N * _saved_by_block(config, item)
+    chunk = min(loss_chunk, N)
+    return {
+        "weights": 4 * parameters,
+        "gradients": 4 * parameters,
+        "optimizer": round(MOMENT_BYTES[optimizer_states] * parameters),
+        "ema": 4 * parameters if ema else 0,
+        # Half-precision copies that multiply activations: alive from forward to backward, except where a block is recomputed.
+        "weight_copies": 0 if item == 4 else item * (kept * _block_matrices(config) + min(checkpointed, 1) * _block_matrices(config)),
+        "activations": kept * whole + checkpointed * saved + N * D * item,
+        # One block at a time is recomputed and differentiated: its activations again, and about as many gradients of the widest ones.
+        "block_workspace": (whole if checkpointed else 0) + N * item * 3 * config.d_ff,
+        # The head's copy and gradient; the gradient of the hidden states; one chunk of logits as computed, in float32 and as gradient.
+        "loss": item * head * (item != 4) + 4 * head + N * D * item + chunk * V * (2 * 4 + 2 * item),
+    }
+
+
+def _saved_by_block(config: ModelConfig, item: int) -> int:
+    """Return the bytes a token that a block saves for its backward."""
+    D, h = config.d_model, config.head_dim
+    qkv = (config.n_head + 2 * config.n_kv_head) * h
+    # Two inputs of norms, two normed copies, q k v, the attention output; gate and up and their product.
+    return item * (4 * D + qkv + config.n_head * h + 3 * config.d_ff) + 4 * (config.n_head + 2)  # logsumexp of attention, two norms
+
+
+def _attention_kept(config: ModelConfig, item: int) -> int:
+    """Return the bytes a token that selective checkpointing keeps: the attention output and its log-sum-exp."""
+    return item * config.n_head * config.head_dim + 4 * config.n_head
