@@ -30,7 +30,9 @@ class Command(click.Command):
             known = [name for param in self.params for name in param.opts]
             name = error.option_name
             near = config.nearest(name.lstrip("-").replace("-", "_"), [k.lstrip("-") for k in known])
-            raise UserError(name, "no such option", f"did you mean --{near}?" if near else f"{ctx.command_path} --help lists them") from None
+            raise UserError(
+                name, "no such option", f"did you mean --{near}?" if near else f"{ctx.command_path} --help lists them"
+            ) from None
         except click.UsageError as error:
             raise UserError(ctx.command_path, error.format_message().rstrip("."), f"{ctx.command_path} --help shows how") from None
 
@@ -156,7 +158,9 @@ def _command(name: str, action: Callable[[Values], None], summary: str, *kinds: 
 def program() -> Commands:
     """Return the click group with every command."""
     group = Commands("minifoundation", help="From raw text to a benchmarked small language model.")
-    group.params.append(click.Option(["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_version, help="print the version"))
+    group.params.append(
+        click.Option(["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_version, help="print the version")
+    )
     run = config.RunConfig
     for command in (
         _command("prepare", _prepare, "Turn a corpus into token shards.", config.PrepareOptions, config.PrepareConfig),

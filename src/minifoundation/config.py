@@ -83,7 +83,8 @@ class ModelConfig(Settings):
     )
     attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = setting("auto", help="kernel of scaled dot-product attention")
     checkpointing: Literal["none", "attention", "full"] = setting(
-        "none", help="activation checkpointing of a block: attention keeps the attention outputs and recomputes the rest, full recomputes all"
+        "none",
+        help="activation checkpointing of a block: attention keeps the attention outputs and recomputes the rest, full recomputes all",
     )
     checkpoint_every: int = setting(1, ge=1, help="apply checkpointing to every k-th block")
 
@@ -115,7 +116,9 @@ class TokenizerConfig(Settings):
     """The tokenizer: a given SentencePiece model, or one trained on a sample of the corpus."""
 
     path: Path | None = setting(None, flag="tokenizer", help="a SentencePiece .model to use; none trains one on the corpus")
-    kind: Literal["unigram", "bpe"] = setting("unigram", help="Unigram (arXiv:1804.10959) or BPE (arXiv:1508.07909), both with byte fallback")
+    kind: Literal["unigram", "bpe"] = setting(
+        "unigram", help="Unigram (arXiv:1804.10959) or BPE (arXiv:1508.07909), both with byte fallback"
+    )
     vocab_size: int = setting(59_392, ge=512, le=1_000_000, help="pieces to train; reduced with a warning where the text supports fewer")
     sample_bytes: int = setting(200_000_000, ge=1_000, help="bytes of text the tokenizer is trained on at most")
     threads: int | None = setting(None, ge=1, help="threads of tokenizer training and encoding; default: all cores")
@@ -124,7 +127,9 @@ class TokenizerConfig(Settings):
 class DataConfig(Settings):
     """Where the text comes from and how it becomes token shards."""
 
-    source: str = setting(help="fineweb, fineweb-edu, slimpajama, or a path: a tree or file of .txt, .jsonl, .parquet, plain or .gz/.zst/.xz", flag="data")
+    source: str = setting(
+        help="fineweb, fineweb-edu, slimpajama, or a path: a tree or file of .txt, .jsonl, .parquet, plain or .gz/.zst/.xz", flag="data"
+    )
     text_column: str = setting("text", help="the column or JSON key that holds the text")
     shards_dir: Path = setting(Path("outputs/shards"), help="token shards are kept here, one folder for each corpus and tokenizer")
     shard_tokens: int = setting(16_777_216, ge=1_024, help="tokens in a shard; samples are shuffled within a shard")
@@ -138,18 +143,27 @@ class TrainConfig(Settings):
 
     tokens: int = setting(help="training tokens in all", flag="tokens", ge=1)
     seq_len: int = setting(4096, ge=8, flag="seq_len", help="tokens in a row")
-    batch_size: int | Literal["auto"] = setting(1, flag="batch_size", help="rows in a micro-batch on each device; auto finds the largest that fits")
+    batch_size: int | Literal["auto"] = setting(
+        1, flag="batch_size", help="rows in a micro-batch on each device; auto finds the largest that fits"
+    )
     grad_accum: int = setting(1, ge=1, flag="grad_accum", help="micro-batches summed into one step on each device")
     precision: Literal["fp32", "bf16", "fp16"] = setting(
-        "fp32", help="dtype of compute; weights, gradients and optimizer stay fp32 (--amp --bf16: bf16; --amp alone: fp16 with loss scaling)"
+        "fp32",
+        help="dtype of compute; weights, gradients and optimizer stay fp32 (--amp --bf16: bf16; --amp alone: fp16 with loss scaling)",
     )
     compile: bool = setting(False, flag="compile", help="torch.compile for each block")
-    lr: float = setting(6e-4, gt=0, flag="lr", help="peak learning rate [GPT-3 125M-350M, arXiv:2005.14165: 6e-4 to 3e-4; see docs/numerics.md]")
-    schedule: Literal["cosine", "constant", "wsd"] = setting("cosine", help="cosine [Llama 2], constant, or warm-up-stable-decay (arXiv:2404.06395)")
+    lr: float = setting(
+        6e-4, gt=0, flag="lr", help="peak learning rate [GPT-3 125M-350M, arXiv:2005.14165: 6e-4 to 3e-4; see docs/numerics.md]"
+    )
+    schedule: Literal["cosine", "constant", "wsd"] = setting(
+        "cosine", help="cosine [Llama 2], constant, or warm-up-stable-decay (arXiv:2404.06395)"
+    )
     warmup: float = setting(0.01, ge=0, lt=1, help="share of the steps with linearly rising rate [Pythia, arXiv:2304.01373: 1%]")
     decay: float = setting(0.1, gt=0, le=1, help="wsd: share of the steps, at the end, with falling rate [MiniCPM: 10%]")
     min_lr: float = setting(0.1, ge=0, le=1, help="final rate as a share of the peak [Llama 2, arXiv:2307.09288: 10%]")
-    weight_decay: float = setting(0.1, ge=0, help="AdamW decay of matrices; embeddings, norms and biases have none [Llama 2: 0.1; OLMo 2: none on embeddings]")
+    weight_decay: float = setting(
+        0.1, ge=0, help="AdamW decay of matrices; embeddings, norms and biases have none [Llama 2: 0.1; OLMo 2: none on embeddings]"
+    )
     beta1: float = setting(0.9, ge=0, lt=1, help="AdamW (arXiv:1711.05101) [GPT-3, Llama 2: 0.9]")
     beta2: float = setting(0.95, ge=0, lt=1, help="[GPT-3, Llama 2: 0.95]")
     eps: float = setting(1e-8, gt=0, help="[GPT-3, Pythia: 1e-8]")
@@ -237,14 +251,20 @@ class EvalOptions(Settings):
     """``eval``: benchmarks of a Hugging Face folder through lm-eval."""
 
     model_path: str = setting(help="folder in Hugging Face form, ours or any other", flag="model_path")
-    tasks: str = setting(str(REPOSITORY / "configs" / "tasks.txt"), flag="tasks", help="file with one task a line, or names separated by commas")
+    tasks: str = setting(
+        str(REPOSITORY / "configs" / "tasks.txt"), flag="tasks", help="file with one task a line, or names separated by commas"
+    )
     limit: int = setting(0, ge=0, flag="limit", help="documents of each task, 0 means all")
     batch_size: int | None = setting(None, ge=1, flag="batch_size", help="rows in a batch; default: by memory")
-    data_dir: Path | None = setting(None, flag="data_dir", help="mirror folder <org>/<name>/<config>/<split>.parquet to read benchmarks from instead of the hub")
+    data_dir: Path | None = setting(
+        None, flag="data_dir", help="mirror folder <org>/<name>/<config>/<split>.parquet to read benchmarks from instead of the hub"
+    )
     out_dir: Path | None = setting(None, flag="out_dir", help="where results.json and report.md go; default <model_path>/eval")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", flag="dtype", help="dtype of the weights in memory")
     device: str | None = setting(None, flag="device", help="cuda, cpu; default: cuda where there is one")
-    allow_code_exec: bool = setting(False, flag="allow_code_exec", help="run programs written by the model (HumanEval, MBPP) in a sandboxed process")
+    allow_code_exec: bool = setting(
+        False, flag="allow_code_exec", help="run programs written by the model (HumanEval, MBPP) in a sandboxed process"
+    )
 
 
 class GenerateOptions(Settings):
@@ -282,6 +302,7 @@ def _readable(kind: type[BaseModel], invalid: ValidationError, sources: str) -> 
             near = nearest(name, dotted_names(kind))
             return UserError(name, f"unknown setting (in {sources})", f"did you mean {near}?" if near else "--help lists the settings")
         case "missing":
+            name = next((leaf for leaf, field in fields(kind) if leaf.startswith(f"{name}.") and field.is_required()), name)
             flag = flags(kind).get(name)
             spelled = f"--{flag} or --{name}" if flag and flag != name else f"--{name}"
             return UserError(name, f"required and not set (in {sources})", f"set it in the YAML or with {spelled}")
@@ -289,7 +310,11 @@ def _readable(kind: type[BaseModel], invalid: ValidationError, sources: str) -> 
             problem, _, remedy = str(fault["ctx"]["error"]).partition("; ")
             return UserError(name, problem, remedy or "correct it")
         case _:
-            return UserError(name, f"{fault['input']!r} is not valid", fault["msg"][0].lower() + fault["msg"][1:])
+            alternatives = [
+                other["msg"] for other in invalid.errors(include_url=False) if other["loc"][: len(path)] == fault["loc"][: len(path)]
+            ]
+            remedy = ", or ".join(message[0].lower() + message[1:] for message in alternatives)
+            return UserError(name, f"{fault['input']!r} is not valid", remedy)
 
 
 def nearest(name: str, known: list[str]) -> str | None:
@@ -335,7 +360,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        raise UserError(str(path), "no such file", f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file") from None
+        raise UserError(
+            str(path), "no such file", f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(str(path), f"cannot be read ({error})", "give the path of a YAML file") from None
     except yaml.YAMLError as error:

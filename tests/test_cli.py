@@ -1,0 +1,239 @@
+"""The command line: documented lines verbatim, spellings, messages, exit codes, help."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from minifoundation import __version__, cli, config
+from minifoundation.errors import Interrupted, UserError
+
+COMMANDS = {
+    "prepare": ("minifoundation.commands.prepare", "prepare"),
+    "pretrain": ("minifoundation.commands.pretrain", "pretrain"),
+    "longft": ("minifoundation.commands.longft", "longft"),
+    "export_hf": ("minifoundation.commands.export_hf", "export_hf"),
+    "eval": ("minifoundation.commands.eval", "evaluate"),
+    "generate": ("minifoundation.commands.generate", "generate"),
+}
+
+
+class Calls(list[tuple[str, Any, dict[str, Any]]]):
+    """What the commands were called with: name, options, nested values; ``failure`` is raised instead when it is set."""
+
+    failure: BaseException | None = None
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    made = Calls()
+    for name, (module, function) in COMMANDS.items():
+        stub = ModuleType(module)
+
+        def called(options: Any, values: dict[str, Any] | None = None, *, name: str = name) -> None:
+            if made.failure is not None:
+                raise made.failure
+            made.append((name, options, values or {}))
+
+        setattr(stub, function, called)
+        monkeypatch.setitem(sys.modules, module, stub)
+    return made
+
+
+def one(calls: Calls, line: str) -> tuple[str, Any, dict[str, Any]]:
+    assert cli.main(line.split()) == 0
+    assert len(calls) == 1
+    return calls.pop()
+
+
+def test_pretrain_as_documented(calls: Calls) -> None:
+    name, options, values = one(
+        calls,
+        "pretrain --config configs/model_0p5b.yaml --data fineweb --tokens 200_000_000 "
+        "--batch_size 1 --grad_accum 32 --amp --bf16 --compile",
+    )
+    assert name == "pretrain"
+    assert options == config.PretrainOptions(config=Path("configs/model_0p5b.yaml"), amp=True, bf16=True)
+    from_yaml = config.read_yaml(config.REPOSITORY / "configs" / "model_0p5b.yaml")
+    run = config.build(config.RunConfig, config.merged(from_yaml, values), "line")
+    assert (run.data.source, run.train.tokens, run.train.batch_size, run.train.grad_accum) == ("fineweb", 200_000_000, 1, 32)
+    assert run.train.compile is True
+    assert run.out_dir == Path("outputs/pretrain")
+
+
+def test_longft_as_documented(calls: Calls) -> None:
+    name, options, values = one(
+        calls,
+        "longft --ckpt_in outputs/pretrain/final.pth --data fineweb --seq_len 16384 --batch_size 1 --grad_accum 16 --amp --bf16",
+    )
+    assert name == "longft"
+    assert options == config.LongftOptions(ckpt_in=Path("outputs/pretrain/final.pth"), amp=True, bf16=True)
+    assert values == {"data": {"source": "fineweb"}, "train": {"seq_len": "16384", "batch_size": "1", "grad_accum": "16"}}
+
+
+def test_export_and_eval_as_documented(calls: Calls) -> None:
+    _, options, _ = one(calls, "export_hf --ckpt outputs/pretrain/final.pth --out_dir outputs/hf_export")
+    assert options == config.ExportOptions(ckpt=Path("outputs/pretrain/final.pth"), out_dir=Path("outputs/hf_export"))
+    _, options, _ = one(calls, "eval --model_path outputs/hf_export --tasks configs/tasks.txt --limit 0")
+    assert options == config.EvalOptions(model_path="outputs/hf_export", tasks="configs/tasks.txt", limit=0)
+
+
+@pytest.mark.parametrize("line", ["--tokens 7", "--train.tokens 7", "--tokens=7", "--train.tokens=7"])
+def test_a_short_flag_and_a_dotted_name_are_one_setting(calls: Calls, line: str) -> None:
+    assert one(calls, f"pretrain {line}")[2] == {"train": {"tokens": "7"}}
+
+
+def test_switches_say_yes_no_or_nothing(calls: Calls) -> None:
+    assert one(calls, "pretrain")[2] == {}
+    assert one(calls, "pretrain --compile")[2] == {"train": {"compile": True}}
+    assert one(calls, "pretrain --no_compile")[2] == {"train": {"compile": False}}
+    assert one(calls, "pretrain --no_model.tie_embeddings")[2] == {"model": {"tie_embeddings": False}}
+
+
+def test_deep_and_mixed_case_values_arrive_untouched(calls: Calls) -> None:
+    values = one(calls, "pretrain --model.rope.theta 1e6 --data Some/Path.JSONL --out_dir Outputs/A_b-C")[2]
+    assert values == {"model": {"rope": {"theta": "1e6"}}, "data": {"source": "Some/Path.JSONL"}, "out_dir": "Outputs/A_b-C"}
+
+
+def test_prepare_without_tokens_reads_the_whole_corpus(calls: Calls) -> None:
+    _, options, values = one(calls, "prepare --data text --tokens none")
+    assert options.tokens is None
+    assert values == {"data": {"source": "text"}}
+    assert one(calls, "prepare --data text --tokens 5_000")[1].tokens == 5000
+
+
+def test_every_setting_is_an_option_of_its_commands() -> None:
+    commands = cli.program().commands
+    for name in ("pretrain", "longft"):
+        spelled = {option for param in commands[name].params for option in param.opts}
+        assert {f"--{dotted}" for dotted in config.dotted_names(config.RunConfig)} <= spelled
+        assert {f"--{flag}" for flag in config.flags(config.RunConfig).values()} <= spelled
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("pretrian", "error: pretrian: no such command; did you mean pretrain?"),
+        ("nonsense", "error: nonsense: no such command; choose from prepare, pretrain, longft, export_hf, eval, generate"),
+        ("pretrain --lrr 3", "error: --lrr: no such option; did you mean --lr?"),
+        ("pretrain --grad-accum 2", "error: --grad-accum: no such option; did you mean --grad_accum?"),
+        ("pretrain --model.lr 2", "error: --model.lr: no such option; did you mean --lr?"),
+        ("eval --zzzz 2", "error: --zzzz: no such option; minifoundation eval --help lists them"),
+        (
+            "pretrain --tokens",
+            "error: minifoundation pretrain: Option '--tokens' requires an argument; minifoundation pretrain --help shows how",
+        ),
+        (
+            "pretrain surplus",
+            "error: minifoundation pretrain: Got unexpected extra argument (surplus); minifoundation pretrain --help shows how",
+        ),
+        ("eval", "error: model_path: required and not set (in command line); set it in the YAML or with --model_path"),
+        ("longft", "error: ckpt_in: required and not set (in command line); set it in the YAML or with --ckpt_in"),
+        ("export_hf --ckpt a --dtype int4", "error: dtype: 'int4' is not valid; input should be 'fp32', 'bf16' or 'fp16'"),
+        ("eval --model_path a --limit -1", "error: limit: '-1' is not valid; input should be greater than or equal to 0"),
+        ("generate --model a --prompt b --top_p 2", "error: top_p: '2' is not valid; input should be less than or equal to 1"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(calls: Calls, capsys: pytest.CaptureFixture[str], line: str, message: str) -> None:
+    assert cli.main(line.split()) == 2
+    assert capsys.readouterr().err == message + "\n"
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "message"),
+    [
+        (UserError("a", "b", "c"), 2, "error: a: b; c\n"),
+        (Interrupted("stopped at step 3 and saved"), 130, "stopped at step 3 and saved\n"),
+        (KeyboardInterrupt(), 130, "\nstopped\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "outputs/x"),
+            2,
+            "error: outputs/x: the disk is full; free some space and run the same line with --resume auto\n",
+        ),
+    ],
+)
+def test_exit_codes(calls: Calls, capsys: pytest.CaptureFixture[str], failure: BaseException, code: int, message: str) -> None:
+    calls.failure = failure
+    assert cli.main(["pretrain"]) == code
+    assert capsys.readouterr().err == message
+
+
+def test_a_fault_of_ours_is_not_hidden(calls: Calls) -> None:
+    calls.failure = OSError(errno.EACCES, "Permission denied")
+    with pytest.raises(OSError, match="Permission denied"):
+        cli.main(["pretrain"])
+
+
+@pytest.mark.parametrize("name", [None, *COMMANDS])
+def test_help(capsys: pytest.CaptureFixture[str], name: str | None) -> None:
+    assert cli.main([name, "--help"] if name else ["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("Usage: minifoundation")
+    if name is None:
+        assert all(command in shown for command in COMMANDS)
+
+
+def test_help_shows_defaults_and_choices() -> None:
+    shown = CliRunner().invoke(cli.program(), ["pretrain", "--help"], terminal_width=200).output
+    assert "--lr, --train.lr FLOAT" in shown
+    assert "[default: 0.0006]" in shown
+    assert "--train.schedule cosine|constant|wsd" in shown
+    assert "--batch_size, --train.batch_size INT|auto" in shown
+
+
+def test_an_empty_line_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    empty = capsys.readouterr().out
+    cli.main(["--help"])
+    assert empty == capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"minifoundation {__version__}\n"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=config.REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_help_and_mistakes_load_neither_torch_nor_numpy() -> None:
+    for line in (
+        "['pretrain', '--help']",
+        "['eval', '--limit', 'x']",
+        "['pretrain', '--config', 'configs/model_0p5b.yaml', '--tokens', 'x']",
+    ):
+        heavy = "{'torch', 'numpy', 'transformers', 'datasets', 'sentencepiece'}"
+        done = run("-c", f"import sys; from minifoundation.cli import main; main({line}); sys.exit(bool({heavy} & set(sys.modules)))")
+        assert done.returncode == 0, (line, done.stderr)
+
+
+def test_the_documented_spelling_runs() -> None:
+    done = run("-m", "src.cli", "pretrain", "--data", "x", "--nonsense")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --nonsense: no such option")
+    assert run("-m", "src.cli", "--version").stdout == f"minifoundation {__version__}\n"
+
+
+def test_help_answers_at_once() -> None:
+    def seconds() -> float:
+        began = time.perf_counter()
+        assert run("-m", "src.cli", "pretrain", "--help").returncode == 0
+        return time.perf_counter() - began
+
+    assert min(seconds() for _ in range(5)) <= 0.5
+
+
+def test_the_program_is_a_click_group() -> None:
+    assert isinstance(cli.program(), click.Group)
+    assert list(cli.program().commands) == list(COMMANDS)

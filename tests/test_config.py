@@ -1,0 +1,227 @@
+"""Settings: bounds, precedence, messages, and the YAML files that are shipped."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minifoundation import config
+from minifoundation.config import (
+    DataConfig,
+    EvalOptions,
+    ModelConfig,
+    PretrainOptions,
+    RopeConfig,
+    RunConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from minifoundation.errors import UserError
+
+CONFIGS = config.REPOSITORY / "configs"
+SMALL: dict[str, Any] = {
+    "model": {"d_model": 64, "n_layer": 1, "n_head": 4, "n_kv_head": 2, "d_ff": 128, "original_seq_len": 128},
+    "data": {"source": "text"},
+    "train": {"tokens": 1024, "seq_len": 128},
+}
+
+
+def small(**sections: dict[str, Any]) -> dict[str, Any]:
+    return config.merged(SMALL, sections)
+
+
+def refusal(values: dict[str, Any], kind: type[config.S] = RunConfig) -> UserError:
+    with pytest.raises(UserError) as caught:
+        config.build(kind, values, "a.yaml")
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+@pytest.mark.parametrize("name", ["model_0p5b", "model_1b", "demo"])
+def test_the_shipped_yaml_files_are_runs(name: str) -> None:
+    values = config.merged(config.read_yaml(CONFIGS / f"{name}.yaml"), {"data": {"source": "fineweb"}})
+    run = config.build(RunConfig, values, name)
+    assert run.train.seq_len == run.model.original_seq_len
+    assert run.tokenizer.vocab_size == run.model.vocab_size
+    assert run.model.vocab_size % 128 == 0
+    assert run.model.d_ff == -(-run.model.d_model * 8 // 3 // 128) * 128, "8/3 d_model, rounded up to a multiple of 128"
+
+
+def test_longft_yaml_lies_over_a_pretraining_run() -> None:
+    below = config.merged(config.read_yaml(CONFIGS / "model_0p5b.yaml"), {"data": {"source": "fineweb"}})
+    values = config.merged(config.merged(below, config.read_yaml(CONFIGS / "longft.yaml")), {"model": {"rope": {"factor": 4}}})
+    run = config.build(RunConfig, values, "longft.yaml")
+    assert run.model.rope.scaling == "yarn"
+    assert run.train.seq_len == run.model.max_seq_len == 16_384
+    assert run.train.lr == pytest.approx(below["train"]["lr"] * TrainConfig(tokens=1).min_lr)
+    assert run.train.tokens == 400 * 16 * run.train.seq_len
+
+
+@pytest.mark.parametrize("name", ["model_0p5b", "model_1b", "longft", "demo"])
+def test_every_number_in_the_shipped_yaml_files_says_where_it_comes_from(name: str) -> None:
+    lines = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if re.match(r"\s*\w+: [0-9]", line) and "#" not in line] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("200_000_000", 200_000_000),
+        ("7", 7),
+    ],
+)
+def test_whole_numbers_as_typed(text: str, expected: int) -> None:
+    assert config.build(RunConfig, small(train={"tokens": text}), "line").train.tokens == expected
+
+
+def test_yaml_numbers_in_every_spelling(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("train: {lr: 3e-4, tokens: 200_000_000, grad_clip: null, compile: yes, batch_size: auto, eps: 1.0e-8}\n")
+    train = config.build(RunConfig, config.merged(SMALL, config.read_yaml(path)), "a.yaml").train
+    assert (train.lr, train.tokens, train.grad_clip, train.compile, train.batch_size) == (3e-4, 200_000_000, None, True, "auto")
+
+
+def test_none_is_off_only_where_a_setting_can_be_off() -> None:
+    assert config.build(RunConfig, small(train={"grad_clip": "none"}), "line").train.grad_clip is None
+    assert config.build(RunConfig, small(model={"rope": {"scaling": "none"}}), "line").model.rope.scaling == "none"
+    assert refusal(small(train={"seq_len": "none"})).where == "train.seq_len"
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"train": {"lrr": 1}}, "train.lrr: unknown setting (in a.yaml); did you mean train.lr?"),
+        ({"lr": 1}, "lr: unknown setting (in a.yaml); did you mean train.lr?"),
+        ({"model": {"seq_len": 1}}, "model.seq_len: unknown setting (in a.yaml); did you mean train.seq_len?"),
+        ({"model": {"rope": {"scalling": "yarn"}}}, "model.rope.scalling: unknown setting (in a.yaml); did you mean model.rope.scaling?"),
+        ({"qqqq": 1}, "qqqq: unknown setting (in a.yaml); --help lists the settings"),
+        (
+            {"model": {"n_head": 5}},
+            "model: d_model 64 is not divisible by n_head 5; choose n_head among its divisors",
+        ),
+        (
+            {"model": {"n_kv_head": 3}},
+            "model: n_head 4 is not divisible by n_kv_head 3; choose n_kv_head among its divisors",
+        ),
+        ({"model": {"n_head": 64, "n_kv_head": 1}}, "model: head width d_model/n_head = 1 is odd; RoPE needs an even width"),
+        (
+            {"train": {"seq_len": 256}},
+            "a.yaml: train.seq_len 256 is longer than the model's 128 (model.original_seq_len x model.rope.factor); "
+            "shorten it, or extend the model with longft",
+        ),
+        (
+            {"model": {"rope": {"factor": 4}}},
+            "model.rope: factor 4 has no effect with scaling none; set rope.scaling to yarn, ntk or linear",
+        ),
+        ({"model": {"rope": {"scaling": "yarn", "beta_fast": 1}}}, "model.rope: beta_fast 1 must be larger than beta_slow 1; correct it"),
+        ({"train": {"tokens": "many"}}, "train.tokens: 'many' is not valid; input should be a valid integer"),
+        ({"train": {"tokens": 0}}, "train.tokens: 0 is not valid; input should be greater than or equal to 1"),
+        ({"train": {"lr": float("nan")}}, "train.lr: nan is not valid; input should be a finite number"),
+        ({"train": {"schedule": "cosin"}}, "train.schedule: 'cosin' is not valid; input should be 'cosine', 'constant' or 'wsd'"),
+        ({"train": {"batch_size": "many"}}, "train.batch_size: 'many' is not valid; input should be a valid integer"),
+        ({"train": {"batch_size": 0}}, "train.batch_size: must be at least 1, or auto; correct it"),
+        ({"model": 3}, "model: 3 is not valid; input should be a valid dictionary"),
+    ],
+)
+def test_a_fault_is_one_line_with_name_value_and_remedy(sections: dict[str, Any], message: str) -> None:
+    assert str(refusal(config.merged(SMALL, sections))).startswith(message)
+
+
+def test_both_spellings_of_a_batch_size_are_in_the_remedy() -> None:
+    assert refusal(small(train={"batch_size": "many"})).remedy.endswith("or input should be 'auto'")
+
+
+def test_a_missing_setting_names_its_flag() -> None:
+    without = {name: section for name, section in SMALL.items() if name != "data"}
+    expected = "data.source: required and not set (in a.yaml); set it in the YAML or with --data or --data.source"
+    assert str(refusal(without)) == expected
+    assert str(refusal(small() | {"data": {}})) == expected
+    assert refusal({}, EvalOptions).remedy == "set it in the YAML or with --model_path"
+
+
+def test_settings_are_frozen() -> None:
+    run = config.build(RunConfig, SMALL, "line")
+    with pytest.raises(ValueError, match="frozen"):
+        run.train.lr = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("kind", [RopeConfig, TokenizerConfig, EvalOptions, PretrainOptions, RunConfig])
+def test_every_setting_is_explained(kind: type[config.Settings]) -> None:
+    assert [name for name, field in config.fields(kind) if not field.description] == []
+
+
+def test_no_two_settings_share_a_flag() -> None:
+    for kinds in ((PretrainOptions, RunConfig), (config.LongftOptions, RunConfig), (config.PrepareOptions, config.PrepareConfig)):
+        flags = [flag for kind in kinds for flag in config.flags(kind).values()]
+        assert len(flags) == len(set(flags))
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "expected"),
+    [
+        ("lr", ["train.lr", "model.d_ff"], "train.lr"),
+        ("model.lr", ["train.lr", "model.d_ff"], "train.lr"),
+        ("train.warmpu", ["train.warmup", "train.lr"], "train.warmup"),
+        ("warmpu", ["train.warmup", "train.lr"], "train.warmup"),
+        ("zzz", ["train.warmup"], None),
+    ],
+)
+def test_nearest(name: str, known: list[str], expected: str | None) -> None:
+    assert config.nearest(name, known) == expected
+
+
+def test_merged_overlays_section_by_section_and_leaves_its_arguments() -> None:
+    below = {"train": {"lr": 1, "seed": 2}, "out_dir": "a"}
+    assert config.merged(below, {"train": {"lr": 3}}) == {"train": {"lr": 3, "seed": 2}, "out_dir": "a"}
+    assert below == {"train": {"lr": 1, "seed": 2}, "out_dir": "a"}
+
+
+def test_settings_survive_yaml(tmp_path: Path) -> None:
+    run = config.build(RunConfig, small(model={"rope": {"scaling": "yarn", "factor": 2}}, train={"lr": 3e-5, "grad_clip": None}), "line")
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml(run), encoding="utf-8")
+    assert config.build(RunConfig, config.read_yaml(path), "config.yaml") == run
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"train:\n\tlr: 1\n", "not YAML at line 2"),
+        (b"- a\n- b\n", "holds no settings"),
+        (b"\xff\xfe\x00", "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_settings_file(tmp_path: Path, content: bytes, problem: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        config.read_yaml(path)
+    assert caught.value.where == str(path)
+    assert caught.value.problem.startswith(problem)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_names_its_nearest_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "model_1b.yaml").write_text("{}")
+    with pytest.raises(UserError, match=r"no such file; did you mean .*model_1b\.yaml\?"):
+        config.read_yaml(tmp_path / "model_1B.yaml")
+    with pytest.raises(UserError, match=r"cannot be read .*give the path of a YAML file"):
+        config.read_yaml(tmp_path)
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("# nothing\n")
+    assert config.read_yaml(path) == {}
+
+
+def test_derived_sizes() -> None:
+    model = ModelConfig(
+        d_model=1536, n_layer=1, n_head=24, n_kv_head=8, d_ff=4096, original_seq_len=4096, rope=RopeConfig(scaling="yarn", factor=4)
+    )
+    assert (model.head_dim, model.max_seq_len) == (64, 16_384)
+    assert model.weight_std == pytest.approx(0.4 / 1536**0.5)
+    assert DataConfig(source="x").shard_tokens == 2**24
