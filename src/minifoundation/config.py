@@ -78,7 +78,8 @@ class ModelConfig(Settings):
     init_std: float | None = setting(
         None,
         gt=0,
-        help="standard deviation of the initial weights; default 0.4/sqrt(d_model) [DeepSeek LLM, arXiv:2401.02954: 0.006 at 4096], "
+        help="standard deviation of the initial weights; default 0.3/sqrt(d_model), so that a tied head begins within 1% of ln V "
+        "[DeepSeek LLM, arXiv:2401.02954: 0.006 at 4096 = 0.38/sqrt], "
         "the branch outputs smaller by sqrt(2 n_layer) [GPT-2]",
     )
     attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = setting("auto", help="kernel of scaled dot-product attention")
@@ -99,7 +100,7 @@ class ModelConfig(Settings):
 
     @property
     def weight_std(self) -> float:
-        return self.init_std if self.init_std is not None else 0.4 / math.sqrt(self.d_model)
+        return self.init_std if self.init_std is not None else 0.3 / math.sqrt(self.d_model)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -44,6 +44,11 @@ class Machine:
     def is_cuda(self) -> bool:
         return self.device.type == "cuda"
 
+    @property
+    def capability(self) -> tuple[int, int]:
+        """CUDA compute capability, (0, 0) elsewhere."""
+        return torch.cuda.get_device_capability(self.device) if self.is_cuda else (0, 0)
+
     def synchronize(self) -> None:
         if self.is_cuda:
             torch.cuda.synchronize(self.device)

@@ -54,10 +54,13 @@ CASES = {
 
 
 def chain(steps: int, rows: int) -> Tensor:
-    """Return (steps, rows, LENGTH + 1) tokens of a noisy Markov chain, so that there is something to learn."""
+    """Return (steps, rows, LENGTH + 1) tokens of a noisy Markov chain, so that there is something to learn.
+
+    Token 0 is padding and occurs in no document: Hugging Face's embedding gives its row no gradient.
+    """
     random = torch.Generator().manual_seed(7)
-    follow = torch.randint(VOCABULARY, (VOCABULARY,), generator=random)
-    tokens = torch.randint(VOCABULARY, (steps, rows, LENGTH + 1), generator=random)
+    follow = torch.randint(1, VOCABULARY, (VOCABULARY,), generator=random)
+    tokens = torch.randint(1, VOCABULARY, (steps, rows, LENGTH + 1), generator=random)
     noise = torch.rand((steps, rows, LENGTH + 1), generator=random)
     for place in range(1, LENGTH + 1):
         tokens[:, :, place] = torch.where(noise[:, :, place] < 0.8, follow[tokens[:, :, place - 1]], tokens[:, :, place])

@@ -16,7 +16,7 @@ from minifoundation.model.transformer import Transformer
 from minifoundation.train.optimizer import adamw
 from minifoundation.train.step import StepStats, held_out_loss, train_step
 
-CONFIG = ModelConfig(vocab_size=512, d_model=64, n_layer=2, n_head=4, n_kv_head=2, d_ff=128, original_seq_len=32)
+CONFIG = ModelConfig(vocab_size=1024, d_model=64, n_layer=2, n_head=4, n_kv_head=2, d_ff=128, original_seq_len=32)
 ALONE = World()
 
 
@@ -27,7 +27,7 @@ def made(precision: torch.dtype = torch.float32, lr: float = 3e-3) -> tuple[Trai
 
 
 def rows(count: int, seed: int = 0) -> Tensor:
-    return torch.randint(512, (count, 33), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(1024, (count, 33), generator=torch.Generator().manual_seed(seed))
 
 
 def batches(tokens: Tensor, parts: int) -> list[Batch]:
@@ -41,9 +41,11 @@ def step(model: TrainingModel, optimizer: torch.optim.Optimizer, parts: list[Bat
 
 
 def test_four_micro_batches_equal_one_large_batch() -> None:
+    """With plain gradient descent: AdamW divides by the gradient's size and so makes rounding of tiny gradients large."""
     results = []
     for parts in (1, 4):
-        model, optimizer = made()
+        model, _ = made()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         for seed in range(5):
             stats = step(model, optimizer, batches(rows(4, seed), parts))
         results.append((model.state_dict(), stats))
@@ -57,7 +59,7 @@ def test_four_micro_batches_equal_one_large_batch() -> None:
 def test_loss_at_initialisation_is_that_of_guessing(precision: torch.dtype) -> None:
     model, optimizer = made(precision)
     stats = step(model, optimizer, batches(rows(8), 1))
-    assert float(stats.losses[0]) == pytest.approx(math.log(512), rel=0.01)
+    assert float(stats.losses[0]) == pytest.approx(math.log(1024), rel=0.01)
 
 
 def test_one_batch_can_be_learnt_by_heart() -> None:

@@ -84,19 +84,19 @@ def _supported(config: RunConfig, machine: Machine, say: _Printer) -> RunConfig:
     """Return ``config`` with what this machine cannot do replaced by the fallback, each said in one line."""
     from minifoundation.model.attention import resolve
 
-    runtime.compute_dtype(config.train.precision, machine)
+    dtype = runtime.compute_dtype(config.train.precision, machine)
     if config.train.precision == "fp16" and not machine.is_cuda:
         say("warning: --amp alone is fp16, which is slow on a CPU; --amp --bf16 is faster")
-    backend, warning = resolve(config.model.attention, machine.device.type)
+    _, warning = resolve(
+        config.model.attention, machine.device.type, dtype=dtype, head_dim=config.model.head_dim, capability=machine.capability
+    )
     if warning:
-        say(f"warning: model.attention: {warning}")
+        say(f"warning: {warning}")
     compiled = config.train.compile
     if compiled and (reason := runtime.can_compile(machine)):
         say(f"warning: --compile: {reason}; running without it")
         compiled = False
-    model = config.model.model_copy(update={"attention": backend})
-    train = config.train.model_copy(update={"compile": compiled})
-    return config.model_copy(update={"model": model, "train": train})
+    return config.model_copy(update={"train": config.train.model_copy(update={"compile": compiled})})
 
 
 def _resumed(config: RunConfig, resume: str | None, planned: Plan, say: _Printer) -> Checkpoint | None:
@@ -173,9 +173,10 @@ def _train(
     else:
         transformer.load_state_dict(before.model)
     transformer.to(machine.device)
+    training_model = TrainingModel(transformer, z_loss=config.train.z_loss, chunk=config.train.loss_chunk)
     if config.train.compile:
-        transformer.compile_blocks()
-    model = spread(TrainingModel(transformer, z_loss=config.train.z_loss, chunk=config.train.loss_chunk), world)
+        training_model.compile_blocks()
+    model = spread(training_model, world)
     optimizer = adamw(transformer, config.train)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=config.train.precision == "fp16")
     average = None

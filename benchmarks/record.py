@@ -1,0 +1,28 @@
+"""How a benchmark ends: its full results in docs/data/<name>.json, its figures as one line of JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def machine() -> dict[str, str]:
+    """Return what the figures were measured on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"gpu": gpu, "torch": torch.__version__, "python": platform.python_version(), "command": " ".join(["python", *sys.orig_argv[1:]])}
+
+
+def finish(name: str, figures: dict[str, Any], *, results: Any, quick: bool) -> None:
+    """Print ``figures`` as the last line; keep ``results`` with them in docs/data unless the run was a quick one."""
+    if not quick:
+        path = ROOT / "docs" / "data" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": machine(), "figures": figures, "results": results}, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({"benchmark": name, "quick": quick, **figures}), flush=True)
