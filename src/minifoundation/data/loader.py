@@ -1,0 +1,169 @@
+"""Sample number to tokens: the place in the data is one integer, and the order a pure function of it and the seed."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from minifoundation.data.shards import Shards
+from minifoundation.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of a micro-batch: each target is the token after the one at its place."""
+
+    tokens: Tensor
+    """(B, T) int64"""
+    targets: Tensor
+    """(B, T) int64"""
+
+    @classmethod
+    def of_rows(cls, rows: npt.NDArray[np.int64]) -> Batch:
+        """Return the batch of rows (B, T + 1)."""
+        both = torch.from_numpy(rows)
+        return cls(both[:, :-1].contiguous(), both[:, 1:].contiguous())
+
+
+class Loader:
+    """Samples of ``seq_len`` + 1 tokens by number, each once an epoch.
+
+    Sample g lies in epoch g // samples_per_epoch. An epoch reads the shards in order from ``first_shard`` on, wrapping, and
+    the samples of a shard in a permutation drawn from (seed, epoch, shard). Neighbours share one token: the last target of
+    one is the first token of the next.
+
+    Raises:
+        UserError: no shard is as long as one sample.
+    """
+
+    def __init__(self, shards: Shards, *, seq_len: int, seed: int, first_shard: int = 0) -> None:
+        self.seq_len = seq_len
+        self.seed = seed
+        self._shards = shards.train
+        samples = np.array([max(0, shard.n_tokens - 1) // seq_len for shard in shards.train], dtype=np.int64)
+        self._order = np.roll(np.arange(len(samples)), -first_shard)
+        self._ends = np.cumsum(samples[self._order])
+        self.samples_per_epoch = int(self._ends[-1]) if len(samples) else 0
+        if self.samples_per_epoch == 0:
+            raise UserError(
+                "train.seq_len",
+                f"{seq_len} is longer than the corpus ({shards.train_tokens:,} training tokens in {len(samples)} shards)",
+                "shorten it, give more text, or raise data.shard_tokens",
+            )
+        self._tokens = lru_cache(maxsize=8)(lambda shard: self._shards[shard].tokens())
+        self._permutation = lru_cache(maxsize=2)(lambda epoch, shard: _permutation(int(samples[shard]), (seed, epoch, shard)))
+
+    def rows(self, samples: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the tokens of ``samples``, shape (len(samples), seq_len + 1)."""
+        rows = np.empty((len(samples), self.seq_len + 1), dtype=np.int64)
+        for row, sample in zip(rows, samples, strict=True):
+            epoch, shard, place = self._place(int(sample))
+            start = int(self._permutation(epoch, shard)[place]) * self.seq_len
+            row[:] = self._tokens(shard)[start : start + self.seq_len + 1]
+        return rows
+
+    def batch(self, samples: Sequence[int] | npt.NDArray[np.int64]) -> Batch:
+        """Return the micro-batch of ``samples``."""
+        return Batch.of_rows(self.rows(samples))
+
+    def shard_of(self, sample: int) -> int:
+        """Return which shard (its index in ``shards.train``) a sample lies in."""
+        return self._place(sample)[1]
+
+    def _place(self, sample: int) -> tuple[int, int, int]:
+        """Return the epoch, the shard and the number within the shard of a sample."""
+        epoch, number = divmod(sample, self.samples_per_epoch)
+        turn = int(np.searchsorted(self._ends, number, side="right"))
+        return epoch, int(self._order[turn]), number - (int(self._ends[turn - 1]) if turn else 0)
+
+
+def _permutation(n: int, seed: tuple[int, int, int]) -> npt.NDArray[Any]:
+    # RandomState's streams are frozen (NEP 19); those of numpy's newer generators may change with a release, and with them the order.
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed))).permutation(n)
+
+
+def held_out_batches(shards: Shards, *, seq_len: int, batch_size: int, tokens: int) -> list[Batch]:
+    """Return the beginning of the held-out split as rows in a fixed order, ``tokens`` tokens at most (but one row at least).
+
+    The list is empty when the split is shorter than one row.
+    """
+    n_rows = min(max(tokens // seq_len, 1), (shards.held_out_tokens - 1) // seq_len)
+    stream: list[npt.NDArray[Any]] = []
+    missing = n_rows * seq_len + 1
+    for shard in shards.held_out:
+        stream.append(shard.tokens()[:missing])
+        missing -= len(stream[-1])
+        if missing == 0:
+            break
+    if n_rows < 1:
+        return []
+    ids = np.concatenate(stream).astype(np.int64)
+    rows = np.lib.stride_tricks.sliding_window_view(ids, seq_len + 1)[::seq_len]
+    return [Batch.of_rows(rows[first : first + batch_size].copy()) for first in range(0, n_rows, batch_size)]
+
+
+def micro_batches(loader: Loader, sample: int, *, batch_size: int, grad_accum: int, rank: int, world_size: int) -> Iterator[Batch]:
+    """Return this rank's micro-batches of the step that begins at ``sample``.
+
+    A step reads samples ``sample`` to ``sample + batch_size * grad_accum * world_size - 1``, whatever the number of ranks that
+    share them.
+    """
+    for micro in range(grad_accum):
+        first = sample + (micro * world_size + rank) * batch_size
+        yield loader.batch(range(first, first + batch_size))
+
+
+@contextmanager
+def prefetch(steps: Iterable[list[Batch]], *, pin: bool, ahead: int = 2) -> Iterator[Iterator[list[Batch]]]:
+    """Give an iterator over ``steps`` that a background thread keeps ``ahead`` steps in front; leaving the context stops it.
+
+    What goes wrong in the thread is raised where the next step is asked for.
+
+    Args:
+        pin: put the batches in page-locked memory, so that copies to the device need not be waited for.
+    """
+    ready: queue.Queue[list[Batch] | BaseException | None] = queue.Queue(maxsize=ahead)
+    stopped = threading.Event()
+    device = torch.cuda.current_device() if pin else None
+
+    def offer(item: list[Batch] | BaseException | None) -> None:
+        while not stopped.is_set():
+            with suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
+
+    def read() -> None:
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)  # a new thread begins on device 0, where pinning would open a context
+            for batches in steps:
+                offer([Batch(batch.tokens.pin_memory(), batch.targets.pin_memory()) for batch in batches] if pin else batches)
+                if stopped.is_set():
+                    return
+            offer(None)
+        except BaseException as error:
+            offer(error)
+
+    def handed_over() -> Iterator[list[Batch]]:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    thread = threading.Thread(target=read, name="data", daemon=True)
+    thread.start()
+    try:
+        yield handed_over()
+    finally:
+        stopped.set()
+        thread.join()

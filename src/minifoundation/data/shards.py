@@ -1,0 +1,226 @@
+"""Token shards on disk: ids as raw little-endian integers, document after document, and the manifest that names every file.
+
+A folder grows by pairs: a shard to train on and the held-out documents met while it was made. A pair is there when the
+manifest names it, which is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from minifoundation.errors import UserError
+
+MANIFEST = "manifest.json"
+PART = ".part"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Record(_Model):
+    """One shard file."""
+
+    file: str
+    tokens: int
+    """Ids, those of bos and eos included."""
+    documents: int
+    text_bytes: int
+    """UTF-8 bytes of the documents' text."""
+    sha256: str
+
+
+class Pair(_Model):
+    """The two files of one number; one that would be empty is not written."""
+
+    train: Record | None
+    held_out: Record | None
+
+
+class Manifest(_Model):
+    """What a folder was made from, what it holds, and where in the source it stands."""
+
+    format: Literal[1] = 1
+    dtype: Literal["uint16", "uint32"]
+    tokenizer_sha256: str
+    source: dict[str, Any]
+    settings: dict[str, Any]
+    """The settings of ``data`` that the bytes of the shards depend on."""
+    pairs: tuple[Pair, ...] = ()
+    documents_read: int = 0
+    """Documents of the source that are dealt with: the place to go on from."""
+    complete: bool = False
+    """The source has been read to its end."""
+    held_out_dropped: int = 0
+    """Held-out documents over the cap: neither kept nor trained on."""
+    skipped: dict[str, int] = {}
+    """Rows of the source that are no document, by reason."""
+
+    @property
+    def train_tokens(self) -> int:
+        return sum(pair.train.tokens for pair in self.pairs if pair.train)
+
+    @property
+    def held_out_tokens(self) -> int:
+        return sum(pair.held_out.tokens for pair in self.pairs if pair.held_out)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard file that is there in full."""
+
+    path: Path
+    dtype: np.dtype[Any]
+    n_tokens: int
+    documents: int
+    text_bytes: int
+
+    def tokens(self) -> np.memmap[Any, np.dtype[Any]]:
+        """Return the ids, shape (n_tokens,), mapped from the file."""
+        return np.memmap(self.path, self.dtype, mode="r", shape=(self.n_tokens,))
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A folder of shards as it stood when it was opened."""
+
+    folder: Path
+    manifest: Manifest
+    train: tuple[Shard, ...]
+    held_out: tuple[Shard, ...]
+
+    @classmethod
+    def open(cls, folder: Path) -> Shards:
+        """Return the shards that the folder's manifest names.
+
+        Raises:
+            UserError: there is no manifest, it is damaged, or a shard is missing or not of its recorded size.
+        """
+        manifest = read_manifest(folder)
+        if manifest is None:
+            raise UserError(str(folder), f"holds no token shards ({MANIFEST} is missing)", "make them with minifoundation prepare")
+        return cls(
+            folder,
+            manifest,
+            tuple(_shard(folder, manifest, pair.train) for pair in manifest.pairs if pair.train),
+            tuple(_shard(folder, manifest, pair.held_out) for pair in manifest.pairs if pair.held_out),
+        )
+
+    @property
+    def train_tokens(self) -> int:
+        return self.manifest.train_tokens
+
+    @property
+    def held_out_tokens(self) -> int:
+        return self.manifest.held_out_tokens
+
+    @property
+    def complete(self) -> bool:
+        """The whole corpus is in these shards."""
+        return self.manifest.complete
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text to a token of the held-out split; of the train split where nothing is held out."""
+        shards = self.held_out or self.train
+        return sum(shard.text_bytes for shard in shards) / sum(shard.n_tokens for shard in shards)
+
+
+class ShardWriter:
+    """Writes one shard file, which takes its name only when it is finished."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.path = path
+        self.tokens = 0
+        self._documents = 0
+        self._text_bytes = 0
+        self._dtype = _little_endian(dtype)
+        self._sha256 = hashlib.sha256()
+        self._part = path.with_name(path.name + PART)
+        self._stream = self._part.open("wb")
+
+    def add(self, ids: npt.ArrayLike, text_bytes: int) -> None:
+        """Append one document of ``text_bytes`` bytes of text, with its bos and eos."""
+        raw = np.asarray(ids).astype(self._dtype).tobytes()
+        self._stream.write(raw)
+        self._sha256.update(raw)
+        self.tokens += len(raw) // self._dtype.itemsize
+        self._documents += 1
+        self._text_bytes += text_bytes
+
+    def finish(self) -> Record | None:
+        """Make the file durable under its name and return its record; None, and no file, when nothing was added."""
+        if self.tokens == 0:
+            self.discard()
+            return None
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        self._part.replace(self.path)
+        return Record(
+            file=self.path.name,
+            tokens=self.tokens,
+            documents=self._documents,
+            text_bytes=self._text_bytes,
+            sha256=self._sha256.hexdigest(),
+        )
+
+    def discard(self) -> None:
+        """Leave nothing of the file behind."""
+        with suppress(OSError):  # a full disk also refuses what was still buffered
+            self._stream.close()
+        self._part.unlink(missing_ok=True)
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Return the folder's manifest, None where there is none.
+
+    Raises:
+        UserError: the manifest is damaged or of another format.
+    """
+    path = folder / MANIFEST
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError:
+        raise UserError(str(path), "is not a manifest of token shards", f"remove {folder} and prepare again") from None
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the folder's manifest whole or not at all."""
+    path = folder / MANIFEST
+    part = path.with_name(path.name + PART)
+    try:
+        with part.open("wb") as stream:
+            stream.write(manifest.model_dump_json(indent=1).encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _shard(folder: Path, manifest: Manifest, record: Record) -> Shard:
+    path = folder / record.file
+    dtype = _little_endian(manifest.dtype)
+    size = path.stat().st_size if path.is_file() else None
+    expected = record.tokens * dtype.itemsize
+    if size != expected:
+        found = "is missing" if size is None else f"has {size:,} bytes instead of {expected:,}"
+        raise UserError(str(path), found, f"remove {folder} and prepare again")
+    return Shard(path, dtype, record.tokens, record.documents, record.text_bytes)
+
+
+def _little_endian(dtype: str) -> np.dtype[Any]:
+    return np.dtype(dtype).newbyteorder("<")
