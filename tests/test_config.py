@@ -33,7 +33,7 @@ def small(**sections: dict[str, Any]) -> dict[str, Any]:
     return config.merged(SMALL, sections)
 
 
-def refusal(values: dict[str, Any], kind: type[config.S] = RunConfig) -> UserError:
+def refusal(values: dict[str, Any], kind: type[config.Settings] = RunConfig) -> UserError:
     with pytest.raises(UserError) as caught:
         config.build(kind, values, "a.yaml")
     assert "\n" not in str(caught.value)
@@ -145,7 +145,7 @@ def test_a_missing_setting_names_its_flag() -> None:
 def test_settings_are_frozen() -> None:
     run = config.build(RunConfig, SMALL, "line")
     with pytest.raises(ValueError, match="frozen"):
-        run.train.lr = 1.0  # type: ignore[misc]
+        run.train.lr = 1.0
 
 
 @pytest.mark.parametrize("kind", [RopeConfig, TokenizerConfig, EvalOptions, PretrainOptions, RunConfig])
