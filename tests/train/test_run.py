@@ -208,6 +208,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(settings: Make, monkeypatch: pyte
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's compiler deprecates parts of itself
 def test_compiled_training_follows_eager_training(settings: Make) -> None:
     eager = settings("eager")
     compiled = settings("compiled", train={"compile": True})

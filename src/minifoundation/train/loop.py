@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -21,7 +22,7 @@ from minifoundation.distributed import World
 from minifoundation.errors import UserError
 from minifoundation.runtime import Machine
 from minifoundation.train.ema import Average
-from minifoundation.train.metrics import MetricsLog, bits_per_byte, model_flops_utilisation
+from minifoundation.train.metrics import MetricsLog, Row, bits_per_byte, model_flops_utilisation
 from minifoundation.train.plan import Plan
 from minifoundation.train.schedule import learning_rate
 from minifoundation.train.step import StepStats, held_out_loss, train_step
@@ -106,25 +107,21 @@ def fit(
 ) -> bool:
     """Train from ``progress`` to the end of ``plan`` and return whether the end was reached (False: told to stop, and saved).
 
-    A step's figures are read from the device after the next step has been launched, so the device never waits for Python.
+    On a GPU a step's figures are read after the next step has been launched, so the device never waits for Python.
 
     Raises:
         UserError: the loss is not a finite number.
     """
     assert isinstance(config.batch_size, int)
     report = _Report(config, plan, progress, machine, world, log)
+    rows = range(progress.sample, progress.sample + (plan.steps - progress.step) * plan.samples_per_step, plan.samples_per_step)
     data = (
         list(
             micro_batches(
-                loader,
-                progress.sample + ahead * plan.samples_per_step,
-                batch_size=config.batch_size,
-                grad_accum=config.grad_accum,
-                rank=world.rank,
-                world_size=world.size,
+                loader, first, batch_size=config.batch_size, grad_accum=config.grad_accum, rank=world.rank, world_size=world.size
             )
         )
-        for ahead in range(plan.steps - progress.step)
+        for first in rows
     )
     pending: _Pending | None = None
     with report.bar, prefetch(data, pin=machine.is_cuda) as batches:
@@ -133,6 +130,7 @@ def fit(
             micro = [_to(batch, machine) for batch in next(batches)]
             waited = time.perf_counter() - started
             rate = learning_rate(progress.step, plan.steps, config)
+            torch.manual_seed(_dropout_seed(config.seed, progress.step, world.rank))
             stats = train_step(
                 model,
                 optimizer,
@@ -151,23 +149,28 @@ def fit(
                 average.update(progress.step)
             told = report.line(pending) if pending is not None else False
             pending = _Pending(progress.step, rate, stats, waited)
-
             last = progress.step == plan.steps
             evaluating = last or progress.step % config.eval_every == 0
             saving = not last and progress.step % config.save_every == 0
             stopping = not last and (told or (world.size == 1 and stop.asked))
-            if evaluating or saving or stopping:
+            if evaluating or saving or stopping or not machine.is_cuda:
+                figures = report.read(pending)
+                pending = None
                 if evaluating and held_out is not None:
                     nats = held_out_loss(model, held_out.batches, world, machine.device)
                     progress.held_out_bits_per_byte = bits_per_byte(nats, held_out.bytes_per_token)
-                report.line(pending, evaluated=evaluating)
-                pending = None
+                report.write(figures, evaluated=evaluating)
                 if saving or stopping:
                     save()
                 report.resume_clock()
             if stopping:
                 return False
     return True
+
+
+def _dropout_seed(seed: int, step: int, rank: int) -> int:
+    """Return a seed that depends on nothing but its arguments, so that no generator's state needs to be saved."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
 
 
 def _to(batch: Batch, machine: Machine) -> Batch:
@@ -196,9 +199,19 @@ class _Report:
         """Leave the time of an evaluation or a save out of the next figures."""
         self.clock = time.perf_counter()
 
-    def line(self, pending: _Pending, *, evaluated: bool = False) -> bool:
-        """Report one step and return whether any process was told to stop; reading the figures waits until the device has done the step."""
-        loss, z_loss, norm = (float(x) for x in (*pending.stats.losses.tolist(), pending.stats.grad_norm.item()))
+    def line(self, pending: _Pending) -> bool:
+        """Report one step and return whether any process had been told to stop when it began."""
+        self.write(self.read(pending), evaluated=False)
+        return pending.stats.stop_votes.item() > 0
+
+    def read(self, pending: _Pending) -> Row:
+        """Return the figures of a step; this waits until the device has done it.
+
+        Raises:
+            UserError: the loss is not a finite number.
+        """
+        loss, z_loss = pending.stats.losses.tolist()
+        norm = pending.stats.grad_norm.item()
         if not math.isfinite(loss):
             raise UserError(
                 "train.lr",
@@ -208,26 +221,30 @@ class _Report:
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         rate = self.plan.tokens_per_step / seconds
-        mfu = model_flops_utilisation(rate, self.plan.flops_per_token, self.machine.peak_flops, self.world.size)
-        bits = self.progress.held_out_bits_per_byte
+        return {
+            "step": pending.step,
+            "tokens": self.progress.tokens - (self.progress.step - pending.step) * self.plan.tokens_per_step,
+            "loss": loss,
+            "z_loss": z_loss,
+            "held_out_bits_per_byte": None,
+            "lr": pending.lr,
+            "grad_norm": norm,
+            "tokens_per_second": rate,
+            "mfu": model_flops_utilisation(rate, self.plan.flops_per_token, self.machine.peak_flops, self.world.size),
+            "peak_memory_gib": self.machine.peak_memory_bytes() / 2**30,
+            "data_wait_seconds": pending.wait_seconds,
+        }
+
+    def write(self, figures: Row, *, evaluated: bool) -> None:
+        """Move the progress line on and add a row to metrics.csv; an evaluation of this step goes with it."""
+        bits, mfu = self.progress.held_out_bits_per_byte, figures["mfu"]
+        shown = {"loss": f"{figures['loss']:.3f}"}
+        if bits is not None:
+            shown["bpb"] = f"{bits:.3f}"
+        shown |= {"lr": f"{figures['lr']:.2e}", "tok/s": f"{figures['tokens_per_second']:,.0f}"}
+        if mfu is not None:
+            shown["MFU"] = f"{mfu:.1%}"
+        self.bar.set_postfix(shown, refresh=False)
         self.bar.update(1)
-        shown = {"loss": f"{loss:.3f}", "bpb": f"{bits:.3f}" if bits is not None else None, "lr": f"{pending.lr:.2e}", "tok/s": f"{rate:,.0f}"}
-        shown["MFU"] = f"{mfu:.1%}" if mfu is not None else None
-        self.bar.set_postfix({name: value for name, value in shown.items() if value is not None}, refresh=False)
-        if evaluated or pending.step % self.config.log_every == 0:
-            self.log.write(
-                {
-                    "step": pending.step,
-                    "tokens": self.progress.tokens - (self.progress.step - pending.step) * self.plan.tokens_per_step,
-                    "loss": loss,
-                    "z_loss": z_loss,
-                    "held_out_bits_per_byte": bits if evaluated else None,
-                    "lr": pending.lr,
-                    "grad_norm": norm,
-                    "tokens_per_second": rate,
-                    "mfu": mfu,
-                    "peak_memory_gib": self.machine.peak_memory_bytes() / 2**30,
-                    "data_wait_seconds": pending.wait_seconds,
-                }
-            )
-        return pending.stats.stop_votes.item() > 0
+        if evaluated or figures["step"] % self.config.log_every == 0:
+            self.log.write({**figures, "held_out_bits_per_byte": bits if evaluated else None})

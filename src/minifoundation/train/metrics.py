@@ -25,6 +25,10 @@ COLUMNS = (
 )
 
 
+Row = dict[str, Any]
+"""The figures of one step by column; None stays empty."""
+
+
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
     """Return the code length of the text in bits per UTF-8 byte: comparable between tokenizers."""
     return nats_per_token / math.log(2) / bytes_per_token
@@ -61,7 +65,7 @@ class MetricsLog:
                 raise UserError("train.tensorboard", "on, but tensorboard is not installed", "pip install tensorboard") from None
             self._board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=resumed_at + 1)  # type: ignore[no-untyped-call]
 
-    def write(self, row: dict[str, float | int | None]) -> None:
+    def write(self, row: Row) -> None:
         """Add one row; values that are None stay empty."""
         if self._file is None:
             return
