@@ -350,7 +350,7 @@ def flags(kind: type[BaseModel]) -> dict[str, str]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the nested settings in a YAML file.
+    """Return the nested settings in a YAML file; a line ``base: other.yaml`` puts them over those of a file beside it.
 
     Raises:
         UserError: the file is missing, not YAML, or not a mapping.
@@ -374,7 +374,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise UserError(str(path), "holds no settings", "write 'section:' lines with 'name: value' below them")
-    return values
+    base = values.pop("base", None)
+    return merged(read_yaml(path.parent / str(base)), values) if base is not None else values
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
