@@ -91,7 +91,7 @@ def _supported(config: RunConfig, machine: Machine, say: _Printer) -> RunConfig:
         config.model.attention, machine.device.type, dtype=dtype, head_dim=config.model.head_dim, capability=machine.capability
     )
     if warning:
-        say(f"warning: {warning}")
+        say(f"warning: model.attention: {warning}")
     compiled = config.train.compile
     if compiled and (reason := runtime.can_compile(machine)):
         say(f"warning: --compile: {reason}; running without it")

@@ -1,0 +1,139 @@
+"""What only a GPU can show: kernels against float64, compiled bf16 training against fp32 on the CPU, 8-bit moments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minifoundation.checkpoint import load_checkpoint
+from minifoundation.config import ModelConfig, TrainConfig
+from minifoundation.data.loader import Batch
+from minifoundation.distributed import World
+from minifoundation.model.attention import Backend, attend, resolve
+from minifoundation.model.loss import token_losses
+from minifoundation.model.training import TrainingModel
+from minifoundation.model.transformer import Transformer
+from minifoundation.train.optimizer import adamw
+from minifoundation.train.step import train_step
+
+pytestmark = pytest.mark.gpu
+SMALL: dict[str, Any] = {"vocab_size": 1024, "d_model": 256, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_ff": 512, "original_seq_len": 256}
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize("backend", [b for b in get_args(Backend) if b != "math"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_kernel_is_attention(backend: Backend, dtype: torch.dtype) -> None:
+    kernel, warning = resolve(backend, "cuda", dtype=dtype, head_dim=64, capability=torch.cuda.get_device_capability())
+    if warning:
+        pytest.skip(warning)
+    q, k, v = (torch.randn(2, 300, heads, 64, device="cuda", dtype=dtype, requires_grad=True) for heads in (6, 2, 2))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    weight = torch.randn(2, 300, 6, 64, device="cuda")
+    out = attend(q, k, v, kernel)
+    (out * weight).sum().backward()
+    scores = torch.einsum("bqhd,bkhd->bhqk", exact[0], exact[1].repeat_interleave(3, 2)) / 8
+    scores = scores.masked_fill(torch.ones(300, 300, device="cuda").triu(1).bool(), float("-inf"))
+    reference = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), exact[2].repeat_interleave(3, 2))
+    (reference * weight).sum().backward()
+    assert relative(out, reference) < 1e-2
+    for ours, theirs in zip((q, k, v), exact, strict=True):
+        assert ours.grad is not None and theirs.grad is not None and relative(ours.grad, theirs.grad) < 1e-2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_loss_and_its_gradients_in_bf16(compiled: bool) -> None:
+    hidden = torch.randn(1000, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    head = (torch.randn(5000, 128, device="cuda") * 0.1).requires_grad_()
+    targets = torch.randint(5000, (1000,), device="cuda")
+    sums = token_losses(hidden, head, targets, z_loss=1e-3, chunk=384, compiled=compiled)
+    (sums.total / 1000).backward()
+    h, w = hidden.detach().double().requires_grad_(), head.detach().double().requires_grad_()
+    logits = h @ w.T
+    total = F.cross_entropy(logits, targets, reduction="sum") + 1e-3 * logits.logsumexp(-1).square().sum()
+    (total / 1000).backward()
+    assert float(sums.total) == pytest.approx(float(total), rel=2e-3)
+    assert hidden.grad is not None and head.grad is not None and h.grad is not None and w.grad is not None
+    assert relative(hidden.grad, h.grad) < 2e-2 and relative(head.grad, w.grad) < 2e-2
+
+
+def losses(device: str, dtype: torch.dtype, *, compile: bool, checkpointing: str = "none", states: str = "fp32", steps: int = 30) -> list[float]:
+    transformer = Transformer(ModelConfig.model_validate({**SMALL, "checkpointing": checkpointing}), dtype=dtype)
+    transformer.initialise(0)
+    transformer.to(device)
+    model = TrainingModel(transformer, z_loss=1e-4, chunk=512)
+    if compile:
+        torch._dynamo.reset()
+        model.compile_blocks()
+    optimizer = adamw(transformer, TrainConfig.model_validate({"tokens": 1, "optimizer_states": states}))
+    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+    found = []
+    for step in range(steps):
+        rows = torch.randint(100, (4, 257), generator=torch.Generator().manual_seed(step)).to(device)
+        micro = [Batch(part[:, :-1], part[:, 1:]) for part in rows.chunk(2)]
+        stats = train_step(model, optimizer, scaler, micro, lr=1e-3, grad_clip=1.0, tokens=1024, world=World())
+        found.append(float(stats.losses[0]))
+    return found
+
+
+def test_training_in_half_precision_follows_fp32_on_the_cpu() -> None:
+    exact = losses("cpu", torch.float32, compile=False)
+    assert exact[-1] < exact[0] - 1
+    for dtype, compile, checkpointing in (
+        (torch.float32, False, "none"),
+        (torch.bfloat16, True, "none"),
+        (torch.bfloat16, True, "attention"),
+        (torch.bfloat16, True, "full"),
+        (torch.bfloat16, False, "attention"),
+        (torch.float16, True, "none"),
+    ):
+        found = losses("cuda", dtype, compile=compile, checkpointing=checkpointing)
+        # fp16 skips its first steps until the loss scale has come down
+        assert found[-1] == pytest.approx(exact[-1], abs=0.15 if dtype == torch.float16 else 0.03), (dtype, compile, checkpointing)
+
+
+def test_8_bit_moments_train_and_come_back_from_a_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    exact = losses("cuda", torch.bfloat16, compile=False, steps=30)
+    assert losses("cuda", torch.bfloat16, compile=False, states="int8", steps=30)[-1] == pytest.approx(exact[-1], abs=0.1)
+
+
+def test_a_run_with_8_bit_moments_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchao")
+    from minifoundation import config
+    from minifoundation.config import RunConfig
+    from minifoundation.errors import Interrupted
+    from minifoundation.train import loop
+    from minifoundation.train.run import run
+
+    text = Path(__file__).parents[2] / "examples" / "shakespeare.txt"
+    values = {
+        "out_dir": str(tmp_path / "run"),
+        "model": {**SMALL, "vocab_size": 1024},
+        "tokenizer": {"vocab_size": 1024},
+        "data": {"source": str(text), "shards_dir": str(tmp_path / "shards"), "max_document_bytes": 4096, "held_out": 0.05},
+        "train": {"tokens": 256 * 4 * 20, "seq_len": 256, "batch_size": 4, "precision": "bf16", "optimizer_states": "int8", "save_every": 10},
+    }
+    run_config = config.build(RunConfig, values, "test")
+    real, steps = loop.train_step, 0
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 15:
+            raise Interrupted("as if killed")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", dies)
+    with pytest.raises(Interrupted):
+        run(run_config, resume=None, dry_run=False)
+    monkeypatch.undo()
+    path = run(run_config, resume="auto", dry_run=False)
+    assert path is not None and load_checkpoint(path).progress["step"] == 20
