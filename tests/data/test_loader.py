@@ -198,3 +198,12 @@ def test_leaving_prefetch_stops_its_thread_while_it_waits() -> None:
         next(batches)
         raise KeyError
     assert all(thread.name != "data" for thread in threading.enumerate())
+
+
+@pytest.mark.gpu
+def test_pinned_batches_are_page_locked_and_equal() -> None:
+    with prefetch(steps(3), pin=True) as batches:
+        for number, (batch,) in enumerate(batches):
+            assert batch.tokens.is_pinned()
+            assert batch.targets.is_pinned()
+            assert batch.tokens.tolist() == [[number, number]]

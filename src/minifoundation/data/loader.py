@@ -60,16 +60,17 @@ class Loader:
                 f"{seq_len} is longer than the corpus ({shards.train_tokens:,} training tokens in {len(samples)} shards)",
                 "shorten it, give more text, or raise data.shard_tokens",
             )
-        self._tokens = lru_cache(maxsize=8)(lambda shard: self._shards[shard].tokens())
+        self._rows = lru_cache(maxsize=8)(self._rows_of)
         self._permutation = lru_cache(maxsize=2)(lambda epoch, shard: _permutation(int(samples[shard]), (seed, epoch, shard)))
 
     def rows(self, samples: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the tokens of ``samples``, shape (len(samples), seq_len + 1)."""
         rows = np.empty((len(samples), self.seq_len + 1), dtype=np.int64)
-        for row, sample in zip(rows, samples, strict=True):
-            epoch, shard, place = self._place(int(sample))
-            start = int(self._permutation(epoch, shard)[place]) * self.seq_len
-            row[:] = self._tokens(shard)[start : start + self.seq_len + 1]
+        epochs, turns, places = self._places(samples)
+        for epoch, turn in set(zip(epochs.tolist(), turns.tolist(), strict=True)):
+            here = (epochs == epoch) & (turns == turn)
+            shard = int(self._order[turn])
+            rows[here] = self._rows(shard)[self._permutation(epoch, shard)[places[here]]]
         return rows
 
     def batch(self, samples: Sequence[int] | npt.NDArray[np.int64]) -> Batch:
@@ -78,13 +79,17 @@ class Loader:
 
     def shard_of(self, sample: int) -> int:
         """Return which shard (its index in ``shards.train``) a sample lies in."""
-        return self._place(sample)[1]
+        return int(self._order[self._places([sample])[1][0]])
 
-    def _place(self, sample: int) -> tuple[int, int, int]:
-        """Return the epoch, the shard and the number within the shard of a sample."""
-        epoch, number = divmod(sample, self.samples_per_epoch)
-        turn = int(np.searchsorted(self._ends, number, side="right"))
-        return epoch, int(self._order[turn]), number - (int(self._ends[turn - 1]) if turn else 0)
+    def _places(self, samples: Sequence[int] | npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
+        """Return for each sample the epoch, the turn of its shard in the order, and its number within the shard."""
+        epochs, numbers = np.divmod(np.asarray(samples, dtype=np.int64), self.samples_per_epoch)
+        turns = np.searchsorted(self._ends, numbers, side="right")
+        return epochs, turns, numbers - np.where(turns > 0, self._ends[turns - 1], 0)
+
+    def _rows_of(self, shard: int) -> npt.NDArray[Any]:
+        """Return the samples of a shard in their order on disk, as a view of the file."""
+        return np.lib.stride_tricks.sliding_window_view(self._shards[shard].tokens(), self.seq_len + 1)[:: self.seq_len]
 
 
 def _permutation(n: int, seed: tuple[int, int, int]) -> npt.NDArray[Any]:

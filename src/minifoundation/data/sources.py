@@ -44,8 +44,8 @@ HUB = {
 }
 """Corpora by short name.
 
-``sample-10BT`` is drawn from all crawls and is 15 files: streaming begins at once. The default subset is tens of thousands of
-files whose first 10 billion tokens are one crawl of 2013.
+``sample-10BT`` is drawn at random from all crawls and is a few files, so streaming begins at once and the first tokens are as
+mixed as the Hub offers them. The default subset is thousands of files crawl after crawl: what a small run reads is 2013 alone.
 """
 
 KINDS = (".txt", ".jsonl", ".parquet")
@@ -269,13 +269,9 @@ def _parquet_rows(stream: IO[bytes], compression: str, column: str) -> Iterator[
 
 def _hub_rows(source: str, hub: HubCorpus, column: str) -> Iterator[str | Bad]:
     """Stream a data set of the Hub; ask for it first, since loading retries for half a minute without a network."""
-    import datasets
     import huggingface_hub
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    for library in ("datasets", "huggingface_hub"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
     place = f"{source} ({hub.repository} on the Hugging Face Hub)"
     try:
         huggingface_hub.HfApi().dataset_info(hub.repository, timeout=HUB_TIMEOUT_SECONDS)
@@ -285,6 +281,12 @@ def _hub_rows(source: str, hub: HubCorpus, column: str) -> Iterator[str | Bad]:
         raise UserError(
             "data.source", f"{place} cannot be reached: {_first_line(error)}", "connect to the network, or give --data a path"
         ) from error
+
+    import datasets
+
+    for library in ("datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     read = 0
     try:
         for row in datasets.load_dataset(hub.repository, name=hub.subset, split="train", streaming=True):
