@@ -163,7 +163,9 @@ def _extend(folder: Path, manifest: Manifest, config: DataConfig, tokenizer: Tok
     stream = documents(config, skip=manifest.documents_read, skipped=skipped)
     writing = _Writing(folder, manifest, config)
     try:
-        with tqdm(total=tokens, initial=manifest.train_tokens, unit="tok", unit_scale=True, desc=f"preparing {Path(config.source).name}") as bar:
+        with tqdm(
+            total=tokens, initial=manifest.train_tokens, unit="tok", unit_scale=True, desc=f"preparing {Path(config.source).name}"
+        ) as bar:
             for batch in _batches(stream, skipped):
                 encoded = tokenizer.encode_documents([text for text, _ in batch], threads)
                 for (text, skipped_so_far), ids in zip(batch, encoded, strict=True):
