@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from minifoundation.model.attention import Backend, attend, resolve
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return causal grouped-query attention from its formula, one query at a time."""
+    B, T, H, h = q.shape
+    share = H // k.shape[2]
+    out = torch.zeros_like(q)
+    for head in range(H):
+        for t in range(T):
+            scores = (k[:, : t + 1, head // share] * q[:, t, None, head]).sum(-1) / math.sqrt(h)
+            out[:, t, head] = (scores.softmax(-1)[..., None] * v[:, : t + 1, head // share]).sum(1)
+    return out
+
+
+@pytest.mark.parametrize("kernel", ["auto", "math"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
+def test_values_and_gradients_are_those_of_the_formula(kernel: Backend, heads: int, kv_heads: int) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(2, 9, heads, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, 9, kv_heads, 8, dtype=torch.float64, requires_grad=True) for _ in "kv")
+    out, expected = attend(q, k, v, kernel), written_out(q, k, v)
+    torch.testing.assert_close(out, expected)
+    weight = torch.randn_like(out)
+    torch.testing.assert_close(torch.autograd.grad((out * weight).sum(), (q, k, v)), torch.autograd.grad((expected * weight).sum(), (q, k, v)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["cudnn", "flash", "efficient", "math"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2)])
+def test_kernels_of_the_gpu_agree_with_the_formula(kernel: Backend, heads: int, kv_heads: int) -> None:
+    torch.manual_seed(0)
+    q, k, v, weight = (torch.randn(2, 128, n, 64, device="cuda", dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads, heads))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out, expected = attend(*inputs, kernel), attend(*exact, "math")
+    torch.testing.assert_close(out.double(), expected, rtol=0.02, atol=0.02)
+    found = torch.autograd.grad((out * weight).sum(), inputs)
+    for ours, theirs in zip(found, torch.autograd.grad((expected * weight).sum(), exact), strict=True):
+        assert (ours.double() - theirs).norm() < 0.01 * theirs.norm()
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "head_dim", "capability", "kernel", "reason"),
+    [
+        ("auto", "cpu", BF16, 64, (0, 0), "auto", None),
+        ("math", "cpu", BF16, 64, (0, 0), "math", None),
+        ("flash", "cpu", BF16, 64, (0, 0), "auto", "flash needs a CUDA GPU and this is cpu; using torch's own choice"),
+        ("auto", "cuda", BF16, 64, (9, 0), "cudnn", None),
+        ("auto", "cuda", BF16, 64, (8, 0), "flash", None),
+        ("auto", "cuda", BF16, 64, (7, 5), "efficient", None),
+        ("auto", "cuda", FP32, 64, (9, 0), "efficient", None),
+        ("auto", "cuda", torch.float64, 64, (9, 0), "math", None),
+        ("auto", "cuda", BF16, 256, (9, 0), "flash", None),
+        ("auto", "cuda", BF16, 12, (9, 0), "math", None),
+        ("math", "cuda", BF16, 64, (9, 0), "math", None),
+        ("flash", "cuda", BF16, 64, (9, 0), "flash", None),
+        ("efficient", "cuda", FP32, 64, (9, 0), "efficient", None),
+        ("flash", "cuda", FP32, 64, (9, 0), "efficient", "flash needs bf16 or fp16, not torch.float32; using efficient"),
+        ("cudnn", "cuda", BF16, 64, (7, 5), "efficient", "cudnn needs compute capability 8.0, not 7.5; using efficient"),
+        ("flash", "cuda", BF16, 20, (9, 0), "math", "flash needs a head width that is a multiple of 8 up to 256, not 20; using math"),
+    ],
+)
+def test_resolve(
+    backend: Backend, device: str, dtype: torch.dtype, head_dim: int, capability: tuple[int, int], kernel: str, reason: str | None
+) -> None:
+    assert resolve(backend, device, dtype=dtype, head_dim=head_dim, capability=capability) == (kernel, reason)
