@@ -11,7 +11,7 @@ from minifoundation.model.attention import Backend, attend, resolve
 
 def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return causal grouped-query attention from its formula, one query at a time."""
-    B, T, H, h = q.shape
+    _, T, H, h = q.shape
     share = H // k.shape[2]
     out = torch.zeros_like(q)
     for head in range(H):
@@ -30,7 +30,9 @@ def test_values_and_gradients_are_those_of_the_formula(kernel: Backend, heads: i
     out, expected = attend(q, k, v, kernel), written_out(q, k, v)
     torch.testing.assert_close(out, expected)
     weight = torch.randn_like(out)
-    torch.testing.assert_close(torch.autograd.grad((out * weight).sum(), (q, k, v)), torch.autograd.grad((expected * weight).sum(), (q, k, v)))
+    torch.testing.assert_close(
+        torch.autograd.grad((out * weight).sum(), (q, k, v)), torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    )
 
 
 @pytest.mark.gpu
@@ -41,7 +43,7 @@ def test_kernels_of_the_gpu_agree_with_the_formula(kernel: Backend, heads: int, 
     q, k, v, weight = (torch.randn(2, 128, n, 64, device="cuda", dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads, heads))
     inputs = [x.requires_grad_() for x in (q, k, v)]
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    out, expected = attend(*inputs, kernel), attend(*exact, "math")
+    out, expected = attend(inputs[0], inputs[1], inputs[2], kernel), attend(exact[0], exact[1], exact[2], "math")
     torch.testing.assert_close(out.double(), expected, rtol=0.02, atol=0.02)
     found = torch.autograd.grad((out * weight).sum(), inputs)
     for ours, theirs in zip(found, torch.autograd.grad((expected * weight).sum(), exact), strict=True):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minifoundation.model.loss import IGNORED, token_losses
 
@@ -103,8 +104,6 @@ def test_all_targets_ignored_and_no_gradient_wanted() -> None:
 
 def test_only_one_chunk_of_logits_is_ever_held() -> None:
     """No tensor of more than chunk x V elements is made on the way."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -118,11 +117,13 @@ def test_only_one_chunk_of_logits_is_ever_held() -> None:
 
     rows, chunk, vocabulary, width = 256, 8, 300, 4
     hidden, head = torch.randn(rows, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
-    with Watch():
+    with Watch():  # type: ignore[no-untyped-call]
         token_losses(hidden, head, torch.zeros(rows, dtype=torch.int64), z_loss=1e-4, chunk=chunk).total.backward()
     assert largest == chunk * vocabulary
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # torch's own, while it compiles
 def test_compiled_is_the_same() -> None:
     hidden, head, targets = inputs(torch.bfloat16, torch.float32)
     eager = token_losses(hidden, head, targets, z_loss=1e-2, chunk=N)

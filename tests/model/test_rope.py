@@ -24,7 +24,8 @@ def theirs(rope: RopeConfig, head_dim: int, original: int) -> tuple[torch.Tensor
     )
     kind = str(parameters["rope_type"])
     frequencies = LlamaRotaryEmbedding.compute_default_rope_parameters if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
-    return frequencies(config)
+    found: tuple[torch.Tensor, float] = frequencies(config)
+    return found
 
 
 @pytest.mark.parametrize(

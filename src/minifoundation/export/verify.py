@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minifoundation.config import ModelConfig
+from minifoundation.data.tokenizer import BOS, EOS, PAD
 from minifoundation.errors import UserError
 from minifoundation.export import weights
 from minifoundation.model.size import n_matmul_parameters
@@ -117,7 +118,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _special_ids(folder: Path) -> Iterator[str]:
-    expected = {"pad_token_id": weights.PAD, "bos_token_id": weights.BOS, "eos_token_id": weights.EOS}
+    expected = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
     for file in ("config.json", "generation_config.json"):
         found = json.loads((folder / file).read_text(encoding="utf-8"))
         for name, value in expected.items():
@@ -208,7 +209,8 @@ def _compare(name: str, native: Transformer, hf: Any, *, smallest_unit: float) -
 
 
 def _last_logits(native: Transformer, ids: Tensor, kept: int) -> Tensor:
-    return native(ids)[:, -kept:] @ native.head_weight.T
+    logits: Tensor = native(ids)[:, -kept:] @ native.head_weight.T
+    return logits
 
 
 def _longest(config: ModelConfig, budget: float) -> int:
@@ -225,7 +227,7 @@ def _padded(native: Transformer, hf: Any, ids: Tensor, difference: Difference) -
     """Return the largest difference over rows of three lengths, padded on the left into one batch."""
     width = ids.shape[1]
     lengths = sorted({width, max(width // 2, 1), max(width // 5, 1)})
-    batch = torch.full((len(lengths), width), weights.PAD)
+    batch = torch.full((len(lengths), width), PAD)
     mask = torch.zeros_like(batch)
     for i, length in enumerate(lengths):
         batch[i, -length:] = ids[0, :length]
@@ -251,7 +253,7 @@ def _greedy(native: Transformer, hf: Any, ids: Tensor, difference: Difference) -
     start = ids[:, : max(ids.shape[1] - CONTINUATION, 1)]
     with_continuation = hf.generate(start, attention_mask=torch.ones_like(start), do_sample=False, max_new_tokens=CONTINUATION)
     n_new = with_continuation.shape[1] - start.shape[1]
-    if n_new < CONTINUATION and with_continuation[0, -1] != weights.EOS:
+    if n_new < CONTINUATION and with_continuation[0, -1] != EOS:
         return math.inf
     logits = native.logits(with_continuation)[:, start.shape[1] - 1 : -1]
     chosen = logits.gather(-1, with_continuation[:, -n_new:, None])

@@ -14,11 +14,16 @@ import torch
 from torch import Tensor
 
 from minifoundation.config import ModelConfig
+from minifoundation.data.tokenizer import BOS, EOS, PAD
 from minifoundation.model.rope import ntk_theta
 
-NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+NORMS = {
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+}
 MATRICES = {"out": "self_attn.o_proj", "down": "mlp.down_proj"}
-PAD, BOS, EOS = 0, 1, 2
 
 
 def to_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

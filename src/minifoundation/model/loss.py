@@ -42,7 +42,8 @@ def token_losses(hidden: Tensor, head: Tensor, targets: Tensor, *, z_loss: float
         compiled: fuse the element-wise part with torch.compile.
     """
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
-    return LossSums(*_ChunkedLoss.apply(hidden, head, targets, z_loss, chunk, compiled, with_gradient))  # type: ignore[no-untyped-call]
+    apply: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _ChunkedLoss.apply
+    return LossSums(*apply(hidden, head, targets, z_loss, chunk, compiled, with_gradient))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -103,8 +104,8 @@ def _compiled_chunk_losses() -> Callable[[Tensor, Tensor, float, bool], tuple[Te
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add ``left @ right`` to ``total`` in the dtype of ``total``, without rounding the product to the dtype of its factors."""
     if left.dtype == total.dtype:
-        total.addmm_(left, right)
+        torch.addmm(total, left, right, out=total)
     elif left.is_cuda:
         total += torch.mm(left, right, out_dtype=total.dtype)
     else:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+        torch.addmm(total, left.to(total.dtype), right.to(total.dtype), out=total)

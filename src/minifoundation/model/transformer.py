@@ -90,7 +90,7 @@ class Block(nn.Module):
 
 
 def _keep_attention() -> Any:
-    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+    return create_selective_checkpoint_contexts(_policy)
 
 
 def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

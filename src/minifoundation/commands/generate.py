@@ -1,0 +1,72 @@
+"""``generate``: a prompt and its continuation, printed as it grows, by a checkpoint or an exported folder."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minifoundation.checkpoint import load_checkpoint
+from minifoundation.commands.export_hf import native_tokenizer
+from minifoundation.config import GenerateOptions
+from minifoundation.errors import UserError
+from minifoundation.export.tokenizer import write_tokenizer
+from minifoundation.export.verify import quiet_transformers
+from minifoundation.export.weights import hf_config, to_hf
+
+
+def generate(options: GenerateOptions) -> None:
+    """Print the prompt and its continuation, which ends at the end-of-text token, at ``max_new_tokens`` or at the end of the context.
+
+    Raises:
+        UserError: no such model, or a prompt that fills the context.
+    """
+    from transformers import TextStreamer
+
+    if not options.model.exists():
+        raise UserError("--model", f"{options.model}: no such file or folder", "give final.pth, a step_ folder or an exported folder")
+    with quiet_transformers():
+        exported = options.model.is_dir() and (options.model / "config.json").is_file()
+        model, tokenizer = _from_folder(options.model) if exported else _from_checkpoint(options.model)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        prompt = tokenizer(options.prompt, return_tensors="pt").to(device)
+        context, length = model.config.max_position_embeddings, prompt.input_ids.shape[1]
+        if length >= context:
+            raise UserError("--prompt", f"{length:,} tokens with the leading <s>, but the context is {context:,}", "shorten the prompt")
+        sampling: dict[str, Any] = {"do_sample": False}
+        if options.temperature > 0:
+            sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
+        # Rows of the embedding beyond the tokenizer's pieces are padding: a barely trained model could choose one.
+        unused = list(range(len(tokenizer), model.config.vocab_size))
+        torch.manual_seed(options.seed)
+        model.to(device).eval().generate(
+            input_ids=prompt.input_ids,
+            attention_mask=prompt.attention_mask,
+            max_new_tokens=min(options.max_new_tokens, context - length),
+            suppress_tokens=unused or None,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            **sampling,
+        )
+
+
+def _from_folder(folder: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(str(folder), f"not a model folder ({str(error).splitlines()[0]})", "give one that export_hf wrote") from None
+
+
+def _from_checkpoint(path: Path) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    checkpoint = load_checkpoint(path)
+    config = checkpoint.config.model
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config(config)), dtype=torch.float32)
+    model.load_state_dict(to_hf(config, checkpoint.model), strict=False)  # a tied head is in the embedding
+    with tempfile.TemporaryDirectory() as folder, native_tokenizer(checkpoint) as native:
+        write_tokenizer(native, Path(folder), max_seq_len=config.max_seq_len)
+        return model, AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from minifoundation.config import ModelConfig
+from minifoundation.model.size import flops_per_token, memory_bytes, n_matmul_parameters, n_parameters
+from minifoundation.model.training import TrainingModel
+from minifoundation.model.transformer import Transformer
+
+HALF_BILLION = ModelConfig(d_model=1536, n_layer=16, n_head=24, n_kv_head=8, d_ff=4096)
+BILLION = ModelConfig(d_model=2048, n_layer=20, n_head=32, n_kv_head=8, d_ff=5504)
+
+
+@pytest.mark.parametrize(("config", "count"), [(HALF_BILLION, 493_929_984), (BILLION, 1_007_765_504)])
+def test_the_two_sizes(config: ModelConfig, count: int) -> None:
+    assert n_parameters(config) == count
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Transformer(config).parameters()) == count
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("tie", [False, True])
+def test_counts_are_those_of_the_model(qk_norm: bool, tie: bool) -> None:
+    config = ModelConfig(vocab_size=96, d_model=32, n_layer=3, n_head=4, n_kv_head=2, d_ff=80, qk_norm=qk_norm, tie_embeddings=tie)
+    weights = dict(Transformer(config).named_parameters())
+    assert n_parameters(config) == sum(w.numel() for w in weights.values())
+    look_up = 0 if tie else weights["embedding.weight"].numel()
+    assert n_matmul_parameters(config) == sum(w.numel() for w in weights.values() if w.ndim == 2) - look_up
+
+
+def test_flops_by_hand() -> None:
+    """One block, width 8, 2 heads of 4, one key/value head, d_ff 24, vocabulary 16, rows of 6 tokens."""
+    config = ModelConfig(vocab_size=16, d_model=8, n_layer=1, n_head=2, n_kv_head=1, d_ff=24)
+    multiply_adds = 8 * 16 + 8 * 8 + 8 * 48 + 24 * 8 + 8 * 16  # qkv, out, gate and up, down, head
+    attention = 2 * (2 * 4) * 6 / 2  # scores and values: 2 heads of 4, over half of 6 tokens
+    assert flops_per_token(config, 6) == 3 * 2 * (multiply_adds + attention)
+
+
+def test_flops_are_those_torch_counts() -> None:
+    """torch counts attention in full, we count the causal half; forward and backward of one row."""
+    T = 16
+    config = ModelConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, n_kv_head=2, d_ff=48, original_seq_len=T, attention="math")
+    model = TrainingModel(Transformer(config), z_loss=0.0, chunk=8)
+    model.transformer.initialise(0)
+    tokens = torch.zeros(1, T, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, tokens).total.backward()
+    attention = 6 * config.n_layer * config.d_model * T
+    assert counter.get_total_flops() == T * (flops_per_token(config, T) + attention)
+
+
+def test_flops_of_the_two_sizes_at_4096() -> None:
+    assert flops_per_token(HALF_BILLION, 4096) == pytest.approx(3.567e9, rel=1e-3)
+    assert flops_per_token(BILLION, 4096) == pytest.approx(7.053e9, rel=1e-3)
+
+
+def total(**changes: Any) -> int:
+    settings: dict[str, Any] = {
+        "batch_size": 4,
+        "seq_len": 4096,
+        "precision": "bf16",
+        "optimizer_states": "fp32",
+        "ema": False,
+        "loss_chunk": 2048,
+    }
+    model: dict[str, Any] = {name: changes.pop(name) for name in ("checkpointing", "checkpoint_every") if name in changes}
+    parts: dict[str, int] = memory_bytes(HALF_BILLION.model_copy(update=model), **(settings | changes))
+    return sum(parts.values())
+
+
+def test_memory_terms_that_are_exact() -> None:
+    n = n_parameters(HALF_BILLION)
+    parts = memory_bytes(HALF_BILLION, batch_size=1, seq_len=64, precision="bf16", optimizer_states="fp32", ema=True, loss_chunk=64)
+    assert (parts["weights"], parts["gradients"], parts["optimizer"], parts["ema"]) == (4 * n, 4 * n, 8 * n, 4 * n)
+
+
+def test_memory_goes_where_it_should() -> None:
+    assert total(optimizer_states="int8") < total(optimizer_states="bf16") < total() < total(ema=True)
+    assert total(checkpointing="full") < total(checkpointing="attention") < total(checkpointing="full", checkpoint_every=2) < total()
+    assert total(batch_size=1) < total(batch_size=2) < total(batch_size=2, precision="fp32")
+    assert total(loss_chunk=256) < total(loss_chunk=8192)
