@@ -36,6 +36,9 @@ $(TOOLS): $(PACKAGES)
 	$(BIN)/python -m pip install -r requirements.txt -e '.[dev]'
 	@touch $@
 
+# The sizes are for two cores; threads that wait passively do not stall each other where something else is running.
+demo: export OMP_NUM_THREADS ?= 2
+demo: export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(PACKAGES)
 	@echo "Everything goes to $(DEMO); what an earlier demo left there is removed first."
 	rm -rf $(DEMO)
@@ -43,9 +46,9 @@ demo: $(PACKAGES)
 	$(RUN) pretrain --config configs/demo.yaml --tokenizer $(DEMO)/tokenizer/tokenizer.model
 	$(RUN) longft --ckpt_in $(DEMO)/pretrain/final.pth --out_dir $(DEMO)/longft --seq_len 1024 --batch_size 2 --tokens 40_960 --lr 3e-4
 	$(RUN) export_hf --ckpt $(DEMO)/longft/final.pth --out_dir $(DEMO)/hf_export
-	$(RUN) eval --model_path $(DEMO)/hf_export --tasks configs/tasks_demo.txt --data_dir examples/benchmarks --limit 0
+	$(RUN) eval --model_path $(DEMO)/hf_export --tasks configs/tasks_demo.txt --data_dir examples/benchmarks --limit 0 --dtype fp32
 	$(RUN) generate --model $(DEMO)/hf_export --prompt "ROMEO:" --max_new_tokens 100
-	@cat examples/demo_done.txt
+	@cat examples/after_the_demo.txt
 
 test: $(TOOLS)
 	$(PYTEST) -m "not slow"

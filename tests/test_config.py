@@ -223,5 +223,5 @@ def test_derived_sizes() -> None:
         d_model=1536, n_layer=1, n_head=24, n_kv_head=8, d_ff=4096, original_seq_len=4096, rope=RopeConfig(scaling="yarn", factor=4)
     )
     assert (model.head_dim, model.max_seq_len) == (64, 16_384)
-    assert model.weight_std == pytest.approx(0.4 / 1536**0.5)
+    assert model.weight_std == pytest.approx(0.3 / 1536**0.5)
     assert DataConfig(source="x").shard_tokens == 2**24
