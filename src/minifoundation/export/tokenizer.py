@@ -1,0 +1,103 @@
+"""The tokenizer in Hugging Face form, and the proof that both give the same ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from minifoundation.data.tokenizer import BOS, CHUNK, EOS, PAD, UNK, Tokenizer
+
+SPECIAL = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "unk_token": UNK}
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_seq_len: int) -> None:
+    """Write ``tokenizer.json`` and its two configuration files: a plain fast tokenizer that starts each text with bos.
+
+    Pieces hold raw spaces, so no normaliser is needed and a literal U+2581 falls back to its bytes as any unknown
+    character. Text is cut by the regular expression of ``chunks``. Special tokens spelled in a text stay text.
+
+    Args:
+        max_seq_len: tokens, for ``model_max_length``.
+    """
+    from tokenizers import AddedToken, Regex, decoders, pre_tokenizers, processors
+    from tokenizers import Tokenizer as FastTokenizer
+
+    fast = FastTokenizer(_unigram(tokenizer) if tokenizer.kind == "unigram" else _bpe(tokenizer))
+    special = {name: tokenizer.pieces[token][0] for name, token in SPECIAL.items()}
+    bos = special["bos_token"]
+    fast.pre_tokenizer = pre_tokenizers.Split(Regex(CHUNK), behavior="isolated")
+    fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    fast.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, BOS)])
+    fast.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special.values()])
+    folder.mkdir(parents=True, exist_ok=True)
+    fast.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **special,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_seq_len,
+        "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    _write_json(folder / "tokenizer_config.json", settings)
+    _write_json(folder / "special_tokens_map.json", special)
+
+
+def tokenizer_differences(tokenizer: Tokenizer, folder: Path, texts: Iterable[str]) -> list[str]:
+    """Return in words where ``AutoTokenizer`` on ``folder`` and ``tokenizer`` differ in ids or in the round trip; empty means equal."""
+    from transformers import AutoTokenizer
+
+    exported = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    differences = []
+    if len(exported) != tokenizer.vocab_size:
+        differences.append(f"the vocabulary has {len(exported)} entries, not {tokenizer.vocab_size}")
+    for name, token in SPECIAL.items():
+        found = exported.convert_tokens_to_ids(getattr(exported, name))
+        if found != token:
+            differences.append(f"{name} is {found}, not {token}")
+    bare = exported.encode("", add_special_tokens=False)
+    if bare:
+        differences.append(f"an empty text without special tokens has the ids {bare}")
+    for number, text in enumerate(texts):
+        native = [BOS, *tokenizer.encode(text)]
+        ids = exported.encode(text, verbose=False)
+        if ids != native:
+            place = next((i for i, (a, b) in enumerate(zip(ids, native, strict=False)) if a != b), min(len(ids), len(native)))
+            differences.append(f"text {number}: from token {place} on, ids are {ids[place : place + 8]}, not {native[place : place + 8]}")
+        if exported.decode(native, skip_special_tokens=True) != text:
+            differences.append(f"text {number}: exported decoding does not give the text back")
+        if tokenizer.decode(native) != text:
+            differences.append(f"text {number}: native decoding does not give the text back")
+    return differences
+
+
+def _unigram(tokenizer: Tokenizer) -> Any:
+    """Byte and special pieces sit in the trie of ``tokenizers``; scored far below anything else, no text ever becomes one."""
+    from tokenizers.models import Unigram
+
+    never = 100 * min(score for _, score, ordinary in tokenizer.pieces if ordinary) - 1000
+    return Unigram([(piece, score if ordinary else never) for piece, score, ordinary in tokenizer.pieces], unk_id=UNK, byte_fallback=True)
+
+
+def _bpe(tokenizer: Tokenizer) -> Any:
+    """SentencePiece joins any two pieces whose union is one, best score first; ``tokenizers`` wants each such pair listed in that order."""
+    from tokenizers.models import BPE
+
+    score = {piece: value for piece, value, ordinary in tokenizer.pieces if ordinary}
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in sorted(score, key=lambda piece: -score[piece])
+        for cut in range(1, len(piece))
+        if piece[:cut] in score and piece[cut:] in score
+    ]
+    ids = {piece: token for token, (piece, _, _) in enumerate(tokenizer.pieces)}
+    return BPE(ids, merges, unk_token=tokenizer.pieces[UNK][0], fuse_unk=False, byte_fallback=True)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
