@@ -89,7 +89,7 @@ def main() -> None:
         work = Path(folder)
         for seed in SEEDS:
             for name in variants:
-                train: dict[str, Any] = {"batch_size": rows, "lr": 1e-3, "seed": seed}
+                train: dict[str, Any] = {"batch_size": rows, "lr": 6e-4, "warmup": 0.1, "seed": seed}
                 train["optimizer_states"] = "int8" if "int8" in name else "fp32"
                 train["tokens"] = steps * rows * (32 if options.quick else 1024)
                 chosen = settings(options.corpus, work, options.tokenizer, quick=options.quick, train=train)

@@ -3,7 +3,7 @@
     python -m benchmarks.lr_sweep --corpus wiki/ [--tokenizer spm.model]
     python -m benchmarks.lr_sweep --quick
 
-Each run sees the same tokens in the same order, with a cosine to 10% and 1% warm-up.
+Each run sees the same tokens in the same order, with a cosine to 10% and 5% warm-up.
 """
 
 from __future__ import annotations

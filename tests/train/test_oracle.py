@@ -85,7 +85,7 @@ def ours(case: Case, config: ModelConfig, train: TrainConfig, data: Tensor) -> t
             tokens=rows.shape[0] * LENGTH,
             world=World(),
         )
-        losses.append(float(stats.losses[0]))
+        losses.append(stats.read()[0])
     return losses, transformer
 
 
@@ -150,7 +150,7 @@ def test_losses_and_weights_are_those_of_the_plain_loop(name: str) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [Case(z_loss=1e-4), Case(grad_clip=1.0), Case(weight_decay=0.1), Case(schedule="cosine")],
+    [Case(z_loss=1e-2), Case(grad_clip=1.0), Case(weight_decay=0.1), Case(schedule="cosine")],
     ids=lambda case: str(case)[5:-1],
 )
 def test_a_part_left_out_is_noticed(wrong: Case) -> None:

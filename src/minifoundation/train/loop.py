@@ -202,7 +202,7 @@ class _Report:
     def line(self, pending: _Pending) -> bool:
         """Report one step and return whether any process had been told to stop when it began."""
         self.write(self.read(pending), evaluated=False)
-        return pending.stats.stop_votes.item() > 0
+        return pending.stats.read()[-1]
 
     def read(self, pending: _Pending) -> Row:
         """Return the figures of a step; this waits until the device has done it.
@@ -210,8 +210,7 @@ class _Report:
         Raises:
             UserError: the loss is not a finite number.
         """
-        loss, z_loss = pending.stats.losses.tolist()
-        norm = pending.stats.grad_norm.item()
+        loss, z_loss, norm, _ = pending.stats.read()
         if not math.isfinite(loss):
             raise UserError(
                 "train.lr",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +13,30 @@ from minifoundation.distributed import World, local_gradients
 from minifoundation.train.optimizer import set_learning_rate
 
 
-@dataclass(frozen=True)
 class StepStats:
-    """What a step measured, still on the device so that nothing waits for it."""
+    """What a step measured, on its way from the device: nothing waits until a figure is read.
 
-    losses: Tensor
-    """(2,) mean cross entropy and mean z-loss, nats a token, over the whole step of all processes."""
-    stop_votes: Tensor
-    """() how many processes had been told to stop when the step began."""
-    grad_norm: Tensor
-    """() norm of the whole gradient before clipping."""
+    On a GPU the figures are copied to page-locked memory behind the step's last kernel, and reading them waits for that copy alone, not for
+    whatever has been launched since.
+    """
+
+    def __init__(self, losses: Tensor, grad_norm: Tensor, stop_votes: Tensor) -> None:
+        figures = torch.cat([losses, grad_norm[None], stop_votes[None]]).detach()
+        self._done: torch.cuda.Event | None = None
+        if figures.is_cuda:
+            self._figures = torch.empty(4, pin_memory=True).copy_(figures, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record()
+        else:
+            self._figures = figures
+
+    def read(self) -> tuple[float, float, float, bool]:
+        """Return mean cross entropy and mean z-loss (nats a token, over all processes), the gradient's norm before clipping, and whether any
+        process had been told to stop when the step began."""
+        if self._done is not None:
+            self._done.synchronize()
+        cross_entropy, z_loss, grad_norm, stop_votes = self._figures.tolist()
+        return cross_entropy, z_loss, grad_norm, stop_votes > 0
 
 
 def train_step(
@@ -61,7 +74,7 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     mine = torch.stack(sums).sum(0)
     total = world.total(torch.cat([mine, mine.new_full((1,), float(stop))]))
-    return StepStats(total[:2] / tokens, total[2], grad_norm)
+    return StepStats(total[:2] / tokens, grad_norm, total[2])
 
 
 def _clip(parameters: list[nn.Parameter], largest: float | None) -> Tensor:
