@@ -24,5 +24,6 @@ def finish(name: str, figures: dict[str, Any], *, results: Any, quick: bool) -> 
     if not quick:
         path = ROOT / "docs" / "data" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": machine(), "figures": figures, "results": results}, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps({"machine": machine(), "figures": figures, "results": results}, indent=1, ensure_ascii=False)
+        path.write_text(text.replace(f"{ROOT}/", "") + "\n", encoding="utf-8")
     print(json.dumps({"benchmark": name, "quick": quick, **figures}), flush=True)
