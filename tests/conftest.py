@@ -1,8 +1,43 @@
-"""Settings small enough for a CPU, and the marks that depend on the machine."""
+"""Stand-ins for the commands, and the marks that depend on the machine."""
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+from typing import Any
+
 import pytest
+
+COMMANDS = {
+    "prepare": ("minifoundation.commands.prepare", "prepare"),
+    "pretrain": ("minifoundation.commands.pretrain", "pretrain"),
+    "longft": ("minifoundation.commands.longft", "longft"),
+    "export_hf": ("minifoundation.commands.export_hf", "export_hf"),
+    "eval": ("minifoundation.commands.eval", "evaluate"),
+    "generate": ("minifoundation.commands.generate", "generate"),
+}
+
+
+class Calls(list[tuple[str, Any, dict[str, Any]]]):
+    """What the commands were called with: name, options, nested values; ``failure`` is raised instead when it is set."""
+
+    failure: BaseException | None = None
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    made = Calls()
+    for name, (module, function) in COMMANDS.items():
+        stub = ModuleType(module)
+
+        def called(options: Any, values: dict[str, Any] | None = None, *, name: str = name) -> None:
+            if made.failure is not None:
+                raise made.failure
+            made.append((name, options, values or {}))
+
+        setattr(stub, function, called)
+        monkeypatch.setitem(sys.modules, module, stub)
+    return made
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
