@@ -80,7 +80,7 @@ def _write(checkpoint: Checkpoint, folder: Path, *, ema: bool, dtype: torch.dtyp
             hf_tokenizer.write_tokenizer(native, folder, max_seq_len=config.max_seq_len)
             bar.update()
             bar.set_postfix_str("comparing token ids")
-            verify.refuse_unequal(hf_tokenizer.tokenizer_differences(native, folder, TEXTS), folder)
+            verify.refuse_unequal(hf_tokenizer.tokenizer_differences(native, folder, TEXTS))
             bar.update()
         bar.set_postfix_str("comparing logits")
         parity = verify.verify(transformer, config, folder, dtype=dtype)

@@ -74,16 +74,16 @@ def verify(transformer: Transformer, config: ModelConfig, folder: Path, *, dtype
         faults = [*_special_ids(folder), *_tensors(config, state, folder)]
         checks = [] if faults else [*_exported(config, state, folder), *_random(config, folder)]
     parity = Parity(tuple(checks), tuple(faults))
-    refuse_unequal(parity.failures, folder)
+    refuse_unequal(parity.failures)
     return parity
 
 
-def refuse_unequal(failures: list[str], folder: Path) -> None:
+def refuse_unequal(failures: list[str]) -> None:
     """Raise a UserError when there is a failure; the first three are named."""
     if failures:
         more = f" and {len(failures) - 3} more" if len(failures) > 3 else ""
         problem = f"the exported model is not the trained one: {'; '.join(failures[:3])}{more}"
-        raise UserError(folder.name, problem, "nothing was written; please report this with the line you typed")
+        raise UserError("parity check", problem, "nothing was written; please report this with the line you typed")
 
 
 def report(parity: Parity, dtype: torch.dtype) -> dict[str, Any]:
