@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from minifoundation.config import REPOSITORY, read_yaml
@@ -81,7 +82,7 @@ def table(outcomes: Sequence[Outcome], baselines: Baselines) -> str:
     for outcome in outcomes:
         chance = outcome.request.row.chance
         if outcome.not_run or outcome.score is None:
-            lines.append([outcome.label, f"not run: {outcome.not_run}", "", "", _percent(chance), "", "", *[""] * len(shown)])
+            lines.append([outcome.label, shorten(f"not run: {outcome.not_run}", 70), "", "", _percent(chance), "", "", *[""] * len(shown)])
             continue
         also = "".join(f" ({name} {value:.4g})" for name, value in outcome.also.items())
         cells = [outcome.label, outcome.protocol, _percent(outcome.score) + also, _percent(outcome.stderr, 2), _percent(chance)]
@@ -93,7 +94,8 @@ def table(outcomes: Sequence[Outcome], baselines: Baselines) -> str:
             cells.append(f"{best.score:.1f} {best.mark(outcome)}" if best else "")
         lines.append(cells)
     legend = "; ".join(f"{mark} {meaning}" for mark, meaning in MARKS.items())
-    return _markdown(header, lines) + (f"\n\nPublished figures beside ours: {legend}." if shown else "")
+    parts = [_markdown(header, lines), *(f"{outcome.label} not run: {outcome.not_run}" for outcome in outcomes if outcome.not_run)]
+    return "\n\n".join(parts + [f"Published figures beside ours: {legend}."] * bool(shown))
 
 
 def published_table(outcomes: Sequence[Outcome], baselines: Baselines) -> str:
