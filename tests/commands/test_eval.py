@@ -40,7 +40,7 @@ def test_no_task_that_could_run_is_an_error_with_the_reasons(tmp_path: Path, cap
     out = tmp_path / "out"
     assert main(["eval", "--model_path", str(folder), "--tasks", "mbpp,winogrande", "--data_dir", str(BUNDLED), "--out_dir", str(out)]) == 2
     printed = capsys.readouterr()
-    assert "mbpp not run: mbpp: runs programs written by the model; needs --allow_code_exec" in printed.out
+    assert "not run (needs --allow_code_exec)" in printed.out
     assert "winogrande_xl: no such folder in --data_dir" in printed.out
     assert printed.err.strip().splitlines()[-1] == "error: eval: no task could run; the table says why for each"
 
@@ -50,6 +50,10 @@ def test_no_task_that_could_run_is_an_error_with_the_reasons(tmp_path: Path, cap
     [
         (["--model_path", "nowhere", "--tasks", "piqa"], "--model_path: nowhere: no such folder; write one with export_hf"),
         (["--model_path", "outputs/hf_export", "--tasks", "piqa"], "--model_path: outputs/hf_export: no such folder; write one"),
+        (
+            ["--model_path", "no-such/model", "--tasks", "piqa"],
+            "--model_path: no-such/model: no such folder, and not to be had from the hub",
+        ),
         (["--model_path", ".", "--tasks", "piqa"], "--model_path: . holds no config.json; give a folder written by export_hf"),
         (["--model_path", ".", "--tasks", "no/tasks.txt"], "--tasks: no/tasks.txt: no such file"),
         (["--model_path", ".", "--tasks", "piqa", "--data_dir", "nowhere"], "--data_dir: nowhere: no such folder"),

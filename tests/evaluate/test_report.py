@@ -49,7 +49,8 @@ def test_the_table_holds_score_error_chance_protocol_truncation_and_figures() ->
         outcome("hellaswag", truncated=3, requests=40_168),
         outcome("piqa", n=100),
         outcome("lambada_openai", also={"perplexity": 45.678}),
-        Outcome(Request(ROWS["mbpp"], 3), "mbpp", not_run="mbpp: runs programs written by the model; needs --allow_code_exec"),
+        Outcome(Request(ROWS["mbpp"], 3), "mbpp", not_run="needs --allow_code_exec"),
+        Outcome(Request(ROWS["winogrande"], 5), "winogrande", not_run="data set allenai/winogrande: " + "no " * 30),
     ]
     text = table(outcomes, Baselines.load())
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("|")]
@@ -70,8 +71,9 @@ def test_the_table_holds_score_error_chance_protocol_truncation_and_figures() ->
     ]
     assert rows[3][5:] == ["100 of 1838", "0", "74.8 ≠", "73.8 ≠", "69.9 ≠", ""]
     assert rows[4][2] == "43.2 (perplexity 45.68)"
-    assert rows[5][1].startswith("not run: mbpp: runs programs")
-    assert "mbpp not run: mbpp: runs programs written by the model; needs --allow_code_exec" in text
+    assert rows[5][1] == "not run (needs --allow_code_exec)"
+    assert rows[6][1].startswith("not run (data set allenai/winogrande: no no") and rows[6][1].endswith("...)")
+    assert f"winogrande not run: {outcomes[-1].not_run}" in text and "mbpp not run" not in text, "a long reason stands whole below"
     assert len({len(line) for line in text.splitlines() if line.startswith("|")}) == 1, "the columns stand straight"
 
 

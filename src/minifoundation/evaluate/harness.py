@@ -141,14 +141,14 @@ def load_model(path: str, *, dtype: str, device: str | None, rows: int | None) -
 def _downloaded(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    missing = UserError("--model_path", f"{name}: no such folder", "write one with export_hf, or give the hub name of a model as org/name")
-    if name.count("/") != 1 or name.startswith((".", "/")) or name.split("/")[0] == "outputs":
-        raise missing
+    remedy = "write one with export_hf, or give the hub name of a model as org/name"
+    if name.count("/") != 1 or name.startswith((".", "/", "outputs/")):
+        raise UserError("--model_path", f"{name}: no such folder", remedy)
     go_offline_unless_reachable()
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
     except (OSError, ValueError):
-        raise missing from None
+        raise UserError("--model_path", f"{name}: no such folder, and not to be had from the hub", remedy) from None
 
 
 class Factory(TaskFactory):
@@ -227,7 +227,7 @@ def run(
 def _run_one(model: Model, manager: TaskManager, request: Request, *, limit: int, data_dir: Path | None, code: bool) -> list[Outcome]:
     row = request.row
     if row.runs_code and not code:
-        raise UserError(row.name, "runs programs written by the model", "needs --allow_code_exec")
+        return [Outcome(request, request.label, not_run="needs --allow_code_exec")]
     lengths = [length for length in LENGTHS if length <= model.max_length]
     if row.lengths and not lengths:
         raise UserError(row.name, f"needs a context of {LENGTHS[0]}, the model reads {model.max_length}", "extend it with longft")

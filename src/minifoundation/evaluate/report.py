@@ -82,7 +82,7 @@ def table(outcomes: Sequence[Outcome], baselines: Baselines) -> str:
     for outcome in outcomes:
         chance = outcome.request.row.chance
         if outcome.not_run or outcome.score is None:
-            lines.append([outcome.label, shorten(f"not run: {outcome.not_run}", 70), "", "", _percent(chance), "", "", *[""] * len(shown)])
+            lines.append([outcome.label, _not_run(outcome), "", "", _percent(chance), "", "", *[""] * len(shown)])
             continue
         also = "".join(f" ({name} {value:.4g})" for name, value in outcome.also.items())
         cells = [outcome.label, outcome.protocol, _percent(outcome.score) + also, _percent(outcome.stderr, 2), _percent(chance)]
@@ -94,8 +94,13 @@ def table(outcomes: Sequence[Outcome], baselines: Baselines) -> str:
             cells.append(f"{best.score:.1f} {best.mark(outcome)}" if best else "")
         lines.append(cells)
     legend = "; ".join(f"{mark} {meaning}" for mark, meaning in MARKS.items())
-    parts = [_markdown(header, lines), *(f"{outcome.label} not run: {outcome.not_run}" for outcome in outcomes if outcome.not_run)]
+    cut = [outcome for outcome in outcomes if outcome.not_run and outcome.not_run not in _not_run(outcome)]
+    parts = [_markdown(header, lines), *(f"{outcome.label} not run: {outcome.not_run}" for outcome in cut)]
     return "\n\n".join(parts + [f"Published figures beside ours: {legend}."] * bool(shown))
+
+
+def _not_run(outcome: Outcome) -> str:
+    return f"not run ({shorten(outcome.not_run or 'no result', 60, placeholder=' ...')})"
 
 
 def published_table(outcomes: Sequence[Outcome], baselines: Baselines) -> str:
