@@ -133,7 +133,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, out: Path) ->
     memory, seconds = training_cost(config.kind, sample_bytes)
     _say(
         f"training {config.vocab_size:,} {config.kind} pieces on {sample_bytes / 1e6:.1f} MB of text: "
-        f"about {memory / 1e9:.1f} GB of memory and {_duration(seconds)} on two cores"
+        f"about {memory / 1e9:.1f} GB of memory and {_duration(seconds)} of processor time"
     )
     model = _Model()
     try:
@@ -177,9 +177,9 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, out: Path) ->
 
 
 def training_cost(kind: Literal["unigram", "bpe"], sample_bytes: int) -> tuple[float, float]:
-    """Return (bytes of memory, seconds) of training on ``sample_bytes`` of text with two cores.
+    """Return (peak bytes of memory, seconds of processor time) of training on ``sample_bytes`` of text.
 
-    Measured on 5 to 50 MB of English Wikipedia with 16,384 and 59,392 pieces; Unigram takes half that time for the larger.
+    Fitted to 5 to 50 MB of English Wikipedia. Time is that of 16,384 Unigram pieces; 59,392 took half to two thirds of it.
     """
     match kind:
         case "unigram":
