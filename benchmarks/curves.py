@@ -55,7 +55,9 @@ def hugging_face(run: RunConfig, work: Path, steps: int) -> dict[str, Any]:
     rows = run.train.batch_size * run.train.grad_accum
     for step in tqdm(range(steps), desc="transformers"):
         total = torch.zeros((), device=device)
-        for batch in micro_batches(loader, step * rows, batch_size=run.train.batch_size, grad_accum=run.train.grad_accum, rank=0, world_size=1):
+        for batch in micro_batches(
+            loader, step * rows, batch_size=run.train.batch_size, grad_accum=run.train.grad_accum, rank=0, world_size=1
+        ):
             with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
                 logits = model(batch.tokens.to(device)).logits.float()
             log_z = logits.logsumexp(-1)
@@ -77,6 +79,7 @@ def tail(losses: list[float]) -> float:
 
 
 def main() -> None:
+    """Train every variant with every seed and compare the curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--corpus", type=Path, default=ROOT / "examples" / "shakespeare.txt")
@@ -94,7 +97,13 @@ def main() -> None:
                 train["tokens"] = steps * rows * (32 if options.quick else 1024)
                 chosen = settings(options.corpus, work, options.tokenizer, quick=options.quick, train=train)
                 curves[name][seed] = hugging_face(chosen, work, steps) if name == "transformers" else curve(chosen)
-                print(seed, name, {k: v for k, v in curves[name][seed].items() if k != "loss"}, f"tail loss {tail(curves[name][seed]['loss']):.4f}", flush=True)
+                print(
+                    seed,
+                    name,
+                    {k: v for k, v in curves[name][seed].items() if k != "loss"},
+                    f"tail loss {tail(curves[name][seed]['loss']):.4f}",
+                    flush=True,
+                )
     noise = statistics.stdev(tail(curves["transformers"][seed]["loss"]) for seed in SEEDS)
     gaps = {
         name: statistics.fmean(tail(curves[name][seed]["loss"]) - tail(curves["transformers"][seed]["loss"]) for seed in SEEDS)

@@ -22,10 +22,32 @@ from typing import Any
 
 from benchmarks.record import ROOT, finish
 
-TINY = (
-    "--model.d_model 32 --model.n_layer 2 --model.n_head 4 --model.n_kv_head 2 --model.d_ff 64 --model.original_seq_len 64 --seq_len 64 "
-    "--tokenizer.vocab_size 600 --data.max_document_bytes 1024 --data.shard_tokens 8192 --data.held_out 0.1 --train.eval_every 10"
-).split()
+TINY = [
+    "--model.d_model",
+    "32",
+    "--model.n_layer",
+    "2",
+    "--model.n_head",
+    "4",
+    "--model.n_kv_head",
+    "2",
+    "--model.d_ff",
+    "64",
+    "--model.original_seq_len",
+    "64",
+    "--seq_len",
+    "64",
+    "--tokenizer.vocab_size",
+    "600",
+    "--data.max_document_bytes",
+    "1024",
+    "--data.shard_tokens",
+    "8192",
+    "--data.held_out",
+    "0.1",
+    "--train.eval_every",
+    "10",
+]
 PROMPTS = ("The capital of France is", "The history of the city begins in", "In physics, energy is")
 
 
@@ -68,6 +90,7 @@ def quartiles(values: list[float]) -> list[float] | None:
 
 
 def main() -> None:
+    """Run every command in turn and keep what it said."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--corpus", default=str(ROOT / "examples" / "shakespeare.txt"))
@@ -88,19 +111,35 @@ def main() -> None:
         tasks = "arc_easy"
     else:
         pre = ["--config", "configs/model_0p5b.yaml", *shared, "--tokens", str(options.tokens), "--batch_size", "8", "--grad_accum", "2"]
-        pre += "--amp --bf16 --compile --train.loss_chunk 8192 --train.eval_every 50 --train.save_every 100000 --data.held_out 0.01".split()
+        pre += [
+            "--amp",
+            "--bf16",
+            "--compile",
+            "--train.loss_chunk",
+            "8192",
+            "--train.eval_every",
+            "50",
+            "--train.save_every",
+            "100000",
+            "--data.held_out",
+            "0.01",
+        ]
         pre += ["--tokenizer", options.tokenizer] if options.tokenizer else []
         long = [*shared, "--tokens", str(options.long_tokens), "--seq_len", "16384", "--batch_size", "1", "--grad_accum", "4"]
-        long += "--amp --bf16 --compile --train.eval_every 10 --train.save_every 100000".split()
+        long += ["--amp", "--bf16", "--compile", "--train.eval_every", "10", "--train.save_every", "100000"]
         tasks = options.tasks
     pretrain, longft, export = work / "pretrain", work / "longft", work / "hf_export"
     results: dict[str, Any] = {}
     results["pretrain"] = stage("pretrain", [*pre, "--out_dir", str(pretrain)], work / "pretrain.log") | phase(pretrain)
-    results["longft"] = stage("longft", ["--ckpt_in", str(pretrain / "final.pth"), *long, "--out_dir", str(longft)], work / "longft.log") | phase(longft)
+    results["longft"] = stage(
+        "longft", ["--ckpt_in", str(pretrain / "final.pth"), *long, "--out_dir", str(longft)], work / "longft.log"
+    ) | phase(longft)
     results["export_hf"] = stage("export_hf", ["--ckpt", str(longft / "final.pth"), "--out_dir", str(export)], work / "export.log")
     results["export_hf"]["parity"] = json.loads((export / "parity.json").read_text(encoding="utf-8"))
     limit = ["--limit", "20" if options.quick else "0"]
-    results["eval"] = stage("eval", ["--model_path", str(export), "--tasks", tasks, *limit, "--data_dir", options.data_dir], work / "eval.log")
+    results["eval"] = stage(
+        "eval", ["--model_path", str(export), "--tasks", tasks, *limit, "--data_dir", options.data_dir], work / "eval.log"
+    )
     results["eval"]["table"] = (export / "eval" / "report.md").read_text(encoding="utf-8")
     for prompt in PROMPTS[: 1 if options.quick else None]:
         words = ["--model", str(export), "--prompt", prompt, "--max_new_tokens", "60"]
@@ -130,8 +169,15 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for number, name in enumerate(("pretrain", "longft")):
         row = results[name]
         per_step = row["tokens"] / row["steps"] / 1e6
-        above.plot([seen + s * per_step for s, _ in row["loss"]], [v for _, v in row["loss"]], color=f"C{number}", label=name, linewidth=0.8)
-        below.plot([seen + s * per_step for s, _ in row["held_out_bits_per_byte"]], [v for _, v in row["held_out_bits_per_byte"]], "o-", color=f"C{number}")
+        above.plot(
+            [seen + s * per_step for s, _ in row["loss"]], [v for _, v in row["loss"]], color=f"C{number}", label=name, linewidth=0.8
+        )
+        below.plot(
+            [seen + s * per_step for s, _ in row["held_out_bits_per_byte"]],
+            [v for _, v in row["held_out_bits_per_byte"]],
+            "o-",
+            color=f"C{number}",
+        )
         seen += row["tokens"] / 1e6
     above.set(ylabel="training loss, nats a token")
     below.set(ylabel="held-out bits per byte", xlabel="million tokens")

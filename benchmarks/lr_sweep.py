@@ -24,6 +24,7 @@ TOKENS = 16_777_216
 
 
 def main() -> None:
+    """Train at every rate and batch size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--corpus", type=Path, default=ROOT / "examples" / "shakespeare.txt")
@@ -39,13 +40,21 @@ def main() -> None:
                 step = batch_size * grad_accum * chosen.train.seq_len
                 try:
                     result = curve(chosen)
-                    row = {"tokens_per_step": step, "lr": lr, **{k: v for k, v in result.items() if k != "loss"}, "last_loss": result["loss"][-1]}
+                    row = {
+                        "tokens_per_step": step,
+                        "lr": lr,
+                        **{k: v for k, v in result.items() if k != "loss"},
+                        "last_loss": result["loss"][-1],
+                    }
                 except UserError as error:
                     row = {"tokens_per_step": step, "lr": lr, "failed": str(error)}
                 results.append(row)
                 print(row, flush=True)
     done = [r for r in results if "failed" not in r]
-    best = {size: min((r for r in done if r["tokens_per_step"] == size), key=lambda r: r["held_out_bits_per_byte"]) for size in {r["tokens_per_step"] for r in done}}
+    best = {
+        size: min((r for r in done if r["tokens_per_step"] == size), key=lambda r: r["held_out_bits_per_byte"])
+        for size in {r["tokens_per_step"] for r in done}
+    }
     figures = {"tokens": tokens, "best_lr": {str(size): row["lr"] for size, row in sorted(best.items())}}
     if not options.quick:
         plot(results, ROOT / "docs" / "data" / "lr_sweep.png")

@@ -16,7 +16,12 @@ ROOT = Path(__file__).parents[1]
 def machine() -> dict[str, str]:
     """Return what the figures were measured on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {"gpu": gpu, "torch": torch.__version__, "python": platform.python_version(), "command": " ".join(["python", *sys.orig_argv[1:]])}
+    return {
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
+    }
 
 
 def finish(name: str, figures: dict[str, Any], *, results: Any, quick: bool) -> None:

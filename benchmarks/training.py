@@ -3,7 +3,7 @@
     python -m benchmarks.training            one GPU: 0.5B and 1B at three batch x length settings each, and the 8 GB preset
     python -m benchmarks.training --quick    tiny shapes on any device
 
-A step is forward, backward, clipping and AdamW on random tokens without accumulation; times are medians of synchronised steps after warm-up.
+A step is forward, backward, clipping and AdamW on random tokens; times are medians of synchronised steps after three to warm up.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("model_0p5b", {"train": {"batch_size": 8, "seq_len": 4096}}),
     ("model_0p5b", {"train": {"batch_size": 2, "seq_len": 4096}}),
     ("model_0p5b", {"train": {"batch_size": 1, "seq_len": 16384}, "model": {"rope": {"scaling": "yarn", "factor": 4}}}),
-    ("model_0p5b", {"train": {"batch_size": 1, "seq_len": 16384}, "model": {"rope": {"scaling": "yarn", "factor": 4}, "checkpointing": "attention"}}),
+    (
+        "model_0p5b",
+        {"train": {"batch_size": 1, "seq_len": 16384}, "model": {"rope": {"scaling": "yarn", "factor": 4}, "checkpointing": "attention"}},
+    ),
     ("model_0p5b", {"train": {"batch_size": 8, "seq_len": 4096}, "model": {"checkpointing": "full"}}),
     ("model_1b", {"train": {"batch_size": 8, "seq_len": 4096}}),
     ("model_1b", {"train": {"batch_size": 2, "seq_len": 2048}}),
@@ -76,9 +79,7 @@ def measure(run: RunConfig, steps: int, limit_gib: float | None = None) -> dict[
         where.synchronize()
         started = time.perf_counter()
         micro = [Batch(part[:, :-1], part[:, 1:]) for part in rows]
-        train_step(
-            model, optimizer, scaler, micro, lr=1e-4, grad_clip=run.train.grad_clip, tokens=planned.tokens_per_step, world=World()
-        )
+        train_step(model, optimizer, scaler, micro, lr=1e-4, grad_clip=run.train.grad_clip, tokens=planned.tokens_per_step, world=World())
         where.synchronize()
         if number >= 3:
             seconds.append(time.perf_counter() - started)
@@ -103,6 +104,7 @@ def measure(run: RunConfig, steps: int, limit_gib: float | None = None) -> dict[
 
 
 def main() -> None:
+    """Measure every case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--steps", type=int, default=10)
@@ -120,11 +122,16 @@ def main() -> None:
         except torch.OutOfMemoryError as error:
             row = {"out_of_memory": str(error).splitlines()[0], "predicted_gib": round(plan(run, 1).memory_total / GIB, 3)}
         rows = f"{run.train.batch_size} x {run.train.seq_len}, checkpointing {run.model.checkpointing}"
-        results.append({"config": name, "rows": rows, "limit_gib": limit, **row})
+        results.append({"config": name, "rows": rows, "grad_accum": run.train.grad_accum, "limit_gib": limit, **row})
         print(results[-1], flush=True)
     ratios = [r["predicted_over_measured"] for r in results if "peak_gib" in r]
     best = {name: max((r.get("tokens_per_second", 0) for r in results if r["config"] == name), default=0) for name, *_ in cases}
-    finish("training", {"tokens_per_second": best, "memory_ratio_min": min(ratios), "memory_ratio_max": max(ratios)}, results=results, quick=quick)
+    finish(
+        "training",
+        {"tokens_per_second": best, "memory_ratio_min": min(ratios), "memory_ratio_max": max(ratios)},
+        results=results,
+        quick=quick,
+    )
 
 
 if __name__ == "__main__":

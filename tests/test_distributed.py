@@ -33,7 +33,18 @@ def test_two_processes_train_the_weights_of_one(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-2000:]
 
     train([], "--out_dir", f"{tmp_path}/one", "--batch_size", "4", "--grad_accum", "2")
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "0",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "localhost:0",
+    ]
     train(torchrun, "--out_dir", f"{tmp_path}/two", "--batch_size", "2", "--grad_accum", "2")
 
     one, two = (load_checkpoint(tmp_path / name / "final.pth") for name in ("one", "two"))

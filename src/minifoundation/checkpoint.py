@@ -52,7 +52,12 @@ def save_step(checkpoint: Checkpoint, out_dir: Path, *, keep: int) -> Path:
     try:
         part.mkdir(parents=True)
         _write(checkpoint, part / STATE)
-        manifest = {"format": FORMAT, "step": checkpoint.progress["step"], "bytes": (part / STATE).stat().st_size, "sha256": _sha256(part / STATE)}
+        manifest = {
+            "format": FORMAT,
+            "step": checkpoint.progress["step"],
+            "bytes": (part / STATE).stat().st_size,
+            "sha256": _sha256(part / STATE),
+        }
         _write_text(part / MANIFEST, json.dumps(manifest, indent=1))
         if folder.exists():
             shutil.rmtree(folder)

@@ -159,7 +159,7 @@ class TrainConfig(Settings):
     schedule: Literal["cosine", "constant", "wsd"] = setting(
         "cosine", help="cosine [Llama 2], constant, or warm-up-stable-decay (arXiv:2404.06395)"
     )
-    warmup: float = setting(0.05, ge=0, lt=1, help="share of the steps with linearly rising rate [arXiv:2309.14322: 5%, short ones make small models unstable]")
+    warmup: float = setting(0.05, ge=0, lt=1, help="share of the steps with linearly rising rate [arXiv:2309.14322: 5%, for stability]")
     decay: float = setting(0.1, gt=0, le=1, help="wsd: share of the steps, at the end, with falling rate [MiniCPM: 10%]")
     min_lr: float = setting(0.1, ge=0, le=1, help="final rate as a share of the peak [Llama 2, arXiv:2307.09288: 10%]")
     weight_decay: float = setting(

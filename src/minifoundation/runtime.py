@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +28,7 @@ PEAK_TFLOPS = {
     "RTX 4060": 60.5,
     "RTX 3090": 71.0,
 }
-"""Dense bf16 peak by part of the GPU's name, longest match first [NVIDIA datasheets; GeForce: Ada and Ampere whitepapers, fp32 accumulate]."""
+"""Dense bf16 peak by part of the GPU's name, longest match first [NVIDIA's datasheets; GeForce: the whitepapers, fp32 accumulation]."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,23 @@ class Machine:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Moment:
+    """A point in the device's work: it has come when everything launched before it is done."""
+
+    def __init__(self, where: Machine) -> None:
+        self._event = torch.cuda.Event(enable_timing=True) if where.is_cuda else None
+        if self._event is not None:
+            self._event.record()
+        self._seconds = time.perf_counter()
+
+    def seconds_since(self, earlier: Moment) -> float:
+        """Return the device's time between two moments; on a GPU this waits until both have come."""
+        if self._event is None or earlier._event is None:
+            return self._seconds - earlier._seconds
+        self._event.synchronize()
+        return float(earlier._event.elapsed_time(self._event)) / 1e3
 
 
 def machine(local_rank: int = 0) -> Machine:

@@ -21,7 +21,15 @@ from minifoundation.train.optimizer import adamw
 from minifoundation.train.step import train_step
 
 pytestmark = pytest.mark.gpu
-SMALL: dict[str, Any] = {"vocab_size": 1024, "d_model": 256, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_ff": 512, "original_seq_len": 256}
+SMALL: dict[str, Any] = {
+    "vocab_size": 1024,
+    "d_model": 256,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_kv_head": 2,
+    "d_ff": 512,
+    "original_seq_len": 256,
+}
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -64,7 +72,9 @@ def test_the_loss_and_its_gradients_in_bf16(compiled: bool) -> None:
     assert relative(hidden.grad, h.grad) < 2e-2 and relative(head.grad, w.grad) < 2e-2
 
 
-def losses(device: str, dtype: torch.dtype, *, compile: bool, checkpointing: str = "none", states: str = "fp32", steps: int = 30) -> list[float]:
+def losses(
+    device: str, dtype: torch.dtype, *, compile: bool, checkpointing: str = "none", states: str = "fp32", steps: int = 30
+) -> list[float]:
     transformer = Transformer(ModelConfig.model_validate({**SMALL, "checkpointing": checkpointing}), dtype=dtype)
     transformer.initialise(0)
     transformer.to(device)
@@ -110,7 +120,7 @@ def test_a_run_with_8_bit_moments_is_resumed(tmp_path: Path, monkeypatch: pytest
     from minifoundation import config
     from minifoundation.config import RunConfig
     from minifoundation.errors import Interrupted
-    from minifoundation.train import loop
+    from minifoundation.train import loop, step
     from minifoundation.train.run import run
 
     text = Path(__file__).parents[2] / "examples" / "shakespeare.txt"
@@ -119,10 +129,17 @@ def test_a_run_with_8_bit_moments_is_resumed(tmp_path: Path, monkeypatch: pytest
         "model": {**SMALL, "vocab_size": 1024},
         "tokenizer": {"vocab_size": 1024},
         "data": {"source": str(text), "shards_dir": str(tmp_path / "shards"), "max_document_bytes": 4096, "held_out": 0.05},
-        "train": {"tokens": 256 * 4 * 20, "seq_len": 256, "batch_size": 4, "precision": "bf16", "optimizer_states": "int8", "save_every": 10},
+        "train": {
+            "tokens": 256 * 4 * 20,
+            "seq_len": 256,
+            "batch_size": 4,
+            "precision": "bf16",
+            "optimizer_states": "int8",
+            "save_every": 10,
+        },
     }
     run_config = config.build(RunConfig, values, "test")
-    real, steps = loop.train_step, 0
+    real, steps = step.train_step, 0
 
     def dies(*args: Any, **kwargs: Any) -> Any:
         nonlocal steps

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from minifoundation import config
 from minifoundation.config import ModelConfig
 from minifoundation.model.size import flops_per_token, memory_bytes, n_matmul_parameters, n_parameters
 from minifoundation.model.training import TrainingModel
@@ -62,6 +66,7 @@ def total(**changes: Any) -> int:
     settings: dict[str, Any] = {
         "batch_size": 4,
         "seq_len": 4096,
+        "grad_accum": 2,
         "precision": "bf16",
         "optimizer_states": "fp32",
         "ema": False,
@@ -74,12 +79,43 @@ def total(**changes: Any) -> int:
 
 def test_memory_terms_that_are_exact() -> None:
     n = n_parameters(HALF_BILLION)
-    parts = memory_bytes(HALF_BILLION, batch_size=1, seq_len=64, precision="bf16", optimizer_states="fp32", ema=True, loss_chunk=64)
+    parts = memory_bytes(
+        HALF_BILLION, batch_size=1, seq_len=64, grad_accum=2, precision="bf16", optimizer_states="fp32", ema=True, loss_chunk=64
+    )
     assert (parts["weights"], parts["gradients"], parts["optimizer"], parts["ema"]) == (4 * n, 4 * n, 8 * n, 4 * n)
 
 
 def test_memory_goes_where_it_should() -> None:
-    assert total(optimizer_states="int8") < total(optimizer_states="bf16") < total() < total(ema=True)
+    assert total(optimizer_states="int8") < total() < total(ema=True)
     assert total(checkpointing="full") < total(checkpointing="attention") < total(checkpointing="full", checkpoint_every=2) < total()
     assert total(batch_size=1) < total(batch_size=2) < total(batch_size=2, precision="fp32")
     assert total(loss_chunk=256) < total(loss_chunk=8192)
+    assert total(grad_accum=1) < total(grad_accum=2) == total(grad_accum=64)
+
+
+MEASURED = json.loads((Path(__file__).parents[2] / "docs" / "data" / "training.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("row", MEASURED["results"], ids=lambda row: f"{row['config']}, {row['rows']}")
+def test_predicted_memory_is_within_a_tenth_of_the_measured(row: dict[str, Any]) -> None:
+    """The peaks that ``python -m benchmarks.training`` measured on a GPU."""
+    assert total_of(row) == pytest.approx(row["peak_gib"] * 2**30, rel=0.1)
+
+
+def total_of(row: dict[str, Any]) -> int:
+    values = config.read_yaml(Path(__file__).parents[2] / "configs" / f"{row['config']}.yaml")
+    sizes = re.fullmatch(r"(\d+) x (\d+), checkpointing (\w+)", row["rows"])
+    assert sizes is not None
+    rows, length, checkpointing = sizes.groups()
+    train = config.build(config.TrainConfig, values["train"], "test")
+    parts: dict[str, int] = memory_bytes(
+        config.build(config.ModelConfig, {**values["model"], "checkpointing": checkpointing}, "test"),
+        batch_size=int(rows),
+        seq_len=int(length),
+        grad_accum=row["grad_accum"],
+        precision="bf16",
+        optimizer_states=train.optimizer_states,
+        ema=False,
+        loss_chunk=train.loss_chunk,
+    )
+    return sum(parts.values())

@@ -16,7 +16,7 @@ import torch
 from minifoundation.checkpoint import Checkpoint, load_checkpoint
 from minifoundation.config import RunConfig
 from minifoundation.errors import Interrupted, UserError
-from minifoundation.train import loop
+from minifoundation.train import loop, step
 from minifoundation.train.run import Start, run
 
 Make = Callable[..., RunConfig]
@@ -47,12 +47,14 @@ def steady(row: dict[str, str]) -> dict[str, str]:
     ],
     ids=["fp32+ema", "bf16+dropout+checkpointing", "fp16"],
 )
-def test_interrupted_and_resumed_is_bitwise_the_uninterrupted_run(settings: Make, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any]) -> None:
+def test_interrupted_and_resumed_is_bitwise_the_uninterrupted_run(
+    settings: Make, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any]
+) -> None:
     whole = trained(settings("whole", **sections))
 
     broken = settings("broken", **sections)
     steps = 0
-    real = loop.train_step
+    real = step.train_step
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         nonlocal steps
@@ -62,7 +64,7 @@ def test_interrupted_and_resumed_is_bitwise_the_uninterrupted_run(settings: Make
         return real(*args, **kwargs)
 
     monkeypatch.setattr(loop, "train_step", interrupted)
-    with pytest.raises(Interrupted, match="stopped at step 7 of 12 .* --resume auto"):
+    with pytest.raises(Interrupted, match=r"stopped at step 7 of 12 .* --resume auto"):
         trained(broken)
     monkeypatch.undo()
     resumed = trained(broken, resume="auto")
@@ -79,7 +81,7 @@ def test_a_killed_run_goes_on_from_the_last_checkpoint(settings: Make, monkeypat
     whole = trained(settings("whole"))
     killed = settings("killed")
     steps = 0
-    real = loop.train_step
+    real = step.train_step
 
     def dies(*args: Any, **kwargs: Any) -> Any:
         nonlocal steps
@@ -174,7 +176,10 @@ def test_faults_are_one_line(settings: Make, tmp_path: Path) -> None:
         (settings(train={"tokens": 100}), r"train\.tokens: 100 is less than one step of 128"),
         (settings(data={"source": str(empty)}), r"empty"),
         (settings(data={"source": str(tmp_path / "nowhere")}), r"nowhere"),
-        (settings(data={"source": str(short)}, train={"grad_accum": 5000, "tokens": 10_000_000}), r"samples of 32 tokens, and one step takes 10,000"),
+        (
+            settings(data={"source": str(short)}, train={"grad_accum": 5000, "tokens": 10_000_000}),
+            r"samples of 32 tokens, and one step takes 10,000",
+        ),
     ):
         with pytest.raises(UserError, match=message) as caught:
             run(config, resume=None, dry_run=False)
@@ -192,7 +197,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(settings: Make, monkeypatch: pyte
 
     def full(descriptor: int) -> None:
         nonlocal calls
-        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        name = str(Path(f"/proc/self/fd/{descriptor}").readlink())
         calls += "state.pth" in name
         if calls >= 2:
             raise OSError(28, "No space left on device", name)

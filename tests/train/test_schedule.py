@@ -1,6 +1,7 @@
 """The rates against the closed formulas of the papers."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -31,7 +32,7 @@ def test_constant_stays() -> None:
 def test_wsd_is_flat_then_a_line_to_min_lr() -> None:
     rates = [learning_rate(step, 100, config(schedule="wsd", decay=0.2)) for step in range(100)]
     assert set(rates[10:80]) == {1e-3}
-    drops = [a - b for a, b in zip(rates[79:], rates[80:], strict=False)]
+    drops = [a - b for a, b in pairwise(rates[79:])]
     assert drops == pytest.approx([9e-4 / 20] * 20)
     assert rates[-1] == pytest.approx(1e-4)
 

@@ -121,7 +121,8 @@ def test_held_out_loss_is_the_mean_over_tokens_of_unequal_batches() -> None:
     parts = [*batches(rows(3, 1), 1), *batches(rows(1, 2), 1)]
     with torch.no_grad():
         expected = sum(
-            torch.nn.functional.cross_entropy(model.transformer.logits(b.tokens).flatten(0, 1), b.targets.flatten(), reduction="sum") for b in parts
+            torch.nn.functional.cross_entropy(model.transformer.logits(b.tokens).flatten(0, 1), b.targets.flatten(), reduction="sum")
+            for b in parts
         )
     assert held_out_loss(model, parts, ALONE, torch.device("cpu")) == pytest.approx(float(expected) / (4 * 32), rel=1e-6)
     assert model.training

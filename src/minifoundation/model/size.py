@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from minifoundation.config import ModelConfig
 
-MOMENT_BYTES = {"fp32": 8.0, "bf16": 4.0, "int8": 2 * (1 + 4 / 256)}
+MOMENT_BYTES = {"fp32": 8.0, "int8": 2 * (1 + 4 / 256)}
 """Bytes of AdamW's two moments a parameter; int8 has a float32 scale for each 256 [torchao]."""
 
 
@@ -40,51 +40,68 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 
 def memory_bytes(
-    config: ModelConfig, *, batch_size: int, seq_len: int, precision: str, optimizer_states: str, ema: bool, loss_chunk: int
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    seq_len: int,
+    grad_accum: int,
+    precision: str,
+    optimizer_states: str,
+    ema: bool,
+    loss_chunk: int,
 ) -> dict[str, int]:
-    """Return the predicted peak of device memory by what it holds, in bytes; the sum is the prediction.
+    """Return the predicted peak of allocated device memory by what it holds, in bytes; the sum is the prediction.
 
-    The peak is taken in the backward of the last micro-batch, when gradients, optimizer states and all saved activations exist at once.
+    The larger of two moments: the loss of the last micro-batch, when all saved activations exist (and gradients, if a micro-batch went
+    before); and the backward of the first block, when all gradients exist. Blocks and loss are taken as compiled. Against measurements:
+    docs/numerics.md.
 
     Args:
+        grad_accum: micro-batches in a step.
         precision: fp32, bf16 or fp16.
-        optimizer_states: fp32, bf16 or int8.
+        optimizer_states: fp32 or int8.
         ema: whether an averaged copy of the weights is kept on the device.
         loss_chunk: tokens whose logits are held at once.
     """
     parameters, N, V, D = n_parameters(config), batch_size * seq_len, config.vocab_size, config.d_model
     item = 4 if precision == "fp32" else 2
-    head = V * D
+    half = item == 2
     checkpointed = 0 if config.checkpointing == "none" else -(-config.n_layer // config.checkpoint_every)
     kept = config.n_layer - checkpointed
-    saved = {
-        "none": 0,
-        "attention": N * _attention_kept(config, item) + N * D * item,
-        "full": N * D * item,
-    }[config.checkpointing]
-    whole = N * _saved_by_block(config, item)
-    chunk = min(loss_chunk, N)
-    return {
+    of_checkpointed = {"none": 0, "attention": _attention_kept(config, item) + D * item, "full": D * item}[config.checkpointing]
+    of_block = N * _saved_by_block(config, item)
+    copy_of_block = item * _block_matrices(config) if half else 0
+    always = {
         "weights": 4 * parameters,
-        "gradients": 4 * parameters,
         "optimizer": round(MOMENT_BYTES[optimizer_states] * parameters),
         "ema": 4 * parameters if ema else 0,
-        # Half-precision copies that multiply activations: alive from forward to backward, except where a block is recomputed.
-        "weight_copies": 0 if item == 4 else item * (kept * _block_matrices(config) + min(checkpointed, 1) * _block_matrices(config)),
-        "activations": kept * whole + checkpointed * saved + N * D * item,
-        # One block at a time is recomputed and differentiated: its activations again, and about as many gradients of the widest ones.
-        "block_workspace": (whole if checkpointed else 0) + N * item * 3 * config.d_ff,
-        # The head's copy and gradient; the gradient of the hidden states; one chunk of logits as computed, in float32 and as gradient.
-        "loss": item * head * (item != 4) + 4 * head + N * D * item + chunk * V * (2 * 4 + 2 * item),
     }
+    at_loss = {
+        **always,
+        "gradients": 4 * parameters if grad_accum > 1 else 0,
+        # Half-precision copies that multiply activations: alive from forward to backward, except where a block is recomputed.
+        "weight_copies": kept * copy_of_block,
+        "activations": kept * of_block + checkpointed * N * of_checkpointed + N * D * item,
+        # The head's copy, its gradient and (in half precision) the product added to it; the hidden states' gradient; a chunk of logits
+        # and its gradient.
+        "loss": (item + 8 if half else 4) * V * D + N * D * item + min(loss_chunk, N) * V * 2 * item,
+    }
+    at_first_block = {
+        **always,
+        "gradients": 4 * parameters,
+        "weight_copies": copy_of_block,
+        "activations": of_block,
+        "block_workspace": N * item * 3 * config.d_ff,  # about as many gradients as the widest activations
+    }
+    return max(at_loss, at_first_block, key=lambda parts: sum(parts.values()))
 
 
 def _saved_by_block(config: ModelConfig, item: int) -> int:
     """Return the bytes a token that a block saves for its backward."""
-    D, h = config.d_model, config.head_dim
-    qkv = (config.n_head + 2 * config.n_kv_head) * h
-    # Two inputs of norms, two normed copies, q k v, the attention output; gate and up and their product.
-    return item * (4 * D + qkv + config.n_head * h + 3 * config.d_ff) + 4 * (config.n_head + 2)  # logsumexp of attention, two norms
+    D, h, H, K = config.d_model, config.head_dim, config.n_head, config.n_kv_head
+    # Two inputs of norms, two normed copies; q k v as projected (v is read there), q and k as rotated, the attention output; gate, up and
+    # their product.
+    return item * (4 * D + (H + 2 * K) * h + (H + K) * h + H * h + 3 * config.d_ff) + 4 * (H + 2)  # logsumexp of attention, two norms
 
 
 def _attention_kept(config: ModelConfig, item: int) -> int:

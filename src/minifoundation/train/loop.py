@@ -20,7 +20,7 @@ from minifoundation.config import TrainConfig
 from minifoundation.data.loader import Batch, Loader, micro_batches, prefetch
 from minifoundation.distributed import World
 from minifoundation.errors import UserError
-from minifoundation.runtime import Machine
+from minifoundation.runtime import Machine, Moment
 from minifoundation.train.ema import Average
 from minifoundation.train.metrics import MetricsLog, Row, bits_per_byte, model_flops_utilisation
 from minifoundation.train.plan import Plan
@@ -61,6 +61,7 @@ class _Pending:
     lr: float
     stats: StepStats
     wait_seconds: float
+    done: Moment
 
 
 class Stop:
@@ -117,9 +118,7 @@ def fit(
     rows = range(progress.sample, progress.sample + (plan.steps - progress.step) * plan.samples_per_step, plan.samples_per_step)
     data = (
         list(
-            micro_batches(
-                loader, first, batch_size=config.batch_size, grad_accum=config.grad_accum, rank=world.rank, world_size=world.size
-            )
+            micro_batches(loader, first, batch_size=config.batch_size, grad_accum=config.grad_accum, rank=world.rank, world_size=world.size)
         )
         for first in rows
     )
@@ -148,7 +147,7 @@ def fit(
             if average is not None:
                 average.update(progress.step)
             told = report.line(pending) if pending is not None else False
-            pending = _Pending(progress.step, rate, stats, waited)
+            pending = _Pending(progress.step, rate, stats, waited, Moment(machine))
             last = progress.step == plan.steps
             evaluating = last or progress.step % config.eval_every == 0
             saving = not last and progress.step % config.save_every == 0
@@ -193,11 +192,11 @@ class _Report:
         self.bar = tqdm(
             total=plan.steps, initial=progress.step, desc=progress.phase, unit="step", disable=not world.is_first, dynamic_ncols=True
         )
-        self.clock = time.perf_counter()
+        self.before = Moment(machine)
 
     def resume_clock(self) -> None:
         """Leave the time of an evaluation or a save out of the next figures."""
-        self.clock = time.perf_counter()
+        self.before = Moment(self.machine)
 
     def line(self, pending: _Pending) -> bool:
         """Report one step and return whether any process had been told to stop when it began."""
@@ -217,9 +216,8 @@ class _Report:
                 f"the loss became {loss} at step {pending.step} with rate {pending.lr:.3g}",
                 "start again in another --out_dir with a lower --lr, a longer --train.warmup, or bf16 instead of fp16",
             )
-        now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
-        rate = self.plan.tokens_per_step / seconds
+        rate = self.plan.tokens_per_step / pending.done.seconds_since(self.before)
+        self.before = pending.done
         return {
             "step": pending.step,
             "tokens": self.progress.tokens - (self.progress.step - pending.step) * self.plan.tokens_per_step,

@@ -63,7 +63,7 @@ class MetricsLog:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UserError("train.tensorboard", "on, but tensorboard is not installed", "pip install tensorboard") from None
-            self._board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=resumed_at + 1)  # type: ignore[no-untyped-call]
+            self._board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=resumed_at + 1)
 
     def write(self, row: Row) -> None:
         """Add one row; values that are None stay empty."""

@@ -71,6 +71,7 @@ def _memory(config: RunConfig, batch_size: int) -> dict[str, int]:
         config.model,
         batch_size=batch_size,
         seq_len=train.seq_len,
+        grad_accum=train.grad_accum,
         precision=train.precision,
         optimizer_states=train.optimizer_states,
         ema=train.ema is not None,
@@ -101,19 +102,22 @@ def describe(config: RunConfig, plan: Plan, machine: Machine, world_size: int) -
     """Return the plan as lines for a person."""
     train, model = config.train, config.model
     flops = plan.flops_per_token * plan.tokens
-    rows = [
-        ("model", f"{_millions(plan.parameters)} parameters: {model.n_layer} blocks x {model.d_model}, {model.n_head}/{model.n_kv_head} heads, d_ff {model.d_ff}, vocabulary {model.vocab_size:,}"),
-        ("steps", f"{plan.steps:,} of {plan.tokens_per_step:,} tokens ({train.batch_size} rows x {train.grad_accum} micro-batches x {train.seq_len} tokens x {world_size} processes), {plan.warmup_steps:,} of them warm-up"),
-        ("tokens", f"{plan.tokens:,} ({plan.tokens / plan.parameters:.1f} a parameter; Chinchilla's optimum is about 20, arXiv:2203.15556)"),
-        ("compute", f"{flops:.3g} FLOP ({plan.flops_per_token / 1e9:.3f} GFLOP a token), {train.precision}"),
-        ("memory", f"{plan.memory_total / 2**30:.1f} GiB of {machine.memory_bytes / 2**30:.1f} GiB predicted on {machine.name}: " + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.memory.items() if size)),
-    ]
+    heads = f"{model.n_head}/{model.n_kv_head} heads"
+    shape = f"{model.n_layer} blocks x {model.d_model}, {heads}, d_ff {model.d_ff}, vocabulary {model.vocab_size:,}"
+    step = f"{train.batch_size} rows x {train.grad_accum} micro-batches x {train.seq_len} tokens x {world_size} processes"
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.memory.items() if size)
+    rows = {
+        "model": f"{_millions(plan.parameters)} parameters: {shape}",
+        "steps": f"{plan.steps:,} of {plan.tokens_per_step:,} tokens ({step}), {plan.warmup_steps:,} of them warm-up",
+        "tokens": f"{plan.tokens:,} ({plan.tokens / plan.parameters:.1f} a parameter; Chinchilla's optimum is about 20, arXiv:2203.15556)",
+        "compute": f"{flops:.3g} FLOP ({plan.flops_per_token / 1e9:.3f} GFLOP a token), {train.precision}",
+        "memory": f"{plan.memory_total / 2**30:.1f} GiB of {machine.memory_bytes / 2**30:.1f} GiB predicted on {machine.name}: {parts}",
+        "time": f"not predicted: the peak rate of {machine.name} is not known",
+    }
     if machine.peak_flops:
         hours = {share: flops / (share * machine.peak_flops * world_size) / 3600 for share in (0.3, 0.4, 0.5)}
-        rows.append(("time", ", ".join(f"{h:.2f} h at {share:.0%} MFU" for share, h in hours.items())))
-    else:
-        rows.append(("time", f"not predicted: the peak rate of {machine.name} is not known"))
-    return "\n".join(f"  {name:<8} {text}" for name, text in rows)
+        rows["time"] = ", ".join(f"{h:.2f} h at {share:.0%} MFU" for share, h in hours.items())
+    return "\n".join(f"  {name:<8} {text}" for name, text in rows.items())
 
 
 def _millions(count: int) -> str:

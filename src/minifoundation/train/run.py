@@ -10,8 +10,8 @@ import torch
 from tqdm import tqdm
 
 from minifoundation import runtime
-from minifoundation.checkpoint import FINAL, Checkpoint, latest_good, load_checkpoint, save_final, save_step, step_folders
-from minifoundation.config import RunConfig, dotted_names, to_yaml
+from minifoundation.checkpoint import FINAL, Checkpoint, save_final, save_step
+from minifoundation.config import RunConfig, to_yaml
 from minifoundation.data.loader import Loader, held_out_batches
 from minifoundation.data.prepare import prepare_shards, tokenizer_for
 from minifoundation.data.shards import Shards
@@ -26,13 +26,7 @@ from minifoundation.train.loop import HeldOut, Progress, fit, stop_on_signals
 from minifoundation.train.metrics import MetricsLog
 from minifoundation.train.optimizer import adamw
 from minifoundation.train.plan import Plan, describe, plan, with_batch_size
-
-MAY_CHANGE = ("out_dir", "data.shards_dir", "model.attention", "model.checkpointing", "model.checkpoint_every", "tokenizer.", "train.compile", "train.loss_chunk")
-MAY_CHANGE += ("train.batch_size", "train.grad_accum", "train.log_every", "train.eval_every", "train.eval_tokens", "train.save_every", "train.keep", "train.tensorboard")
-"""Settings (or sections, with a dot at the end) that a resumed run may change: they alter neither the weights' path nor the data's order.
-
-The tokenizer is compared by its own file, the rows of a step by their product.
-"""
+from minifoundation.train.resume import checkpoint_to_resume
 
 
 @dataclass(frozen=True)
@@ -56,20 +50,20 @@ def run(config: RunConfig, *, resume: str | None, dry_run: bool, start: Start | 
     """
     with join() as world:
         machine = runtime.machine(world.local_rank)
-        say = _Printer(world)
+        say = Printer(world)
         config = with_batch_size(_supported(config, machine, say), machine)
         planned = plan(config, world.size)
         if dry_run:
             say(f"plan of {config.out_dir}:\n{describe(config, planned, machine, world.size)}\nnothing was started (--dry_run)")
             return None
-        resumed = _resumed(config, resume, planned, say)
+        resumed = checkpoint_to_resume(config, resume, planned, say)
         if resumed is not None and resumed.progress["step"] >= planned.steps:
             say(f"{config.out_dir / FINAL} is finished: {planned.steps:,} of {planned.steps:,} steps")
             return config.out_dir / FINAL
         return _train(config, planned, machine, world, say, resumed=resumed, start=start)
 
 
-class _Printer:
+class Printer:
     """Prints on the first process only, above the progress bar."""
 
     def __init__(self, world: World) -> None:
@@ -80,7 +74,7 @@ class _Printer:
             tqdm.write(line, file=sys.stderr)
 
 
-def _supported(config: RunConfig, machine: Machine, say: _Printer) -> RunConfig:
+def _supported(config: RunConfig, machine: Machine, say: Printer) -> RunConfig:
     """Return ``config`` with what this machine cannot do replaced by the fallback, each said in one line."""
     from minifoundation.model.attention import resolve
 
@@ -99,63 +93,8 @@ def _supported(config: RunConfig, machine: Machine, say: _Printer) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update={"compile": compiled})})
 
 
-def _resumed(config: RunConfig, resume: str | None, planned: Plan, say: _Printer) -> Checkpoint | None:
-    """Return the checkpoint to go on from, or None to begin.
-
-    Raises:
-        UserError: the folder holds a run and nothing was said about it, or the checkpoint is of another run.
-    """
-    out_dir = config.out_dir
-    if resume is None:
-        steps = step_folders(out_dir)
-        done = (out_dir / FINAL).exists()
-        if done or steps or (out_dir / "metrics.csv").exists():
-            state = "a finished run" if done else f"a run at {steps[-1].name}" if steps else "a run without a checkpoint yet"
-            raise UserError(str(out_dir), f"holds {state}", "type --resume auto to go on with it, or --out_dir for another folder")
-        return None
-    if resume == "auto":
-        final = out_dir / FINAL
-        folder = final if final.exists() else latest_good(out_dir)
-        if folder is None:
-            say(f"{out_dir}: no checkpoint yet, beginning at step 0")
-            return None
-    else:
-        folder = Path(resume)
-    checkpoint = load_checkpoint(folder)
-    _same_run(checkpoint, config, planned, folder)
-    if not checkpoint.optimizer and checkpoint.progress["step"] < planned.steps:
-        raise UserError(str(folder), "holds no optimizer state to go on with", "give a step_ folder, or start a new phase with longft")
-    say(f"going on from {folder} at step {checkpoint.progress['step']:,} of {planned.steps:,}")
-    return checkpoint
-
-
-def _same_run(checkpoint: Checkpoint, config: RunConfig, planned: Plan, folder: Path) -> None:
-    """Refuse to go on with settings under which the rest of the run would not be the run that was begun."""
-    for name in dotted_names(RunConfig):
-        if name.startswith(MAY_CHANGE) or name == "model.vocab_size":
-            continue
-        before, now = _value(checkpoint.config, name), _value(config, name)
-        if before != now:
-            raise UserError(name, f"{now} here, but {before} in {folder}", f"set it to {before}, or start another run with --out_dir")
-    if checkpoint.progress["step"]:
-        rows = checkpoint.progress["sample"] // checkpoint.progress["step"]
-        if planned.samples_per_step != rows:
-            raise UserError(
-                "train.batch_size x train.grad_accum x processes",
-                f"{planned.samples_per_step} rows a step here, but {rows} in {folder}",
-                f"choose them so that their product is {rows}",
-            )
-
-
-def _value(config: RunConfig, name: str) -> object:
-    value: object = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
-
-
 def _train(
-    config: RunConfig, planned: Plan, machine: Machine, world: World, say: _Printer, *, resumed: Checkpoint | None, start: Start | None
+    config: RunConfig, planned: Plan, machine: Machine, world: World, say: Printer, *, resumed: Checkpoint | None, start: Start | None
 ) -> Path:
     out_dir = config.out_dir
     before = resumed or (start.checkpoint if start else None)
@@ -210,9 +149,10 @@ def _train(
     if world.is_first:
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    with stop_on_signals() as stop, MetricsLog(
-        out_dir if world.is_first else None, resumed_at=progress.step, tensorboard=config.train.tensorboard
-    ) as log:
+    with (
+        stop_on_signals() as stop,
+        MetricsLog(out_dir if world.is_first else None, resumed_at=progress.step, tensorboard=config.train.tensorboard) as log,
+    ):
         finished = fit(
             model,
             optimizer,
@@ -230,7 +170,9 @@ def _train(
             stop=stop,
         )
     if not finished:
-        raise Interrupted(f"stopped at step {progress.step:,} of {planned.steps:,} and saved {out_dir}; go on with the same line and --resume auto")
+        raise Interrupted(
+            f"stopped at step {progress.step:,} of {planned.steps:,} and saved {out_dir}; go on with the same line and --resume auto"
+        )
     path = out_dir / FINAL
     if world.is_first:
         save_final(checkpoint(with_optimizer=False), out_dir)
@@ -240,7 +182,7 @@ def _train(
 
 
 def _data(
-    config: RunConfig, planned: Plan, world: World, say: _Printer, *, resumed: Checkpoint | None, start: Start | None
+    config: RunConfig, planned: Plan, world: World, say: Printer, *, resumed: Checkpoint | None, start: Start | None
 ) -> tuple[Tokenizer, Shards, Progress]:
     """Return the tokenizer, the shards that hold enough tokens, and the progress at which the phase begins or goes on.
 
@@ -278,13 +220,17 @@ def _keep_tokenizer(checkpoint: Checkpoint, folder: Path, config: RunConfig) -> 
     model = folder / "tokenizer.model"
     given = config.tokenizer.path
     if given is not None and given.exists() and given.read_bytes() != checkpoint.tokenizer_model:
-        raise UserError("tokenizer.path", f"{given} is not the tokenizer the weights were trained with", "leave it out: the checkpoint holds the right one")
+        raise UserError(
+            "tokenizer.path",
+            f"{given} is not the tokenizer the weights were trained with",
+            "leave it out: the checkpoint holds the right one",
+        )
     if not model.exists():
         folder.mkdir(parents=True, exist_ok=True)
         model.write_bytes(checkpoint.tokenizer_model)
 
 
-def _first_unread(config: RunConfig, shards: Shards, start: Start | None, say: _Printer) -> int:
+def _first_unread(config: RunConfig, shards: Shards, start: Start | None, say: Printer) -> int:
     """Return the first shard that the phase before did not read; 0 when it read another corpus, or all of this one."""
     if start is None:
         return 0
@@ -301,12 +247,13 @@ def _first_unread(config: RunConfig, shards: Shards, start: Start | None, say: _
     return unread
 
 
-def _with_vocabulary(config: RunConfig, tokenizer: Tokenizer, before: Checkpoint | None, say: _Printer) -> RunConfig:
+def _with_vocabulary(config: RunConfig, tokenizer: Tokenizer, before: Checkpoint | None, say: Printer) -> RunConfig:
     """Return ``config`` with the model's vocabulary: the tokenizer's, padded to a multiple of 128; a checkpoint's stays."""
     size = before.config.model.vocab_size if before else -(-tokenizer.vocab_size // 128) * 128
     if size != config.model.vocab_size:
         if before is None:
-            say(f"model.vocab_size: {size:,} instead of {config.model.vocab_size:,}, since the tokenizer has {tokenizer.vocab_size:,} pieces")
+            asked = f"{config.model.vocab_size:,}"
+            say(f"model.vocab_size: {size:,} instead of {asked}, since the tokenizer has {tokenizer.vocab_size:,} pieces")
         config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
     return config
 
@@ -320,9 +267,9 @@ def _enough(config: RunConfig, loader: Loader, planned: Plan) -> None:
         )
 
 
-def _say_data(config: RunConfig, shards: Shards, loader: Loader, planned: Plan, progress: Progress, say: _Printer) -> None:
+def _say_data(config: RunConfig, shards: Shards, loader: Loader, planned: Plan, progress: Progress, say: Printer) -> None:
     epochs = planned.steps * planned.samples_per_step / loader.samples_per_epoch
     repeated = f", read {epochs:.1f} times" if epochs > 1 and shards.complete else ""
     say(f"  data     {shards.train_tokens:,} tokens in {len(shards.train)} shards{repeated}; held out {shards.held_out_tokens:,} tokens")
     if shards.held_out_tokens <= config.train.seq_len:
-        say("warning: data.held_out: too few documents fell into the held-out split to evaluate on; raise data.held_out or lower data.max_document_bytes")
+        say("warning: data.held_out: too few documents fell into it to evaluate on; raise data.held_out or lower data.max_document_bytes")

@@ -15,8 +15,8 @@ def warmup_steps(config: TrainConfig, steps: int) -> int:
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
     """Return the rate of update ``step`` (0 .. steps - 1) of a phase of ``steps``.
 
-    Linear warm-up to ``lr``, then: ``cosine`` falls to ``min_lr * lr`` at the last step (SGDR without restarts, arXiv:1608.03983); ``constant``
-    stays; ``wsd`` stays and falls linearly over the last ``decay`` share (arXiv:2404.06395, linear as in arXiv:2405.18392).
+    Linear warm-up to ``lr``, then: ``cosine`` falls to ``min_lr * lr`` at the last step (SGDR without restarts, arXiv:1608.03983);
+    ``constant`` stays; ``wsd`` stays and falls linearly over the last ``decay`` share (arXiv:2404.06395, linear as in arXiv:2405.18392).
     """
     rising = warmup_steps(config, steps)
     if step < rising:

@@ -16,8 +16,8 @@ from minifoundation.train.optimizer import set_learning_rate
 class StepStats:
     """What a step measured, on its way from the device: nothing waits until a figure is read.
 
-    On a GPU the figures are copied to page-locked memory behind the step's last kernel, and reading them waits for that copy alone, not for
-    whatever has been launched since.
+    On a GPU they are copied to page-locked memory behind the step's last kernel, and reading them waits for that copy alone, not for what
+    has been launched since.
     """
 
     def __init__(self, losses: Tensor, grad_norm: Tensor, stop_votes: Tensor) -> None:
@@ -31,8 +31,11 @@ class StepStats:
             self._figures = figures
 
     def read(self) -> tuple[float, float, float, bool]:
-        """Return mean cross entropy and mean z-loss (nats a token, over all processes), the gradient's norm before clipping, and whether any
-        process had been told to stop when the step began."""
+        """Return mean cross entropy, mean z-loss, gradient norm and whether to stop.
+
+        The losses are nats a token over all processes, the norm is that before clipping, and the last says whether any process had
+        been told to stop when the step began.
+        """
         if self._done is not None:
             self._done.synchronize()
         cross_entropy, z_loss, grad_norm, stop_votes = self._figures.tolist()
