@@ -1,6 +1,6 @@
 """Loss curves over the same weights, data and order: ours, Hugging Face's model with torch's AdamW, and ours with int8 moments.
 
-    python -m benchmarks.curves --corpus wiki/ [--tokenizer spm.model]     bf16 on a GPU, 300 steps, three seeds
+    python -m benchmarks.curves --corpus wiki/ [--tokenizer spm.model]     bf16 on a GPU, 300 steps, three seeds (int8: one)
     python -m benchmarks.curves --quick
 
 Two curves agree when the mean gap between them over the last third is within the spread that another seed makes.
@@ -92,6 +92,8 @@ def main() -> None:
         work = Path(folder)
         for seed in SEEDS:
             for name in variants:
+                if "int8" in name and seed != SEEDS[0]:
+                    continue
                 train: dict[str, Any] = {"batch_size": rows, "lr": 6e-4, "warmup": 0.1, "seed": seed}
                 train["optimizer_states"] = "int8" if "int8" in name else "fp32"
                 train["tokens"] = steps * rows * (32 if options.quick else 1024)
@@ -106,7 +108,7 @@ def main() -> None:
                 )
     noise = statistics.stdev(tail(curves["transformers"][seed]["loss"]) for seed in SEEDS)
     gaps = {
-        name: statistics.fmean(tail(curves[name][seed]["loss"]) - tail(curves["transformers"][seed]["loss"]) for seed in SEEDS)
+        name: statistics.fmean(tail(result["loss"]) - tail(curves["transformers"][seed]["loss"]) for seed, result in curves[name].items())
         for name in variants
         if name != "transformers"
     }

@@ -17,10 +17,10 @@ from benchmarks.record import ROOT, finish
 from benchmarks.small_model import curve, settings
 from minifoundation.errors import UserError
 
-RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3)
-ROWS = ((32, 1), (128, 1), (128, 4))
-"""(rows in a micro-batch, micro-batches): 32k, 131k and 524k tokens a step."""
-TOKENS = 16_777_216
+RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3)
+ROWS = ((16, 1), (64, 1))
+"""(rows in a micro-batch, micro-batches): 16k and 66k tokens a step."""
+TOKENS = 8_388_608
 
 
 def main() -> None:
