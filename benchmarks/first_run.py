@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -56,10 +55,10 @@ def stage(name: str, options: list[str], log: Path) -> dict[str, Any]:
     command = ["python", "-m", "src.cli", name, *options]
     print("$ " + " ".join(command), flush=True)
     began = time.perf_counter()
-    with log.open("w", encoding="utf-8") as out:
-        done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, check=False, env=os.environ)
-    text = log.read_text(encoding="utf-8")
-    print("\n".join(text.replace("\r", "\n").splitlines()[-12:]), flush=True)
+    with log.open("w", encoding="utf-8") as out, log.with_suffix(".err").open("w", encoding="utf-8") as err:
+        done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, stdout=out, stderr=err, check=False)
+    for file in (log.with_suffix(".err"), log):
+        print("\n".join(file.read_text(encoding="utf-8").replace("\r", "\n").splitlines()[-12:]), flush=True)
     if done.returncode:
         raise SystemExit(f"{name} ended with code {done.returncode}")
     return {"command": " ".join(command), "seconds": round(time.perf_counter() - began, 1)}
