@@ -127,7 +127,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(calls: Calls, capsys: pytest.Capt
         (
             OSError(errno.ENOSPC, "No space left on device", "outputs/x"),
             2,
-            "error: outputs/x: the disk is full; free some space and run the same line with --resume auto\n",
+            "error: outputs/x: the disk is full; free some space and run the same line again (a training run with --resume auto)\n",
         ),
     ],
 )

@@ -202,6 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
         if error.errno not in (28, 122):  # no space left, quota exceeded
             raise
         place = error.filename or Path.cwd()
-        click.echo(f"error: {place}: the disk is full; free some space and run the same line with --resume auto", err=True)
+        remedy = "free some space and run the same line again (a training run with --resume auto)"
+        click.echo(f"error: {place}: the disk is full; {remedy}", err=True)
         return 2
     return 0

@@ -122,7 +122,7 @@ class TokenizerConfig(Settings):
     )
     vocab_size: int = setting(59_392, ge=512, le=1_000_000, help="pieces to train; reduced with a warning where the text supports fewer")
     sample_bytes: int = setting(200_000_000, ge=1_000, help="bytes of text the tokenizer is trained on at most")
-    threads: int | None = setting(None, ge=1, help="threads of tokenizer training and encoding; default: all cores")
+    threads: int | None = setting(None, ge=1, help="threads of encoding; default: all cores")
 
 
 class DataConfig(Settings):
@@ -261,7 +261,9 @@ class EvalOptions(Settings):
         None, flag="data_dir", help="mirror folder <org>/<name>/<config>/<split>.parquet to read benchmarks from instead of the hub"
     )
     out_dir: Path | None = setting(None, flag="out_dir", help="where results.json and report.md go; default <model_path>/eval")
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", flag="dtype", help="dtype of the weights in memory")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto", flag="dtype", help="dtype of the weights in memory; auto: as stored, fp32 on a CPU"
+    )
     device: str | None = setting(None, flag="device", help="cuda, cpu; default: cuda where there is one")
     allow_code_exec: bool = setting(
         False, flag="allow_code_exec", help="run programs written by the model (HumanEval, MBPP) in a sandboxed process"
@@ -282,16 +284,18 @@ class GenerateOptions(Settings):
 S = TypeVar("S", bound=BaseModel)
 
 
-def build(kind: type[S], values: dict[str, Any], sources: str) -> S:
+def build(kind: type[S], values: dict[str, Any], sources: str, *, section: str = "") -> S:
     """Return ``kind`` made from nested ``values``; the first fault becomes a one-line UserError.
 
     Args:
         sources: where the values came from, for the message (``configs/x.yaml, command line``).
+        section: put before the names of settings in the message (``train.``).
     """
     try:
         return kind.model_validate(values)
     except ValidationError as invalid:
-        raise _readable(kind, invalid, sources) from None
+        fault = _readable(kind, invalid, sources)
+        raise UserError(section + fault.where, fault.problem, fault.remedy) from None
 
 
 def _readable(kind: type[BaseModel], invalid: ValidationError, sources: str) -> UserError:

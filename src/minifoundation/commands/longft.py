@@ -26,7 +26,7 @@ def longft(options: LongftOptions, values: dict[str, Any]) -> None:
     base["out_dir"] = str(Path("outputs") / "longft")
     settings = layered(options, values, below=base)
     if "factor" not in layered(options, values, below={}).get("model", {}).get("rope", {}):
-        seq_len = config.build(TrainConfig, settings["train"], sources(options)).seq_len
+        seq_len = config.build(TrainConfig, settings["train"], sources(options), section="train.").seq_len
         settings = config.merged(settings, {"model": {"rope": reaching(seq_len, checkpoint.config.model)}})
     run_config = config.build(RunConfig, settings, f"{options.ckpt_in}, {sources(options)}")
     run(run_config, resume=options.resume, dry_run=options.dry_run, start=Start("longft", checkpoint))

@@ -78,11 +78,11 @@ def tokenizer_for(tokenizer: TokenizerConfig, data: DataConfig, out: Path) -> To
     """
     model = out / "tokenizer.model"
     if not model.exists():
-        out.mkdir(parents=True, exist_ok=True)
         if tokenizer.path is None:
             texts = (text for text in documents(data) if not is_held_out(text.encode(), data.held_out))
             return train_tokenizer(texts, tokenizer, model)
         given = Tokenizer.load(tokenizer.path)
+        out.mkdir(parents=True, exist_ok=True)
         part = model.with_name(model.name + PART)
         shutil.copyfile(given.path, part)
         part.replace(model)

@@ -47,6 +47,8 @@ class Model(HFLM):
     """
 
     def __init__(self, folder: Path, *, dtype: str, device: str, rows: int | None) -> None:
+        if dtype == "auto" and device == "cpu":  # bf16 takes five times as long there
+            dtype = "fp32"
         super().__init__(pretrained=str(folder), dtype=DTYPES[dtype], device=device, batch_size="auto", softmax_dtype="float32")
         self.fixed_rows = rows
         self.batch_tokens = _batch_tokens(self.device, self.config.get_text_config().vocab_size)

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from minifoundation.config import RunConfig
 from minifoundation.errors import UserError
 from minifoundation.model.size import flops_per_token, memory_bytes, n_parameters
-from minifoundation.runtime import Machine
+from minifoundation.runtime import PEAK_TFLOPS, Machine
 from minifoundation.train.schedule import warmup_steps
 
 USABLE_MEMORY = 0.92
 """Share of the device's memory that a batch found by ``auto`` may be predicted to take; the rest is the context and fragmentation."""
+
+USUAL = "H100"
+"""The GPU whose hours are told where this machine's peak rate is not known."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +115,11 @@ def describe(config: RunConfig, plan: Plan, machine: Machine, world_size: int) -
         "tokens": f"{plan.tokens:,} ({plan.tokens / plan.parameters:.1f} a parameter; Chinchilla's optimum is about 20, arXiv:2203.15556)",
         "compute": f"{flops:.3g} FLOP ({plan.flops_per_token / 1e9:.3f} GFLOP a token), {train.precision}",
         "memory": f"{plan.memory_total / 2**30:.1f} GiB of {machine.memory_bytes / 2**30:.1f} GiB predicted on {machine.name}: {parts}",
-        "time": f"not predicted: the peak rate of {machine.name} is not known",
     }
-    if machine.peak_flops:
-        hours = {share: flops / (share * machine.peak_flops * world_size) / 3600 for share in (0.3, 0.4, 0.5)}
-        rows["time"] = ", ".join(f"{h:.2f} h at {share:.0%} MFU" for share, h in hours.items())
+    peak = machine.peak_flops or PEAK_TFLOPS[USUAL] * 1e12
+    hours = {share: flops / (share * peak * world_size) / 3600 for share in (0.3, 0.4, 0.5)}
+    elsewhere = "" if machine.peak_flops else f" of an {USUAL}; the peak rate of {machine.name} is not known"
+    rows["time"] = ", ".join(f"{h:.2f} h at {share:.0%}" for share, h in hours.items()) + f" MFU{elsewhere}"
     return "\n".join(f"  {name:<8} {text}" for name, text in rows.items())
 
 

@@ -54,7 +54,8 @@ def run(config: RunConfig, *, resume: str | None, dry_run: bool, start: Start | 
         config = with_batch_size(_supported(config, machine, say), machine)
         planned = plan(config, world.size)
         if dry_run:
-            say(f"plan of {config.out_dir}:\n{describe(config, planned, machine, world.size)}\nnothing was started (--dry_run)")
+            if world.is_first:
+                print(f"plan of {config.out_dir}:\n{describe(config, planned, machine, world.size)}\nnothing was started (--dry_run)")
             return None
         resumed = checkpoint_to_resume(config, resume, planned, say)
         if resumed is not None and resumed.progress["step"] >= planned.steps:
