@@ -186,6 +186,16 @@ def test_faults_are_one_line(settings: Make, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_what_this_machine_cannot_do_is_said_and_done_without(
+    settings: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("minifoundation.runtime.can_compile", lambda _where: "no C++ compiler (g++ or clang++) is on the PATH")
+    trained(settings(train={"compile": True}, model={"attention": "flash"}))
+    said = capsys.readouterr().err
+    assert "warning: --compile: no C++ compiler (g++ or clang++) is on the PATH; running without it" in said
+    assert "warning: model.attention: flash needs a CUDA GPU and this is cpu" in said
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run(settings: Make) -> None:
     with pytest.raises(UserError, match=r"train\.lr: the loss became (nan|inf) at step \d+.*lower --lr"):
         run(settings(train={"lr": 1e30, "grad_clip": None, "warmup": 0.0}), resume=None, dry_run=False)

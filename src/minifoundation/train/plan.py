@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from minifoundation.config import RunConfig
 from minifoundation.errors import UserError
 from minifoundation.model.size import flops_per_token, memory_bytes, n_parameters
-from minifoundation.runtime import PEAK_TFLOPS, Machine
+from minifoundation.runtime import PEAK_TFLOPS, Machine, free_disk_bytes
 from minifoundation.train.schedule import warmup_steps
 
 USABLE_MEMORY = 0.92
@@ -29,6 +29,9 @@ class Plan:
     flops_per_token: float
     memory: dict[str, int]
     """Predicted peak device memory by what it holds, bytes."""
+
+    disk_bytes: int
+    """What the checkpoints take at the most: those that are kept, the one being written, and final.pth."""
 
     @property
     def tokens(self) -> int:
@@ -57,6 +60,8 @@ def plan(config: RunConfig, world_size: int) -> Plan:
             f"x seq_len {train.seq_len} x {world_size} processes)",
             "raise --tokens or lower --grad_accum",
         )
+    memory = _memory(config, train.batch_size)
+    final = memory["weights"] + memory["ema"]
     return Plan(
         steps=steps,
         tokens_per_step=tokens,
@@ -64,7 +69,8 @@ def plan(config: RunConfig, world_size: int) -> Plan:
         warmup_steps=warmup_steps(train, steps),
         parameters=n_parameters(config.model),
         flops_per_token=flops_per_token(config.model, train.seq_len),
-        memory=_memory(config, train.batch_size),
+        memory=memory,
+        disk_bytes=(train.keep + 1) * (final + memory["optimizer"]) + final,
     )
 
 
@@ -114,6 +120,7 @@ def describe(config: RunConfig, plan: Plan, machine: Machine, world_size: int) -
         "steps": f"{plan.steps:,} of {plan.tokens_per_step:,} tokens ({step}), {plan.warmup_steps:,} of them warm-up",
         "tokens": f"{plan.tokens:,} ({plan.tokens / plan.parameters:.1f} a parameter; Chinchilla's optimum is about 20, arXiv:2203.15556)",
         "compute": f"{flops:.3g} FLOP ({plan.flops_per_token / 1e9:.3f} GFLOP a token), {train.precision}",
+        "disk": f"{plan.disk_bytes / 2**30:.1f} GiB for checkpoints, {free_disk_bytes(config.out_dir) / 2**30:.1f} GiB free",
         "memory": f"{plan.memory_total / 2**30:.1f} GiB of {machine.memory_bytes / 2**30:.1f} GiB predicted on {machine.name}: {parts}",
     }
     peak = machine.peak_flops or PEAK_TFLOPS[USUAL] * 1e12

@@ -106,6 +106,10 @@ def _train(
     _enough(config, loader, planned)
     say(f"{out_dir}:\n{describe(config, planned, machine, world.size)}")
     _say_data(config, shards, loader, planned, progress, say)
+    if planned.disk_bytes > runtime.free_disk_bytes(out_dir):
+        say(
+            f"warning: {out_dir}: the disk is too small for the checkpoints; free some space, lower --train.keep, or give another --out_dir"
+        )
 
     transformer = Transformer(config.model, dtype=runtime.compute_dtype(config.train.precision, machine))
     if before is None:

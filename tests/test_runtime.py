@@ -1,0 +1,59 @@
+"""What this machine can do, and what is said when it cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from minifoundation import runtime
+from minifoundation.errors import UserError
+from minifoundation.runtime import Machine, Moment
+
+CPU = Machine(torch.device("cpu"), "CPU", 2**34, None)
+OLD_GPU = Machine(torch.device("cuda", 0), "Tesla T4", 2**34, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA GeForce RTX 4060", 60.5),
+        ("Tesla T4", None),
+    ],
+)
+def test_peaks_by_name(name: str, tflops: float | None) -> None:
+    assert runtime.peak_flops(name) == (None if tflops is None else tflops * 1e12)
+
+
+def test_bf16_without_bf16_arithmetic_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(UserError, match=r"--bf16: Tesla T4 has no bf16 arithmetic; use --amp alone"):
+        runtime.compute_dtype("bf16", OLD_GPU)
+    assert runtime.compute_dtype("fp16", OLD_GPU) == torch.float16
+    assert runtime.compute_dtype("bf16", CPU) == torch.bfloat16
+    assert runtime.compute_dtype("fp32", CPU) == torch.float32
+
+
+def test_no_compiler_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert runtime.can_compile(CPU) == "no C++ compiler (g++ or clang++) is on the PATH"
+
+
+def test_moments_on_a_cpu_are_the_clock() -> None:
+    earlier = Moment(CPU)
+    later = Moment(CPU)
+    assert 0 <= later.seconds_since(earlier) < 1
+
+
+def test_this_machine_has_memory() -> None:
+    where = runtime.machine()
+    assert where.memory_bytes > 2**28 and where.peak_memory_bytes() > 2**20
+    assert runtime.free_disk_bytes(Path("/nowhere/at/all")) > 0
