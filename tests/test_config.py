@@ -225,3 +225,10 @@ def test_derived_sizes() -> None:
     assert (model.head_dim, model.max_seq_len) == (64, 16_384)
     assert model.weight_std == pytest.approx(0.3 / 1536**0.5)
     assert DataConfig(source="x").shard_tokens == 2**24
+
+
+def test_only_what_differs_from_the_defaults_is_shown() -> None:
+    tokenizer = config.TokenizerConfig(kind="bpe")
+    assert config.changed(tokenizer) == {"kind": "bpe"}
+    prepare = config.PrepareConfig(tokenizer=tokenizer, data=config.DataConfig(source="text"))
+    assert config.changed(prepare) == {"tokenizer.kind": "bpe", "data.source": "text"}

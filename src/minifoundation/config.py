@@ -391,6 +391,18 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def changed(settings: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """Return the settings that are not at their default, by dotted name."""
+    found: dict[str, Any] = {}
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, BaseModel):
+            found |= changed(value, f"{prefix}{name}.")
+        elif field.is_required() or value != field.default:
+            found[prefix + name] = value
+    return found
+
+
 def to_yaml(settings: BaseModel) -> str:
     """Return ``settings`` as YAML that reads back equal."""
     import yaml

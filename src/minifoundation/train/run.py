@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from minifoundation import runtime
 from minifoundation.checkpoint import FINAL, Checkpoint, save_final, save_step
-from minifoundation.config import RunConfig, to_yaml
+from minifoundation.config import RunConfig, changed, to_yaml
 from minifoundation.data.loader import Loader, held_out_batches
 from minifoundation.data.prepare import prepare_shards, tokenizer_for
 from minifoundation.data.shards import Shards
@@ -104,7 +104,8 @@ def _train(
     planned = plan(config, world.size)
     loader = Loader(shards, seq_len=config.train.seq_len, seed=config.train.seed, first_shard=progress.first_shard)
     _enough(config, loader, planned)
-    say(f"{out_dir}:\n{describe(config, planned, machine, world.size)}")
+    settings = ", ".join(f"{name} {value}" for name, value in changed(config).items() if not name.startswith(("model.", "out_dir")))
+    say(f"{out_dir}:\n{describe(config, planned, machine, world.size)}\n  settings {settings}")
     _say_data(config, shards, loader, planned, progress, say)
     if planned.disk_bytes > runtime.free_disk_bytes(out_dir):
         say(
