@@ -196,6 +196,25 @@ def test_what_this_machine_cannot_do_is_said_and_done_without(
     assert "warning: model.attention: flash needs a CUDA GPU and this is cpu" in said
 
 
+def test_too_little_memory_is_one_line(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: Any, **_kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop, "train_step", full)
+    with pytest.raises(
+        UserError, match=r"train\.batch_size: 2 rows of 32 tokens do not fit the memory of CPU.*; lower --batch_size and raise"
+    ):
+        run(settings(), resume=None, dry_run=False)
+
+
+def test_skipped_rows_are_reported(settings: Make, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "mixed"
+    shutil.copytree(corpus, folder)
+    (folder / "a.txt").write_bytes(b"not \xff UTF-8")
+    trained(settings(data={"source": str(folder)}))
+    assert "skipped  1 not UTF-8" in capsys.readouterr().err
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run(settings: Make) -> None:
     with pytest.raises(UserError, match=r"train\.lr: the loss became (nan|inf) at step \d+.*lower --lr"):
         run(settings(train={"lr": 1e30, "grad_clip": None, "warmup": 0.0}), resume=None, dry_run=False)

@@ -28,6 +28,8 @@ from minifoundation.train.optimizer import adamw
 from minifoundation.train.plan import Plan, describe, plan, with_batch_size
 from minifoundation.train.resume import checkpoint_to_resume
 
+LESS_MEMORY = "lower --batch_size and raise --grad_accum, or take --model.checkpointing attention or full, or --train.optimizer_states int8"
+
 
 @dataclass(frozen=True)
 class Start:
@@ -61,7 +63,11 @@ def run(config: RunConfig, *, resume: str | None, dry_run: bool, start: Start | 
         if resumed is not None and resumed.progress["step"] >= planned.steps:
             say(f"{config.out_dir / FINAL} is finished: {planned.steps:,} of {planned.steps:,} steps")
             return config.out_dir / FINAL
-        return _train(config, planned, machine, world, say, resumed=resumed, start=start)
+        try:
+            return _train(config, planned, machine, world, say, resumed=resumed, start=start)
+        except torch.OutOfMemoryError:
+            rows = f"{config.train.batch_size} rows of {config.train.seq_len} tokens"
+            raise UserError("train.batch_size", f"{rows} do not fit the memory of {machine.name}", LESS_MEMORY) from None
 
 
 class Printer:
@@ -107,6 +113,8 @@ def _train(
     settings = ", ".join(f"{name} {value}" for name, value in changed(config).items() if not name.startswith(("model.", "out_dir")))
     say(f"{out_dir}:\n{describe(config, planned, machine, world.size)}\n  settings {settings}")
     _say_data(config, shards, loader, planned, progress, say)
+    if machine.is_cuda and planned.memory_total > machine.memory_bytes:
+        say(f"warning: train.batch_size: more memory is predicted than {machine.name} has; {LESS_MEMORY}")
     if planned.disk_bytes > runtime.free_disk_bytes(out_dir):
         say(
             f"warning: {out_dir}: the disk is too small for the checkpoints; free some space, lower --train.keep, or give another --out_dir"
@@ -277,5 +285,7 @@ def _say_data(config: RunConfig, shards: Shards, loader: Loader, planned: Plan, 
     epochs = planned.steps * planned.samples_per_step / loader.samples_per_epoch
     repeated = f", read {epochs:.1f} times" if epochs > 1 and shards.complete else ""
     say(f"  data     {shards.train_tokens:,} tokens in {len(shards.train)} shards{repeated}; held out {shards.held_out_tokens:,} tokens")
+    if shards.manifest.skipped:
+        say("  skipped  " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(shards.manifest.skipped.items())))
     if shards.held_out_tokens <= config.train.seq_len:
         say("warning: data.held_out: too few documents fell into it to evaluate on; raise data.held_out or lower data.max_document_bytes")
