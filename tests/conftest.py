@@ -10,6 +10,7 @@ import pytest
 
 COMMANDS = {
     "prepare": ("minifoundation.commands.prepare", "prepare"),
+    "inspect": ("minifoundation.commands.inspect", "inspect"),
     "pretrain": ("minifoundation.commands.pretrain", "pretrain"),
     "longft": ("minifoundation.commands.longft", "longft"),
     "export_hf": ("minifoundation.commands.export_hf", "export_hf"),

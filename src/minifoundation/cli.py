@@ -6,8 +6,8 @@ Click splits the line and suggests near names; pydantic converts and checks ever
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
@@ -49,7 +49,7 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
 
-def options(kind: type[BaseModel]) -> list[click.Option]:
+def options_of(kind: type[BaseModel]) -> list[click.Option]:
     """Return one click option for each leaf setting of ``kind``, spelled ``--dotted.name`` and by its short flag."""
     found = []
     for name, field in config.fields(kind):
@@ -105,70 +105,36 @@ def _nested(kind: type[BaseModel], given: Values) -> Values:
     return nested
 
 
-def _pretrain(given: Values) -> None:
-    from minifoundation.commands.pretrain import pretrain
+def _command(name: str, function: str, summary: str, kind: type[BaseModel], settings: type[BaseModel] | None = None) -> Command:
+    """Return the command that calls ``function`` ("module.function" in ``commands``) with its options and, nested, the settings given."""
 
-    chosen = config.build(config.PretrainOptions, _nested(config.PretrainOptions, given), "command line")
-    pretrain(chosen, _nested(config.RunConfig, given))
-
-
-def _longft(given: Values) -> None:
-    chosen = config.build(config.LongftOptions, _nested(config.LongftOptions, given), "command line")
-    from minifoundation.commands.longft import longft
-
-    longft(chosen, _nested(config.RunConfig, given))
-
-
-def _prepare(given: Values) -> None:
-    chosen = config.build(config.PrepareOptions, _nested(config.PrepareOptions, given), "command line")
-    from minifoundation.commands.prepare import prepare
-
-    prepare(chosen, _nested(config.PrepareConfig, given))
-
-
-def _export_hf(given: Values) -> None:
-    chosen = config.build(config.ExportOptions, _nested(config.ExportOptions, given), "command line")
-    from minifoundation.commands.export_hf import export_hf
-
-    export_hf(chosen)
-
-
-def _eval(given: Values) -> None:
-    chosen = config.build(config.EvalOptions, _nested(config.EvalOptions, given), "command line")
-    from minifoundation.commands.eval import evaluate
-
-    evaluate(chosen)
-
-
-def _generate(given: Values) -> None:
-    chosen = config.build(config.GenerateOptions, _nested(config.GenerateOptions, given), "command line")
-    from minifoundation.commands.generate import generate
-
-    generate(chosen)
-
-
-def _command(name: str, action: Callable[[Values], None], summary: str, *kinds: type[BaseModel]) -> Command:
     def callback(**given: Any) -> None:
-        action(given)
+        options = config.build(kind, _nested(kind, given), "command line")
+        module, called = function.split(".")
+        call = getattr(import_module(f"minifoundation.commands.{module}"), called)
+        if settings is None:
+            call(options)
+        else:
+            call(options, _nested(settings, given))
 
-    parameters: list[click.Parameter] = [option for kind in kinds for option in options(kind)]
+    parameters: list[click.Parameter] = [option for one in (kind, settings) if one for option in options_of(one)]
     return Command(name, params=parameters, callback=callback, help=summary, context_settings={"max_content_width": 110})
 
 
 def program() -> Commands:
     """Return the click group with every command."""
-    group = Commands("minifoundation", help="From raw text to a benchmarked small language model.")
-    group.params.append(
-        click.Option(["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_version, help="print the version")
-    )
+    group = Commands("minifoundation", help="From raw text to a benchmarked small language model.", no_args_is_help=True)
+    version = click.Option(["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_version, help="print the version")
+    group.params.append(version)
     run = config.RunConfig
     for command in (
-        _command("prepare", _prepare, "Turn a corpus into token shards.", config.PrepareOptions, config.PrepareConfig),
-        _command("pretrain", _pretrain, "Train a model from scratch.", config.PretrainOptions, run),
-        _command("longft", _longft, "Extend the context of a trained model.", config.LongftOptions, run),
-        _command("export_hf", _export_hf, "Write a Hugging Face folder and prove it equal.", config.ExportOptions),
-        _command("eval", _eval, "Run benchmarks on a Hugging Face folder.", config.EvalOptions),
-        _command("generate", _generate, "Continue a prompt.", config.GenerateOptions),
+        _command("prepare", "prepare.prepare", "Turn a corpus into token shards.", config.PrepareOptions, config.PrepareConfig),
+        _command("inspect", "inspect.inspect", "Show what is in token shards, or what a checkpoint has read.", config.InspectOptions),
+        _command("pretrain", "pretrain.pretrain", "Train a model from scratch.", config.PretrainOptions, run),
+        _command("longft", "longft.longft", "Extend the context of a trained model.", config.LongftOptions, run),
+        _command("export_hf", "export_hf.export_hf", "Write a Hugging Face folder and prove it equal.", config.ExportOptions),
+        _command("eval", "eval.evaluate", "Run benchmarks on a Hugging Face folder.", config.EvalOptions),
+        _command("generate", "generate.generate", "Continue a prompt.", config.GenerateOptions),
     ):
         group.add_command(command)
     return group

@@ -239,6 +239,17 @@ class PrepareConfig(Settings):
     data: DataConfig
 
 
+class InspectOptions(Settings):
+    """``inspect``: what is in token shards, and what a checkpoint has read."""
+
+    shards: Path | None = setting(None, flag="shards", help="a folder of token shards (prepare prints it)")
+    checkpoint: Path | None = setting(None, flag="checkpoint", help="final.pth or a step folder: print how far it is and where in the data")
+    tokenizer: Path | None = setting(None, flag="tokenizer", help="the SentencePiece .model of the shards: print decoded samples")
+    samples: int = setting(3, ge=1, flag="samples", help="how many samples")
+    plot: Path | None = setting(None, flag="plot", help="write a histogram of document lengths to this .png")
+    verify: bool = setting(False, flag="verify", help="read every file again and compare its sha256")
+
+
 class ExportOptions(Settings):
     """``export_hf``: checkpoint to Hugging Face folder, with proof of parity."""
 
@@ -310,7 +321,8 @@ def _readable(kind: type[BaseModel], invalid: ValidationError, sources: str) -> 
             name = next((leaf for leaf, field in fields(kind) if leaf.startswith(f"{name}.") and field.is_required()), name)
             flag = flags(kind).get(name)
             spelled = f"--{flag} or --{name}" if flag and flag != name else f"--{name}"
-            return UserError(name, f"required and not set (in {sources})", f"set it in the YAML or with {spelled}")
+            how = "give it with" if sources == "command line" else "set it in the YAML or with"
+            return UserError(name, f"required and not set (in {sources})", f"{how} {spelled}")
         case "value_error":
             problem, _, remedy = str(fault["ctx"]["error"]).partition("; ")
             return UserError(name, problem, remedy or "correct it")

@@ -1,0 +1,86 @@
+"""``inspect``: what is in token shards, and what a checkpoint has read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import numpy as np
+
+from minifoundation.config import InspectOptions
+from minifoundation.data import survey
+from minifoundation.data.shards import Shards
+from minifoundation.data.tokenizer import Tokenizer
+from minifoundation.errors import UserError
+
+SHOWN = 400
+"""Characters of a sample that are printed."""
+
+
+def inspect(options: InspectOptions) -> None:
+    """Print what ``options`` names: a folder of shards, a checkpoint, or both."""
+    if options.shards is None and options.checkpoint is None:
+        raise UserError("inspect", "nothing to look at", "give --shards or --checkpoint")
+    if options.shards is not None:
+        _shards(options, options.shards)
+    if options.checkpoint is not None:
+        _checkpoint(options.checkpoint)
+
+
+def _shards(options: InspectOptions, folder: Path) -> None:
+    shards = Shards.open(folder)
+    manifest = shards.manifest
+    splits = {"train": survey.split(shards.train), "held out": survey.split(shards.held_out)}
+    end = "the whole corpus" if shards.complete else "more can follow"
+    click.echo(f"{folder}: {len(manifest.pairs)} shards of {manifest.dtype}, {end}, {manifest.documents_read:,} documents read")
+    for name, found in splits.items():
+        if not found.tokens:
+            click.echo(f"  {name:<9} nothing")
+            continue
+        low, middle, high = np.quantile(found.lengths, (0.05, 0.5, 0.95))
+        lengths = f"median {middle:,.0f}, 90% from {low:,.0f} to {high:,.0f}, longest {found.lengths.max():,}"
+        click.echo(
+            f"  {name:<9} {found.tokens:,} tokens in {len(found.lengths):,} documents, {found.text_bytes / found.tokens:.2f} bytes a token"
+        )
+        click.echo(f"  {'':<9} tokens a document: {lengths}")
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(manifest.skipped.items()))
+    click.echo(f"  skipped   {skipped or 'no rows'}; {manifest.held_out_dropped:,} held-out documents over the cap left out")
+    if options.verify:
+        survey.check(shards)
+        click.echo("  verified  every file is what was written (sha256)")
+    if options.tokenizer is not None:
+        for place, text in survey.samples(shards, Tokenizer.load(options.tokenizer), options.samples):
+            click.echo(f"\n--- {place}\n{text if len(text) <= SHOWN else text[: SHOWN // 2] + ' [...] ' + text[-SHOWN // 2 :]}")
+    if options.plot is not None:
+        _plot(splits["train"].lengths, options.plot)
+        click.echo(f"  plot      {options.plot}")
+
+
+def _plot(lengths: np.ndarray, path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot", "matplotlib is not installed", "pip install -e '.[eval]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+    bins = np.geomspace(max(1, lengths.min()), lengths.max() + 1, 40)
+    axes.hist(lengths, bins=list(bins), weights=lengths / lengths.sum())
+    axes.set(xscale="log", xlabel="tokens a document", ylabel="share of the training tokens")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def _checkpoint(path: Path) -> None:
+    from minifoundation.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(path)
+    train, data, progress = checkpoint.config.train, checkpoint.config.data, checkpoint.progress
+    click.echo(f"{path}: {progress['phase']}, step {progress['step']:,}, {progress['tokens']:,} of {train.tokens:,} tokens")
+    click.echo(f"  corpus    {data.source}, column {data.text_column}")
+    click.echo(
+        f"  place     sample {progress['sample']:,} of {train.seq_len} tokens, from shard {progress['first_shard']} on, seed {train.seed}"
+    )
+    bits = progress["held_out_bits_per_byte"]
+    click.echo(f"  held out  {'not evaluated' if bits is None else f'{bits:.4f} bits per byte'}")

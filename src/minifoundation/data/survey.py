@@ -1,0 +1,69 @@
+"""What is in a folder of token shards: counts, lengths, and whether the files are still what was written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from minifoundation.data.shards import Shard, Shards
+from minifoundation.data.tokenizer import BOS, EOS, Tokenizer
+from minifoundation.errors import UserError
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of one split, counted."""
+
+    tokens: int
+    text_bytes: int
+    lengths: npt.NDArray[np.int64]
+    """Tokens of each document, bos and eos included."""
+
+
+def split(shards: tuple[Shard, ...]) -> Split:
+    """Return the counts of a split; reads every token once."""
+    lengths = [_lengths(shard) for shard in shards] or [np.zeros(0, np.int64)]
+    return Split(sum(shard.n_tokens for shard in shards), sum(shard.text_bytes for shard in shards), np.concatenate(lengths))
+
+
+def _lengths(shard: Shard) -> npt.NDArray[np.int64]:
+    starts = np.flatnonzero(shard.tokens() == BOS)  # no text encodes to bos, so it stands at the start of documents alone
+    return np.diff(starts, append=shard.n_tokens)
+
+
+def check(shards: Shards) -> None:
+    """Read every file again.
+
+    Raises:
+        UserError: one is not what was written; it is named.
+    """
+    records = [record for pair in shards.manifest.pairs for record in (pair.train, pair.held_out) if record]
+    for record in records:
+        with (shards.folder / record.file).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
+                raise UserError(
+                    str(shards.folder / record.file), "is not what was written (sha256)", f"remove {shards.folder} and prepare again"
+                )
+
+
+def samples(shards: Shards, tokenizer: Tokenizer, count: int) -> Iterator[tuple[str, str]]:
+    """Yield (place, text) of ``count`` documents spread over the training shards, bos and eos spelled out.
+
+    Raises:
+        UserError: the shards were made with another tokenizer.
+    """
+    if tokenizer.sha256 != shards.manifest.tokenizer_sha256:
+        raise UserError("--tokenizer", f"{tokenizer.path} is not the one {shards.folder} was made with", "give that one")
+    for number in range(count):
+        shard = shards.train[number * len(shards.train) // count]
+        tokens = shard.tokens()
+        starts = np.append(np.flatnonzero(tokens == BOS), shard.n_tokens)
+        which = number % (len(starts) - 1)
+        ids = tokens[starts[which] : starts[which + 1]].tolist()
+        spelled = {BOS: "<s>", EOS: "</s>"}
+        text = spelled.get(ids[0], "") + tokenizer.decode(ids) + spelled.get(ids[-1], "")
+        yield f"{shard.path.name}, document {which}, {len(ids):,} tokens", text

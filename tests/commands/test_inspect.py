@@ -1,0 +1,76 @@
+"""``inspect`` against counts made another way, and files that were tampered with."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from minifoundation import cli
+from minifoundation.config import DataConfig, TokenizerConfig
+from minifoundation.data import survey
+from minifoundation.data.prepare import is_held_out, prepare_shards, tokenizer_for
+from minifoundation.data.shards import Shards
+from minifoundation.data.sources import documents
+from minifoundation.data.tokenizer import Tokenizer
+
+VERSE = Path(__file__).parents[2] / "examples" / "shakespeare.txt"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[DataConfig, Tokenizer, Shards]:
+    folder = tmp_path_factory.mktemp("inspect")
+    (folder / "verse.txt").write_bytes(VERSE.read_bytes()[:60_000])
+    (folder / "zzz.txt").write_bytes(b"\xff")
+    config = DataConfig(source=str(folder), shards_dir=folder / "shards", max_document_bytes=700, shard_tokens=4096, held_out=0.2)
+    tokenizer = tokenizer_for(TokenizerConfig(vocab_size=600), config, folder / "tokenizer")
+    return config, tokenizer, prepare_shards(config, tokenizer, tokens=None, threads=1)
+
+
+def test_counts_are_those_of_the_documents(made: tuple[DataConfig, Tokenizer, Shards], capsys: pytest.CaptureFixture[str]) -> None:
+    config, tokenizer, shards = made
+    texts = [text for text in documents(config) if not is_held_out(text.encode(), config.held_out)]
+    found = survey.split(shards.train)
+    assert found.lengths.tolist() == [len(tokenizer.encode(text)) + 2 for text in texts]
+    assert found.text_bytes == sum(len(text.encode()) for text in texts)
+
+    assert cli.main(["inspect", "--shards", str(shards.folder), "--verify"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{found.tokens:,} tokens in {len(texts):,} documents" in shown
+    assert "skipped   1 not UTF-8" in shown and "verified  every file" in shown
+
+
+def test_samples_are_the_text(made: tuple[DataConfig, Tokenizer, Shards], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config, tokenizer, shards = made
+    texts = set(documents(config))
+    for _, text in survey.samples(shards, tokenizer, 5):
+        assert text.startswith("<s>") and text.endswith("</s>") and text[3:-4] in texts
+    plot = tmp_path / "lengths.png"
+    line = ["inspect", "--shards", str(shards.folder), "--tokenizer", str(tokenizer.path), "--samples", "2", "--plot", str(plot)]
+    assert cli.main(line) == 0
+    assert len(re.findall(r"^--- train-\d+\.bin, document \d+, \d+ tokens$", capsys.readouterr().out, re.MULTILINE)) == 2
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_faults_are_one_line(made: tuple[DataConfig, Tokenizer, Shards], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    _, _, shards = made
+    other = tmp_path / "other.model"
+    other.write_bytes(b"x")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in shards.folder.glob("*.*"):
+        (copy / file.name).write_bytes(file.read_bytes())
+    damaged = bytearray((copy / "train-00000.bin").read_bytes())
+    damaged[100] ^= 1
+    (copy / "train-00000.bin").write_bytes(damaged)
+    for line, message in (
+        (["inspect"], "nothing to look at; give --shards or --checkpoint"),
+        (["inspect", "--shards", str(tmp_path)], "holds no token shards"),
+        (["inspect", "--shards", str(copy), "--verify"], "train-00000.bin: is not what was written (sha256)"),
+        (["inspect", "--shards", str(shards.folder), "--tokenizer", str(other)], "not a SentencePiece model"),
+        (["inspect", "--checkpoint", str(other)], "not a checkpoint"),
+    ):
+        assert cli.main(line) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
