@@ -129,7 +129,9 @@ class DataConfig(Settings):
     """Where the text comes from and how it becomes token shards."""
 
     source: str = setting(
-        help="fineweb, fineweb-edu, slimpajama, or a path: a tree or file of .txt, .jsonl, .parquet, plain or .gz/.zst/.xz", flag="data"
+        help="fineweb, fineweb-edu, slimpajama, org/name[:subset] of the Hugging Face Hub, or a path: a tree or file of .txt, .jsonl, "
+        ".parquet, plain or .gz/.zst/.xz",
+        flag="data",
     )
     text_column: str = setting("text", help="the column or JSON key that holds the text")
     shards_dir: Path = setting(Path("outputs/shards"), help="token shards are kept here, one folder for each corpus and tokenizer")

@@ -374,6 +374,6 @@ def test_a_data_set_that_left_the_hub_names_another(hub_without_data_sets: str, 
     done = prepared_from_hub("slimpajama", hub_without_data_sets, tmp_path)
     assert done.returncode == 2
     assert done.stderr == (
-        "error: data.source: slimpajama (cerebras/SlimPajama-627B on the Hugging Face Hub) is not there any more; "
+        "error: data.source: slimpajama (cerebras/SlimPajama-627B on the Hugging Face Hub) is not there; "
         "use fineweb-edu, or download a copy such as DKYoon/SlimPajama-6B and give --data its folder\n"
     )

@@ -111,7 +111,7 @@ def test_a_corpus_of_bad_rows_only_is_an_error_that_says_why(tmp_path: Path) -> 
     [
         ("finewebb", "'finewebb' is neither a known corpus nor a path; did you mean fineweb?"),
         ("{tmp}/corpis", "neither a known corpus nor a path; did you mean {tmp}/corpus?"),
-        ("{tmp}/zzz", "give one of fineweb, fineweb-edu, slimpajama, or the path of a file or folder"),
+        ("{tmp}/zzz", "give one of fineweb, fineweb-edu, slimpajama, org/name of the Hub, or a path"),
         ("{tmp}/corpus", "holds no .txt, .jsonl or .parquet file (plain or .gz, .zst, .xz); give a file or a folder of these"),
         ("{tmp}/corpus/notes.md", "is not a .txt, .jsonl or .parquet file (plain or .gz, .zst, .xz); give a file or a folder of these"),
     ],
@@ -229,6 +229,37 @@ def test_a_hub_name_streams_its_rows(hub: list[Any]) -> None:
     hub += [{"text": "one", "url": "x"}, {"text": None, "url": "y"}, {"text": "two", "url": "z"}]
     assert read("fineweb-edu") == (["one", "two"], {"null": 1})
     assert list(documents(DataConfig(source="fineweb-edu"), skip=1)) == ["two"]
+
+
+@pytest.mark.parametrize(
+    ("source", "repository", "subset"), [("org/some-text", "org/some-text", None), ("org/t.ext_2:en", "org/t.ext_2", "en")]
+)
+def test_any_data_set_of_the_hub_streams_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, source: str, repository: str, subset: str | None
+) -> None:
+    import datasets
+    import huggingface_hub
+
+    asked: list[Any] = []
+
+    def load_dataset(path: str, **options: Any) -> list[Any]:
+        asked.append((path, options["name"]))
+        return [{"text": "one"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
+    assert read(source) == (["one"], {})
+    assert asked == [(repository, subset)]
+    assert source_id(DataConfig(source=source)) == {"hub": repository, "subset": subset, "column": "text"}
+
+
+def test_a_path_is_not_taken_for_a_name_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "text.txt").write_text("one")
+    assert read("corpus/text.txt") == (["one"], {})
+    with pytest.raises(UserError, match=r"'corpus/texd\.txt' is neither a known corpus nor a path; did you mean corpus/text\.txt\?"):
+        read("corpus/texd.txt")
 
 
 def test_a_hub_stream_that_breaks_off_is_one_line(hub: list[Any]) -> None:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from minifoundation.config import DataConfig, TokenizerConfig
 from minifoundation.data.shards import PART, Manifest, Pair, Shards, ShardWriter, read_manifest, write_manifest
-from minifoundation.data.sources import HUB, documents, source_id
+from minifoundation.data.sources import documents, hub_corpus, source_id
 from minifoundation.data.tokenizer import Tokenizer, train_tokenizer
 from minifoundation.errors import UserError
 
@@ -64,7 +64,7 @@ def prepare_shards(config: DataConfig, tokenizer: Tokenizer, *, tokens: int | No
 
 def shards_folder(config: DataConfig, tokenizer: Tokenizer) -> Path:
     """Return the folder for this corpus and tokenizer: a readable name and a hash of both."""
-    source = config.source if config.source in HUB else str(Path(config.source).expanduser().resolve())
+    source = config.source if hub_corpus(config.source) else str(Path(config.source).expanduser().resolve())
     key = json.dumps([source, config.text_column, tokenizer.sha256])
     slug = re.sub(r"[^a-z0-9]+", "-", Path(source).name.lower()).strip("-")[:40] or "corpus"
     return config.shards_dir / f"{slug}-{hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:8]}"

@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import lzma
+import re
 import shutil
 import tempfile
 import zlib
@@ -56,6 +57,16 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 HUB_TIMEOUT_SECONDS = 10
 
 
+def hub_corpus(source: str) -> HubCorpus | None:
+    """Return the data set of the Hub that ``source`` names, by a short name or as ``org/name`` or ``org/name:subset``; None for a path."""
+    if source in HUB:
+        return HUB[source]
+    named = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?::([\w.-]+))?", source)
+    if named is None or Path(source).exists() or Path(source).parent.exists():  # a slip in the name of a file stays a path
+        return None
+    return HubCorpus(named[1], named[2], "check the name, org/name or org/name:subset, or give --data a path")
+
+
 class Bad(NamedTuple):
     """A row that cannot become a document."""
 
@@ -82,7 +93,7 @@ def documents(config: DataConfig, *, skip: int = 0, skipped: Counter[str] | None
             if isinstance(document, Bad):
                 counts[document.reason] += 1
                 columns = columns or document.columns
-                if columns and not read and config.source in HUB:  # one schema: what the first row lacks, all of them lack
+                if columns and not read and hub_corpus(config.source):  # one schema: what the first row lacks, all of them lack
                     raise _empty(config, counts, columns)
                 continue
             read += 1
@@ -97,7 +108,7 @@ def source_id(config: DataConfig) -> dict[str, Any]:
 
     Files are told apart by their names below the root, their sizes and both their ends; where the root lies does not matter.
     """
-    if (hub := HUB.get(config.source)) is not None:
+    if (hub := hub_corpus(config.source)) is not None:
         return {"hub": hub.repository, "subset": hub.subset, "column": config.text_column}
     root, files = _files(config.source)
     total = 0
@@ -119,7 +130,7 @@ def source_id(config: DataConfig) -> dict[str, Any]:
 
 def _rows(config: DataConfig) -> Iterator[str | bytes | Bad]:
     """Yield the text of each row, before it is checked and cut."""
-    if (hub := HUB.get(config.source)) is not None:
+    if (hub := hub_corpus(config.source)) is not None:
         yield from _hub_rows(config.source, hub, config.text_column)
         return
     from pyarrow import ArrowException
@@ -272,11 +283,11 @@ def _hub_rows(source: str, hub: HubCorpus, column: str) -> Iterator[str | Bad]:
     import huggingface_hub
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    place = f"{source} ({hub.repository} on the Hugging Face Hub)"
+    place = f"{source} ({hub.repository} on the Hugging Face Hub)" if source in HUB else f"{source} on the Hugging Face Hub"
     try:
         huggingface_hub.HfApi().dataset_info(hub.repository, timeout=HUB_TIMEOUT_SECONDS)
     except RepositoryNotFoundError:
-        raise UserError("data.source", f"{place} is not there any more", hub.instead) from None
+        raise UserError("data.source", f"{place} is not there", hub.instead) from None
     except Exception as error:
         raise UserError(
             "data.source", f"{place} cannot be reached: {_first_line(error)}", "connect to the network, or give --data a path"
@@ -317,7 +328,7 @@ def _unknown(source: str, root: Path) -> UserError:
     near = get_close_matches(source, HUB, n=1)
     if not near and root.parent.is_dir():
         near = [str(root.with_name(name)) for name in get_close_matches(root.name, [path.name for path in root.parent.iterdir()], n=1)]
-    remedy = f"did you mean {near[0]}?" if near else f"give one of {', '.join(HUB)}, or the path of a file or folder"
+    remedy = f"did you mean {near[0]}?" if near else f"give one of {', '.join(HUB)}, org/name of the Hub, or a path"
     return UserError("data.source", f"{source!r} is neither a known corpus nor a path", remedy)
 
 
