@@ -124,10 +124,17 @@ def describe(config: RunConfig, plan: Plan, machine: Machine, world_size: int) -
         "memory": f"{plan.memory_total / 2**30:.1f} GiB of {machine.memory_bytes / 2**30:.1f} GiB predicted on {machine.name}: {parts}",
     }
     peak = machine.peak_flops or PEAK_TFLOPS[USUAL] * 1e12
-    hours = {share: flops / (share * peak * world_size) / 3600 for share in (0.3, 0.4, 0.5)}
+    seconds = {share: flops / (share * peak * world_size) for share in (0.3, 0.4, 0.5)}
     elsewhere = "" if machine.peak_flops else f" of an {USUAL}; the peak rate of {machine.name} is not known"
-    rows["time"] = ", ".join(f"{h:.2f} h at {share:.0%}" for share, h in hours.items()) + f" MFU{elsewhere}"
+    rows["time"] = ", ".join(f"{_duration(s)} at {share:.0%}" for share, s in seconds.items()) + f" MFU{elsewhere}"
     return "\n".join(f"  {name:<8} {text}" for name, text in rows.items())
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86_400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.2g} s"
 
 
 def _millions(count: int) -> str:
