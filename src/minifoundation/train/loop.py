@@ -146,12 +146,15 @@ def fit(
             progress.tokens += plan.tokens_per_step
             if average is not None:
                 average.update(progress.step)
-            told = report.line(pending) if pending is not None else False
-            pending = _Pending(progress.step, rate, stats, waited, Moment(machine))
+            if pending is not None:
+                report.write(report.read(pending), evaluated=False)
+            before, pending = pending, _Pending(progress.step, rate, stats, waited, Moment(machine))
+            known = before if machine.is_cuda else pending  # the newest step whose figures can be read without waiting
             last = progress.step == plan.steps
             evaluating = last or progress.step % config.eval_every == 0
             saving = not last and progress.step % config.save_every == 0
-            stopping = not last and (told or (world.size == 1 and stop.asked))
+            told = stop.asked if world.size == 1 else known is not None and known.stats.read()[-1]  # the same on every process
+            stopping = told and not last
             if evaluating or saving or stopping or not machine.is_cuda:
                 figures = report.read(pending)
                 pending = None
@@ -197,11 +200,6 @@ class _Report:
     def resume_clock(self) -> None:
         """Leave the time of an evaluation or a save out of the next figures."""
         self.before = Moment(self.machine)
-
-    def line(self, pending: _Pending) -> bool:
-        """Report one step and return whether any process had been told to stop when it began."""
-        self.write(self.read(pending), evaluated=False)
-        return pending.stats.read()[-1]
 
     def read(self, pending: _Pending) -> Row:
         """Return the figures of a step; this waits until the device has done it.

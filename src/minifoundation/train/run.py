@@ -18,6 +18,7 @@ from minifoundation.data.shards import Shards
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.distributed import World, join, spread
 from minifoundation.errors import Interrupted, UserError
+from minifoundation.model.attention import resolve
 from minifoundation.model.training import TrainingModel
 from minifoundation.model.transformer import Transformer
 from minifoundation.runtime import Machine
@@ -83,8 +84,6 @@ class Printer:
 
 def _supported(config: RunConfig, machine: Machine, say: Printer) -> RunConfig:
     """Return ``config`` with what this machine cannot do replaced by the fallback, each said in one line."""
-    from minifoundation.model.attention import resolve
-
     dtype = runtime.compute_dtype(config.train.precision, machine)
     if config.train.precision == "fp16" and not machine.is_cuda:
         say("warning: --amp alone is fp16, which is slow on a CPU; --amp --bf16 is faster")
