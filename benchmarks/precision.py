@@ -76,7 +76,7 @@ def gradient_errors() -> dict[str, list[float]]:
     with torch.no_grad():
         for weight in transformer.parameters():
             if weight.ndim == 2:
-                weight *= 2  # about the size that weights have after some training
+                weight.mul_(2)  # about the size that weights have after some training
     rows = torch.randint(1, 512, (8, 129), generator=torch.Generator().manual_seed(0))
     exact = gradients(sizes, transformer.state_dict(), rows, "fp32")
     found = {}
@@ -100,11 +100,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for seed in SEEDS[: 1 if quick else None]:
             for name, branches in variants.items():
-                Block.branches = branches  # type: ignore[method-assign]
+                setattr(Block, "branches", branches)  # noqa: B010
                 losses = curve(_settings(Path(folder), seed, steps=10 if quick else 300))["loss"]
                 tails[name][seed] = round(statistics.fmean(losses[-len(losses) // 3 :]), 4)
                 print(seed, name, tails[name][seed], flush=True)
-    Block.branches = plain  # type: ignore[method-assign]
+    setattr(Block, "branches", plain)  # noqa: B010
     gaps = {name: [round(tails[name][s] - tails["fp32"][s], 4) for s in tails[name]] for name in variants if name != "fp32"}
     finish("precision", {"gradient_errors": errors, "loss_gap_to_fp32": gaps}, results=tails, quick=quick)
 

@@ -62,6 +62,7 @@ def measure(run: RunConfig, steps: int, limit_gib: float | None = None) -> dict[
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / where.memory_bytes if limit_gib else 1.0)
+    assert isinstance(run.train.batch_size, int)
     planned = plan(run, 1)
     transformer = Transformer(run.model, dtype=runtime.compute_dtype(run.train.precision, where))
     transformer.initialise(0)
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     quick, steps = (options := parser.parse_args()).quick, options.steps
     results = []
+    cases: list[tuple[str, dict[str, Any], float | None]]
     if quick:
         cases = [("tiny", {"train": {"batch_size": rows, "seq_len": 64, "compile": False}}, None) for rows in (2, 4)]
     else:
