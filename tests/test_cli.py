@@ -129,6 +129,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(calls: Calls, capsys: pytest.Capt
             2,
             "error: outputs/x: the disk is full; free some space and run the same line again (a training run with --resume auto)\n",
         ),
+        (OSError(errno.EACCES, "Permission denied", "/x"), 2, "error: /x: permission denied; check the path and its permissions\n"),
     ],
 )
 def test_exit_codes(calls: Calls, capsys: pytest.CaptureFixture[str], failure: BaseException, code: int, message: str) -> None:

@@ -232,3 +232,8 @@ def test_only_what_differs_from_the_defaults_is_shown() -> None:
     assert config.changed(tokenizer) == {"kind": "bpe"}
     prepare = config.PrepareConfig(tokenizer=tokenizer, data=config.DataConfig(source="text"))
     assert config.changed(prepare) == {"tokenizer.kind": "bpe", "data.source": "text"}
+
+
+def test_a_slip_in_a_section_is_named_before_what_it_leaves_unset() -> None:
+    slipped = {"modle" if name == "model" else name: section for name, section in SMALL.items()}
+    assert str(refusal(slipped)) == "modle: unknown setting (in a.yaml); did you mean model?"

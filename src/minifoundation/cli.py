@@ -5,6 +5,7 @@ Click splits the line and suggests near names; pydantic converts and checks ever
 
 from __future__ import annotations
 
+import errno
 import sys
 from difflib import get_close_matches
 from importlib import import_module
@@ -165,10 +166,13 @@ def main(arguments: list[str] | None = None) -> int:
         click.echo("stopped", err=True)
         return 130
     except OSError as error:
-        if error.errno not in (28, 122):  # no space left, quota exceeded
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            place = error.filename or Path.cwd()
+            remedy = "free some space and run the same line again (a training run with --resume auto)"
+            click.echo(f"error: {place}: the disk is full; {remedy}", err=True)
+        elif error.filename is not None and error.strerror is not None:
+            click.echo(f"error: {error.filename}: {error.strerror.lower()}; check the path and its permissions", err=True)
+        else:
             raise
-        place = error.filename or Path.cwd()
-        remedy = "free some space and run the same line again (a training run with --resume auto)"
-        click.echo(f"error: {place}: the disk is full; {remedy}", err=True)
         return 2
     return 0

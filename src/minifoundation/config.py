@@ -312,12 +312,14 @@ def build(kind: type[S], values: dict[str, Any], sources: str, *, section: str =
 
 
 def _readable(kind: type[BaseModel], invalid: ValidationError, sources: str) -> UserError:
-    fault = invalid.errors(include_url=False)[0]
+    faults = invalid.errors(include_url=False)
+    fault = next((one for one in faults if one["type"] == "extra_forbidden"), faults[0])  # a slip in a name also leaves another one unset
     path = [str(part) for part in fault["loc"] if part not in ("int", "literal['auto']")]
     name = ".".join(path) or sources
     match fault["type"]:
         case "extra_forbidden":
-            near = nearest(name, dotted_names(kind))
+            leaves = dotted_names(kind)
+            near = nearest(name, [*leaves, *dict.fromkeys(leaf.rsplit(".", 1)[0] for leaf in leaves if "." in leaf)])
             return UserError(name, f"unknown setting (in {sources})", f"did you mean {near}?" if near else "--help lists the settings")
         case "missing":
             name = next((leaf for leaf, field in fields(kind) if leaf.startswith(f"{name}.") and field.is_required()), name)
