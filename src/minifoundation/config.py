@@ -121,7 +121,7 @@ class TokenizerConfig(Settings):
         "unigram", help="Unigram (arXiv:1804.10959) or BPE (arXiv:1508.07909), both with byte fallback"
     )
     vocab_size: int = setting(59_392, ge=512, le=1_000_000, help="pieces to train; reduced with a warning where the text supports fewer")
-    sample_bytes: int = setting(200_000_000, ge=1_000, help="bytes of text the tokenizer is trained on at most")
+    sample_bytes: int = setting(100_000_000, ge=1_000, help="bytes of text the tokenizer is trained on at most")
     threads: int | None = setting(None, ge=1, help="threads of encoding; default: all cores")
 
 
