@@ -58,10 +58,10 @@ def save_step(checkpoint: Checkpoint, out_dir: Path, *, keep: int) -> Path:
             "bytes": (part / STATE).stat().st_size,
             "sha256": _sha256(part / STATE),
         }
-        _write_text(part / MANIFEST, json.dumps(manifest, indent=1))
+        write_whole(part / MANIFEST, json.dumps(manifest, indent=1).encode())
         if folder.exists():
             shutil.rmtree(folder)
-        part.replace(folder)
+        _put(part, folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -76,7 +76,7 @@ def save_final(checkpoint: Checkpoint, out_dir: Path) -> Path:
     part = path.with_suffix(".part")
     try:
         _write(checkpoint, part)
-        part.replace(path)
+        _put(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -105,11 +105,29 @@ def _write(checkpoint: Checkpoint, path: Path) -> None:
         os.fsync(out.fileno())
 
 
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file whole or not at all, in a folder that is made when it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        _put(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _put(part: Path, place: Path) -> None:
+    """Rename ``part`` to ``place`` and make the new name durable too: what it replaces may be removed after this."""
+    part.replace(place)
+    folder = os.open(place.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _sha256(path: Path) -> str:

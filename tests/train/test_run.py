@@ -38,6 +38,20 @@ def steady(row: dict[str, str]) -> dict[str, str]:
     return {name: row[name] for name in ("step", "tokens", "loss", "z_loss", "held_out_bits_per_byte", "lr", "grad_norm")}
 
 
+def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
+    """Have ``act`` called when step ``number`` begins."""
+    calls = 0
+
+    def struck(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            act()
+        return step.train_step(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", struck)
+
+
 @pytest.mark.parametrize(
     "sections",
     [
@@ -53,17 +67,7 @@ def test_interrupted_and_resumed_is_bitwise_the_uninterrupted_run(
     whole = trained(settings("whole", **sections))
 
     broken = settings("broken", **sections)
-    steps = 0
-    real = step.train_step
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 7:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(loop, "train_step", interrupted)
+    at_step(monkeypatch, 7, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Interrupted, match=r"stopped at step 7 of 12 .* --resume auto"):
         trained(broken)
     monkeypatch.undo()
@@ -80,17 +84,11 @@ def test_interrupted_and_resumed_is_bitwise_the_uninterrupted_run(
 def test_a_killed_run_goes_on_from_the_last_checkpoint(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = trained(settings("whole"))
     killed = settings("killed")
-    steps = 0
-    real = step.train_step
 
-    def dies(*args: Any, **kwargs: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 11:
-            raise MemoryError("as if killed")
-        return real(*args, **kwargs)
+    def die() -> None:
+        raise MemoryError("as if killed")
 
-    monkeypatch.setattr(loop, "train_step", dies)
+    at_step(monkeypatch, 11, die)
     with pytest.raises(MemoryError):
         trained(killed)
     monkeypatch.undo()
@@ -156,6 +154,16 @@ def test_longft_of_a_read_corpus_says_that_it_reads_it_again(settings: Make, cap
     config = settings("long", data={"shard_tokens": 1_000_000}, train={"tokens": 1_000})
     assert trained(config, start=Start("longft", first)).progress["first_shard"] == 0
     assert "come to the end of the corpus; reading it again" in capsys.readouterr().err
+
+
+def test_the_checkpoint_s_tokenizer_takes_the_place_of_one_left_behind(settings: Make) -> None:
+    first = trained(settings())
+    config = settings("long", train={"tokens": 1_000})
+    left = config.out_dir / "tokenizer" / "tokenizer.model"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(first.tokenizer_model[:1000])  # a write that was cut off, or another run's
+    second = trained(config, start=Start("longft", first))
+    assert left.read_bytes() == second.tokenizer_model == first.tokenizer_model
 
 
 def test_dry_run_writes_nothing_and_prints_the_plan(settings: Make, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from minifoundation import runtime
-from minifoundation.checkpoint import FINAL, Checkpoint, save_final, save_step
+from minifoundation.checkpoint import FINAL, Checkpoint, save_final, save_step, write_whole
 from minifoundation.config import RunConfig, changed, to_yaml
 from minifoundation.data.loader import Loader, held_out_batches
 from minifoundation.data.prepare import prepare_shards, tokenizer_for
@@ -160,8 +160,7 @@ def _train(
             save_step(checkpoint(with_optimizer=True), out_dir, keep=config.train.keep)
 
     if world.is_first:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        write_whole(out_dir / "config.yaml", to_yaml(config).encode())
     with (
         stop_on_signals() as stop,
         MetricsLog(out_dir if world.is_first else None, resumed_at=progress.step, tensorboard=config.train.tensorboard) as log,
@@ -238,9 +237,8 @@ def _keep_tokenizer(checkpoint: Checkpoint, folder: Path, config: RunConfig) -> 
             f"{given} is not the tokenizer the weights were trained with",
             "leave it out: the checkpoint holds the right one",
         )
-    if not model.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        model.write_bytes(checkpoint.tokenizer_model)
+    if not model.exists() or model.read_bytes() != checkpoint.tokenizer_model:
+        write_whole(model, checkpoint.tokenizer_model)
 
 
 def _first_unread(config: RunConfig, shards: Shards, start: Start | None, say: Printer) -> int:
