@@ -1,6 +1,6 @@
 """Loss curves over the same weights, data and order: ours, Hugging Face's model with torch's AdamW, and ours with int8 moments.
 
-    python -m benchmarks.curves --corpus wiki/ [--tokenizer spm.model]     bf16 on a GPU, 300 steps, three seeds (int8: one)
+    python -m benchmarks.curves --corpus wiki/ [--tokenizer spm.model]     bf16 on a GPU, 300 steps, three seeds
     python -m benchmarks.curves --quick
 
 Two curves agree when the mean gap between them over the last third is within the spread that another seed makes.
@@ -8,7 +8,6 @@ Two curves agree when the mean gap between them over the last third is within th
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 from contextlib import nullcontext
@@ -19,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.record import ROOT, finish
-from benchmarks.small_model import curve, settings
+from benchmarks.small_model import curve, parser_of, settings
 from minifoundation import runtime
 from minifoundation.config import RunConfig
 from minifoundation.data.loader import Loader, micro_batches
@@ -80,10 +79,9 @@ def tail(losses: list[float]) -> float:
 
 def main() -> None:
     """Train every variant with every seed and compare the curves."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--corpus", type=Path, default=ROOT / "examples" / "shakespeare.txt")
-    parser.add_argument("--tokenizer", type=Path)
+    parser = parser_of(__doc__)
+    parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--warmup", type=float, default=0.1)
     options = parser.parse_args()
     steps, rows = (20, 4) if options.quick else (300, 32)
     variants = ["ours", "transformers"] + (["ours, int8 moments"] if torch.cuda.is_available() else [])
@@ -92,9 +90,7 @@ def main() -> None:
         work = Path(folder)
         for seed in SEEDS:
             for name in variants:
-                if "int8" in name and seed != SEEDS[0]:
-                    continue
-                train: dict[str, Any] = {"batch_size": rows, "lr": 6e-4, "warmup": 0.1, "seed": seed}
+                train: dict[str, Any] = {"batch_size": rows, "lr": options.lr, "warmup": options.warmup, "seed": seed}
                 train["optimizer_states"] = "int8" if "int8" in name else "fp32"
                 train["tokens"] = steps * rows * (32 if options.quick else 1024)
                 chosen = settings(options.corpus, work, options.tokenizer, quick=options.quick, train=train)

@@ -8,13 +8,12 @@ Each run sees the same tokens in the same order, with a cosine to 10% and 5% war
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from benchmarks.record import ROOT, finish
-from benchmarks.small_model import curve, settings
+from benchmarks.small_model import curve, parser_of, settings
 from minifoundation.errors import UserError
 
 RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3)
@@ -25,11 +24,7 @@ TOKENS = 8_388_608
 
 def main() -> None:
     """Train at every rate and batch size."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--corpus", type=Path, default=ROOT / "examples" / "shakespeare.txt")
-    parser.add_argument("--tokenizer", type=Path)
-    options = parser.parse_args()
+    options = parser_of(__doc__).parse_args()
     rates, rows, tokens = (RATES[1:3], ((4, 1),), 4096) if options.quick else (RATES, ROWS, TOKENS)
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as work:

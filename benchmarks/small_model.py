@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import shutil
 import statistics
@@ -12,12 +13,22 @@ from typing import Any
 
 import torch
 
+from benchmarks.record import ROOT
 from minifoundation import config
 from minifoundation.config import RunConfig
 from minifoundation.train.run import run
 
 SIZE = {"vocab_size": 59_392, "d_model": 512, "n_layer": 8, "n_head": 8, "n_kv_head": 4, "d_ff": 1408, "original_seq_len": 1024}
 QUICK_SIZE = {"vocab_size": 512, "d_model": 32, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_ff": 64, "original_seq_len": 32}
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a program that trains the small model: --quick, --corpus, --tokenizer."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--corpus", type=Path, default=ROOT / "examples" / "shakespeare.txt")
+    parser.add_argument("--tokenizer", type=Path)
+    return parser
 
 
 def settings(corpus: Path, work: Path, tokenizer: Path | None, *, quick: bool, train: dict[str, Any]) -> RunConfig:
