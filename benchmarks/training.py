@@ -19,7 +19,7 @@ import torch
 from benchmarks.record import ROOT, finish
 from minifoundation import config, runtime
 from minifoundation.config import RunConfig
-from minifoundation.data.loader import Batch
+from minifoundation.data.batch import Batch
 from minifoundation.distributed import World
 from minifoundation.model.training import TrainingModel
 from minifoundation.model.transformer import Transformer

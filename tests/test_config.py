@@ -138,8 +138,45 @@ def test_a_missing_setting_names_its_flag() -> None:
     without = {name: section for name, section in SMALL.items() if name != "data"}
     expected = "data.source: required and not set (in a.yaml); set it in the YAML or with --data or --data.source"
     assert str(refusal(without)) == expected
-    assert str(refusal(small() | {"data": {}})) == expected
+    neither = "data: neither data.source nor data.mix is set; give --data, or a mixture in the YAML"
+    assert str(refusal(small() | {"data": {}})) == neither
     assert refusal({}, EvalOptions).remedy == "set it in the YAML or with --model_path"
+
+
+@pytest.mark.parametrize("given", ["a/b:c=3,code=1", {"a/b:c": 3, "code": "1"}])
+def test_a_mixture_in_words_or_yaml(given: Any) -> None:
+    data = config.build(DataConfig, {"mix": given}, "a.yaml")
+    assert data.weights == {"a/b:c": 0.75, "code": 0.25}
+
+
+def test_one_source_has_all_the_weight() -> None:
+    assert DataConfig(source="code").weights == {"code": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ({"source": "a", "mix": {"b": 1}}, "data: data.source is a, and data.mix is set too"),
+        ({"mix": {}}, "data: data.mix is empty"),
+        ({"mix": {"a": 1, "b": 0}}, "data: the weight of b in data.mix is 0; give a number above 0"),
+        ({"mix": "a"}, "data.mix: 'a' is no mixture; write source=weight,source=weight"),
+        ({"mix": {"a": "much"}}, "data.mix.a: 'much' is not valid"),
+        ({"source": "a", "filters": "gopher"}, "data.filters.0: 'gopher' is not valid"),
+    ],
+)
+def test_a_faulty_mixture_is_one_line(data: dict[str, Any], problem: str) -> None:
+    assert str(refusal(small() | {"data": data})).startswith(problem)
+
+
+def test_the_nearer_of_a_source_and_a_mixture_counts() -> None:
+    below, above = {"data": {"mix": {"a": 1}}}, {"data": {"source": "b"}}
+    assert config.merged(below, above)["data"] == {"source": "b"}
+    assert config.merged(above, below)["data"] == {"mix": {"a": 1}}
+    assert config.merged(below, {"data": {"held_out": 0.1}})["data"] == {"mix": {"a": 1}, "held_out": 0.1}
+
+
+def test_filters_in_words() -> None:
+    assert DataConfig(source="a", filters="c4,fineweb").filters == ("c4", "fineweb")  # type: ignore[arg-type]
 
 
 def test_settings_are_frozen() -> None:

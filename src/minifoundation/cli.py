@@ -5,12 +5,13 @@ Click splits the line and suggests near names; pydantic converts and checks ever
 
 from __future__ import annotations
 
+import builtins
 import errno
 import sys
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import click
 from pydantic import BaseModel
@@ -79,17 +80,22 @@ def _variable(name: str) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
-    return "none" if value is None else str(value)
+    return "none" if value in (None, ()) else str(value)
 
 
 def _metavar(annotation: Any) -> str:
-    words = []
-    for part in get_args(annotation) or (annotation,):
-        if isinstance(part, str):
-            words.append(part)
-        elif part is not type(None):
-            words += [str(choice) for choice in get_args(part)] or [part.__name__.upper()]
-    return "|".join(words)
+    if isinstance(annotation, str):
+        return annotation
+    parts = [part for part in get_args(annotation) if part not in (type(None), Ellipsis)]
+    match get_origin(annotation):
+        case builtins.dict:
+            return "NAME=VALUE,..."
+        case builtins.tuple:
+            return ",".join(map(_metavar, parts)) + ",..."
+        case None:
+            return str(annotation.__name__.upper())
+        case _:
+            return "|".join(map(_metavar, parts))
 
 
 def _nested(kind: type[BaseModel], given: Values) -> Values:

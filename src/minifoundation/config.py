@@ -122,23 +122,77 @@ class TokenizerConfig(Settings):
     )
     vocab_size: int = setting(59_392, ge=512, le=1_000_000, help="pieces to train; reduced with a warning where the text supports fewer")
     sample_bytes: int = setting(100_000_000, ge=1_000, help="bytes of text the tokenizer is trained on at most")
-    threads: int | None = setting(None, ge=1, help="threads of encoding; default: all cores")
+
+
+QualityFilter = Literal["gopher-quality", "gopher-repetition", "c4", "fineweb"]
 
 
 class DataConfig(Settings):
     """Where the text comes from and how it becomes token shards."""
 
-    source: str = setting(
-        help="fineweb, fineweb-edu, slimpajama, org/name[:subset] of the Hugging Face Hub, or a path: a tree or file of .txt, .jsonl, "
-        ".parquet, plain or .gz/.zst/.xz",
+    source: str | None = setting(
+        None,
+        help="fineweb, fineweb-edu, slimpajama, org/name[:subset] of the Hugging Face Hub, or a path, glob or URL (hf://, s3://, https://) "
+        "of .txt, .jsonl, .parquet, plain or .gz/.zst/.xz",
         flag="data",
     )
+    mix: dict[str, float] | None = setting(
+        None, help="several sources by weight, instead of one: {fineweb-edu: 0.8, path/to/code: 0.2}; here fineweb-edu=0.8,path/to/code=0.2"
+    )
     text_column: str = setting("text", help="the column or JSON key that holds the text")
+    filters: tuple[QualityFilter, ...] = setting(
+        (),
+        help="quality filters for raw English text, in this order: Gopher (arXiv:2112.11446), C4 (arXiv:1910.10683), "
+        "FineWeb (arXiv:2406.17557)",
+    )
+    dedup: Literal["none", "exact", "minhash"] = setting(
+        "none", help="drop documents equal to an earlier one, or (minhash, arXiv:2107.06499) much like it; reads the whole corpus first"
+    )
+    mask_documents: bool = setting(False, help="attention stays within a document and positions restart in each")
     shards_dir: Path = setting(Path("outputs/shards"), help="token shards are kept here, one folder for each corpus and tokenizer")
     shard_tokens: int = setting(16_777_216, ge=1_024, help="tokens in a shard; samples are shuffled within a shard")
     held_out: float = setting(0.002, ge=0, le=0.5, help="share of the documents, chosen by hash, that is never trained on")
     held_out_tokens: int = setting(2_000_000, ge=1_024, help="tokens of the held-out split that are kept at most")
     max_document_bytes: int = setting(4_194_304, ge=256, help="a longer document is cut at line ends into documents of this size")
+    workers: int | None = setting(None, ge=1, help="processes that make shards; default: all cores")
+
+    @field_validator("mix", mode="before")
+    @classmethod
+    def _mix_in_words(cls, value: Any) -> Any:
+        """``a=0.8,b=0.2`` of a command line is YAML's ``{a: 0.8, b: 0.2}``."""
+        if not isinstance(value, str):
+            return value
+        parts = [part.rpartition("=") for part in value.split(",")]
+        if not all(name and weight for name, _, weight in parts):
+            raise ValueError(f"{value!r} is no mixture; write source=weight,source=weight")
+        return {name.strip(): weight for name, _, weight in parts}
+
+    @field_validator("filters", mode="before")
+    @classmethod
+    def _filters_in_words(cls, value: Any) -> Any:
+        return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_corpus(self) -> Self:
+        if self.source is None and self.mix is None:
+            raise ValueError("neither data.source nor data.mix is set; give --data, or a mixture in the YAML")
+        if self.source is not None and self.mix is not None:
+            raise ValueError(f"data.source is {self.source}, and data.mix is set too; give one of them, and none for the other")
+        for name, weight in (self.mix or {}).items():
+            if weight <= 0:
+                raise ValueError(f"the weight of {name} in data.mix is {weight:g}; give a number above 0, or leave it out")
+        if self.mix == {}:
+            raise ValueError("data.mix is empty; name a source and its weight")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The share of each source in the training tokens, summing to 1; one source has all."""
+        if self.source is not None:
+            return {self.source: 1.0}
+        assert self.mix is not None
+        total = sum(self.mix.values())
+        return {name: weight / total for name, weight in self.mix.items()}
 
 
 class TrainConfig(Settings):
@@ -232,6 +286,15 @@ class PrepareOptions(Settings):
     config: Path | None = setting(None, flag="config", help="YAML file with settings (data, tokenizer)")
     tokens: int | None = setting(None, ge=1, flag="tokens", help="stop after this many training tokens; none reads the whole corpus")
     tokenizer_out: Path = setting(Path("outputs/tokenizer"), flag="tokenizer_out", help="where a newly trained tokenizer is written")
+    engine: Literal["local", "ray", "slurm"] = setting(
+        "local", flag="engine", help="where the work is done: processes of this machine, a Ray cluster, or Slurm jobs"
+    )
+    slurm: str | None = setting(
+        None, flag="slurm", help="what sbatch needs, for --engine slurm: partition=cpu,time=04:00:00 (any long option of sbatch)"
+    )
+    rebuild: bool = setting(
+        False, flag="rebuild", help="first check every shard by its sha256, and make those again that are damaged or missing"
+    )
 
 
 class PrepareConfig(Settings):
@@ -322,7 +385,9 @@ def _readable(kind: type[BaseModel], invalid: ValidationError, sources: str) -> 
             near = nearest(name, [*leaves, *dict.fromkeys(leaf.rsplit(".", 1)[0] for leaf in leaves if "." in leaf)])
             return UserError(name, f"unknown setting (in {sources})", f"did you mean {near}?" if near else "--help lists the settings")
         case "missing":
-            name = next((leaf for leaf, field in fields(kind) if leaf.startswith(f"{name}.") and field.is_required()), name)
+            inside = [(leaf, field) for leaf, field in fields(kind) if leaf.startswith(f"{name}.")]
+            needed = [leaf for leaf, field in inside if field.is_required()] + [leaf for leaf, _ in inside if leaf in flags(kind)]
+            name = (needed or [name])[0]
             flag = flags(kind).get(name)
             spelled = f"--{flag} or --{name}" if flag and flag != name else f"--{name}"
             how = "give it with" if sources == "command line" else "set it in the YAML or with"
@@ -398,9 +463,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return merged(read_yaml(path.parent / str(base)), values) if base is not None else values
 
 
+ALTERNATIVES = (("source", "mix"),)
+"""Settings of one section of which one is given: ``--data`` on the command line puts aside the ``data.mix`` of a YAML file."""
+
+
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Return ``below`` overlaid by ``above``, section by section."""
+    """Return ``below`` overlaid by ``above``, section by section; a setting also replaces the one it is an alternative to."""
     result = dict(below)
+    for name, other in (*ALTERNATIVES, *((b, a) for a, b in ALTERNATIVES)):
+        if above.get(name) is not None:
+            result.pop(other, None)
     for name, value in above.items():
         inner = result.get(name)
         result[name] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value

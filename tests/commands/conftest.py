@@ -18,7 +18,13 @@ def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     from minifoundation.data.tokenizer import train_tokenizer
 
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    train_tokenizer(EXAMPLE.read_text(encoding="utf-8")[:60_000].split("\n\n"), TokenizerConfig(vocab_size=512, threads=1), path)
+    train_tokenizer(
+        EXAMPLE.read_text(encoding="utf-8")[:60_000].split("\n\n"),
+        TokenizerConfig(
+            vocab_size=512,
+        ),
+        path,
+    )
     return path.read_bytes()
 
 

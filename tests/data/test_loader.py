@@ -11,7 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minifoundation.data.loader import Batch, Loader, held_out_batches, micro_batches, prefetch
+from minifoundation.data.batch import Batch, prefetch
+from minifoundation.data.loader import Loader, held_out_batches, micro_batches
 from minifoundation.data.shards import Manifest, Pair, Record, Shards, write_manifest
 from minifoundation.errors import UserError
 

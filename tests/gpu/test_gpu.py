@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from minifoundation.checkpoint import load_checkpoint
 from minifoundation.config import ModelConfig, TrainConfig
-from minifoundation.data.loader import Batch
+from minifoundation.data.batch import Batch
 from minifoundation.distributed import World
 from minifoundation.model.attention import Backend, attend, resolve
 from minifoundation.model.loss import token_losses

@@ -15,7 +15,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "shakespeare.txt"
 
 TINY: dict[str, Any] = {
     "model": {"vocab_size": 512, "d_model": 32, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_ff": 64, "original_seq_len": 32},
-    "tokenizer": {"vocab_size": 512, "threads": 1},
+    "tokenizer": {"vocab_size": 512},
     "data": {"held_out": 0.3, "max_document_bytes": 512, "shard_tokens": 4096},
     "train": {
         "tokens": 32 * 4 * 12,

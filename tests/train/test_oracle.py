@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minifoundation.config import ModelConfig, TrainConfig
-from minifoundation.data.loader import Batch
+from minifoundation.data.batch import Batch
 from minifoundation.distributed import World
 from minifoundation.export.weights import hf_config, to_hf
 from minifoundation.model.training import TrainingModel

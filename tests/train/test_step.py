@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minifoundation.config import ModelConfig, TrainConfig
-from minifoundation.data.loader import Batch
+from minifoundation.data.batch import Batch
 from minifoundation.distributed import World
 from minifoundation.model.training import TrainingModel
 from minifoundation.model.transformer import Transformer

@@ -17,7 +17,8 @@ from torch import nn
 from tqdm import tqdm
 
 from minifoundation.config import TrainConfig
-from minifoundation.data.loader import Batch, Loader, micro_batches, prefetch
+from minifoundation.data.batch import Batch, prefetch
+from minifoundation.data.loader import Loader, micro_batches
 from minifoundation.distributed import World
 from minifoundation.errors import UserError
 from minifoundation.runtime import Machine, Moment

@@ -209,14 +209,14 @@ def _data(
         tokenizer = tokenizer_for(config.tokenizer, config.data, folder)
         slack = 1 + config.train.seq_len / config.data.shard_tokens  # a shard's last tokens may be too few for a sample
         wanted = int(planned.tokens * slack) + config.train.seq_len
-        shards = prepare_shards(config.data, tokenizer, tokens=wanted, threads=config.tokenizer.threads)
+        shards = prepare_shards(config.data, tokenizer, tokens=wanted, threads=config.data.workers)
         if resumed is not None:
             progress = Progress(**resumed.progress)
         else:
             progress = Progress(phase=start.phase if start else "pretrain", first_shard=_first_unread(config, shards, start, say))
         if progress.first_shard:
             read = sum(shard.n_tokens for shard in shards.train[: progress.first_shard])
-            shards = prepare_shards(config.data, tokenizer, tokens=read + wanted, threads=config.tokenizer.threads)
+            shards = prepare_shards(config.data, tokenizer, tokens=read + wanted, threads=config.data.workers)
         return tokenizer, shards, progress
 
     if world.is_first:

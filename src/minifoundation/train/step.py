@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from minifoundation.data.loader import Batch
+from minifoundation.data.batch import Batch
 from minifoundation.distributed import World, local_gradients
 from minifoundation.train.optimizer import set_learning_rate
 
