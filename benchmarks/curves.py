@@ -23,6 +23,7 @@ from minifoundation import runtime
 from minifoundation.config import RunConfig
 from minifoundation.data.loader import Loader, micro_batches
 from minifoundation.data.prepare import prepare_shards, tokenizer_for
+from minifoundation.data.samples import Samples
 from minifoundation.export.weights import hf_config, to_hf
 from minifoundation.model.transformer import Transformer
 from minifoundation.train.schedule import learning_rate
@@ -36,8 +37,9 @@ def hugging_face(run: RunConfig, work: Path, steps: int) -> dict[str, Any]:
 
     device = runtime.machine().device
     tokenizer = tokenizer_for(run.tokenizer, run.data, work / "tokenizer")
-    shards = prepare_shards(run.data, tokenizer, tokens=run.train.tokens, threads=None)
-    loader = Loader(shards, seq_len=run.train.seq_len, seed=run.train.seed)
+    (source,) = run.data.weights
+    shards = prepare_shards(source, run.data, tokenizer, tokens=run.train.tokens)
+    loader = Loader({source: Samples(shards, seq_len=run.train.seq_len, seed=run.train.seed)}, run.data.weights)
     ours = Transformer(run.model)
     ours.initialise(run.train.seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config(run.model)), attn_implementation="sdpa").float()

@@ -29,7 +29,7 @@ from minifoundation.model.training import TrainingModel
 from minifoundation.model.transformer import Block, Transformer
 
 SEEDS = (1, 2, 3)
-Branches = Callable[[Block, Tensor, Tensor, Tensor, Any], Tensor]
+Branches = Callable[[Block, Tensor, Tensor, Tensor, Any, Tensor | None], Tensor]
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -37,15 +37,15 @@ def rounded(x: Tensor) -> Tensor:
     return x.bfloat16().float()
 
 
-def residual_in_fp32(block: Block, x: Tensor, cos: Tensor, sin: Tensor, kernel: Any) -> Tensor:
+def residual_in_fp32(block: Block, x: Tensor, cos: Tensor, sin: Tensor, kernel: Any, documents: Tensor | None) -> Tensor:
     """Return what a block gives when only norms and branches are rounded."""
-    x = x + rounded(block.attention(rounded(block.attention_norm(x)), cos, sin, kernel))
+    x = x + rounded(block.attention(rounded(block.attention_norm(x)), cos, sin, kernel, documents))
     return x + rounded(block.mlp(rounded(block.mlp_norm(x))))
 
 
-def residual_in_bf16(block: Block, x: Tensor, cos: Tensor, sin: Tensor, kernel: Any) -> Tensor:
+def residual_in_bf16(block: Block, x: Tensor, cos: Tensor, sin: Tensor, kernel: Any, documents: Tensor | None) -> Tensor:
     """Return what a block gives when the residual stream is rounded too."""
-    x = rounded(rounded(x) + rounded(block.attention(rounded(block.attention_norm(x)), cos, sin, kernel)))
+    x = rounded(rounded(x) + rounded(block.attention(rounded(block.attention_norm(x)), cos, sin, kernel, documents)))
     return rounded(x + rounded(block.mlp(rounded(block.mlp_norm(x)))))
 
 

@@ -48,7 +48,7 @@ GIB = 2**30
 
 def settings(name: str, changes: dict[str, Any]) -> RunConfig:
     """Return the run of configs/<name>.yaml with ``changes``, in bf16 and compiled."""
-    base = {"data": {"source": "none"}, "train": {"tokens": 10**12, "precision": "bf16", "compile": True}}
+    base = {"data": {"source": "random tokens"}, "train": {"tokens": 10**12, "precision": "bf16", "compile": True}}
     values = config.read_yaml(ROOT / "configs" / f"{name}.yaml") if name != "tiny" else {"model": TINY}
     return config.build(RunConfig, config.merged(config.merged(values, base), changes), name)
 

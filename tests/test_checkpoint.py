@@ -28,10 +28,10 @@ def made(step: int = 3, **changes: Any) -> Checkpoint:
 
 
 def test_step_and_final_give_back_what_was_saved(tmp_path: Path) -> None:
-    one = made(ema={"a": torch.ones(2)}, optimizer={"adamw": {"state": {0: {"m": torch.ones(1)}}}, "scaler": {}})
+    one = made(ema={"a": torch.ones(2)}, ledger=[{"source": "x"}], optimizer={"adamw": {"state": {0: {"m": torch.ones(1)}}}, "scaler": {}})
     for path in (save_step(one, tmp_path, keep=2), save_final(one, tmp_path)):
         two = load_checkpoint(path)
-        assert two.config == one.config and two.progress == one.progress and two.tokenizer_model == b"spm"
+        assert two.config == one.config and two.progress == one.progress and two.ledger == one.ledger and two.tokenizer_model == b"spm"
         assert all(torch.equal(two.model[name], one.model[name]) for name in one.model)
         assert two.ema is not None and torch.equal(two.ema["a"], torch.ones(2))
         assert torch.equal(two.optimizer["adamw"]["state"][0]["m"], torch.ones(1))
@@ -117,9 +117,13 @@ def test_no_code_is_run_on_loading(tmp_path: Path) -> None:
     assert not flag.exists()
 
 
-def test_a_newer_format_says_to_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "FORMAT", 2)
-    path = save_final(made(), tmp_path)
-    monkeypatch.setattr(checkpoints, "FORMAT", 1)
-    with pytest.raises(UserError, match="format 2 is newer than 1; update the toolkit"):
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [(3, "format 3 is newer than 2; update the toolkit"), (1, "format 1 is older than 2; read it with the version that wrote it")],
+)
+def test_another_format_is_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int, message: str) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "FORMAT", written)
+        path = save_final(made(), tmp_path)
+    with pytest.raises(UserError, match=message):
         load_checkpoint(path)

@@ -22,7 +22,7 @@ from minifoundation import config
 from minifoundation.config import RunConfig
 from minifoundation.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 STATE = "state.pth"
 MANIFEST = "manifest.json"
 FINAL = "final.pth"
@@ -38,7 +38,9 @@ class Checkpoint:
     tokenizer_model: bytes
     """The SentencePiece model file the run was trained with."""
     progress: dict[str, Any]
-    """Step, tokens, place in the data: the fields of ``train.loop.Progress``."""
+    """Step, tokens, place in the data: the fields of ``train.state.Progress``."""
+    ledger: list[dict[str, Any]] = field(default_factory=list)
+    """What was read of each source, phase after phase: the fields of ``data.ledger.Entry``."""
     ema: dict[str, Tensor] | None = None
     optimizer: dict[str, Any] = field(default_factory=dict)
     """State of the optimizer and the loss scaler; empty in ``final.pth``."""
@@ -90,6 +92,7 @@ def _write(checkpoint: Checkpoint, path: Path) -> None:
         "model": checkpoint.model,
         "tokenizer_model": checkpoint.tokenizer_model,
         "progress": checkpoint.progress,
+        "ledger": checkpoint.ledger,
         "ema": checkpoint.ema,
         "optimizer": checkpoint.optimizer,
     }
@@ -168,7 +171,7 @@ def load_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> Checkp
     """Return the checkpoint in ``final.pth`` or a step folder, tensors on ``device``.
 
     Raises:
-        UserError: nothing there, damaged, not a checkpoint of this toolkit, or of a newer format.
+        UserError: nothing there, damaged, not a checkpoint of this toolkit, or of another format.
     """
     remedy = "give final.pth or a step_ folder of a run"
     if path.is_dir():
@@ -187,11 +190,14 @@ def load_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> Checkp
         raise UserError(str(path), "not a checkpoint of this toolkit", remedy)
     if payload["format"] > FORMAT:
         raise UserError(str(path), f"format {payload['format']} is newer than {FORMAT}", "update the toolkit")
+    if payload["format"] < FORMAT:
+        raise UserError(str(path), f"format {payload['format']} is older than {FORMAT}", "read it with the version that wrote it")
     return Checkpoint(
         config=config.build(RunConfig, payload["config"], str(path)),
         model=payload["model"],
         tokenizer_model=payload["tokenizer_model"],
         progress=payload["progress"],
+        ledger=payload["ledger"],
         ema=payload["ema"],
         optimizer=payload["optimizer"],
     )

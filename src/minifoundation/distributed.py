@@ -37,6 +37,12 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def least(self, values: Tensor) -> Tensor:
+        """Return the elementwise minimum of ``values`` over all processes, on each of them."""
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MIN)
+        return values
+
     def wait(self) -> None:
         """Return when every process has come here."""
         if self.size > 1:

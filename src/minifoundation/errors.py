@@ -1,5 +1,9 @@
 """What a person did that cannot work: one line with the setting or file, its value and the remedy."""
 
+from __future__ import annotations
+
+from typing import Any, Self
+
 
 class UserError(Exception):
     """Raised for anything the person at the keyboard can mend; the command prints it as one line and exits with code 2.
@@ -15,6 +19,10 @@ class UserError(Exception):
         self.problem = problem
         self.remedy = remedy
         super().__init__(f"{where}: {problem}; {remedy}")
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str, str], dict[str, Any]]:
+        """Let it come back from a worker process: by default pickle would rebuild it from the one line."""
+        return type(self), (self.where, self.problem, self.remedy), self.__dict__
 
 
 class Interrupted(Exception):

@@ -10,9 +10,10 @@ import pytest
 from minifoundation import cli
 from minifoundation.config import DataConfig, TokenizerConfig
 from minifoundation.data import survey
-from minifoundation.data.prepare import is_held_out, prepare_shards, tokenizer_for
+from minifoundation.data.encode import is_held_out
+from minifoundation.data.prepare import prepare_shards, tokenizer_for
+from minifoundation.data.rows import all_documents
 from minifoundation.data.shards import Shards
-from minifoundation.data.sources import documents
 from minifoundation.data.tokenizer import Tokenizer
 
 VERSE = Path(__file__).parents[2] / "examples" / "shakespeare.txt"
@@ -25,12 +26,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[DataConfig, Tokenize
     (folder / "zzz.txt").write_bytes(b"\xff")
     config = DataConfig(source=str(folder), shards_dir=folder / "shards", max_document_bytes=700, shard_tokens=4096, held_out=0.2)
     tokenizer = tokenizer_for(TokenizerConfig(vocab_size=600), config, folder / "tokenizer")
-    return config, tokenizer, prepare_shards(config, tokenizer, tokens=None, threads=1)
+    return config, tokenizer, prepare_shards(str(folder), config, tokenizer, tokens=None)
 
 
 def test_counts_are_those_of_the_documents(made: tuple[DataConfig, Tokenizer, Shards], capsys: pytest.CaptureFixture[str]) -> None:
     config, tokenizer, shards = made
-    texts = [text for text in documents(config) if not is_held_out(text.encode(), config.held_out)]
+    texts = [text for text in all_documents(str(config.source), config) if not is_held_out(text.encode(), config.held_out)]
     found = survey.split(shards.train)
     assert found.lengths.tolist() == [len(tokenizer.encode(text)) + 2 for text in texts]
     assert found.text_bytes == sum(len(text.encode()) for text in texts)
@@ -43,7 +44,7 @@ def test_counts_are_those_of_the_documents(made: tuple[DataConfig, Tokenizer, Sh
 
 def test_samples_are_the_text(made: tuple[DataConfig, Tokenizer, Shards], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     config, tokenizer, shards = made
-    texts = set(documents(config))
+    texts = set(all_documents(str(config.source), config))
     for _, text in survey.samples(shards, tokenizer, 5):
         assert text.startswith("<s>") and text.endswith("</s>") and text[3:-4] in texts
     plot = tmp_path / "lengths.png"
@@ -51,6 +52,22 @@ def test_samples_are_the_text(made: tuple[DataConfig, Tokenizer, Shards], capsys
     assert cli.main(line) == 0
     assert len(re.findall(r"^--- train-\d+\.bin, document \d+, \d+ tokens$", capsys.readouterr().out, re.MULTILINE)) == 2
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_folders_are_shown_with_their_shares(
+    made: tuple[DataConfig, Tokenizer, Shards], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config, tokenizer, shards = made
+    text = tmp_path / "first.txt"
+    text.write_bytes(VERSE.read_bytes()[:20_000])
+    other = prepare_shards(str(text), config, tokenizer, tokens=None)
+    assert cli.main(["inspect", "--shards", str(config.shards_dir), "--plot", str(tmp_path / "lengths.png")]) == 0
+    shown = capsys.readouterr().out
+    total = shards.train_tokens + other.train_tokens
+    assert f"{total:,} training tokens in all" in shown
+    for one in (shards, other):
+        assert f"{one.folder}: " in shown and (tmp_path / f"lengths-{one.folder.name}.png").is_file()
+        assert re.search(rf"^ +{one.train_tokens / total:.2%}  {one.folder.name}$", shown, re.MULTILINE)
 
 
 def test_faults_are_one_line(made: tuple[DataConfig, Tokenizer, Shards], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -66,7 +83,7 @@ def test_faults_are_one_line(made: tuple[DataConfig, Tokenizer, Shards], capsys:
     (copy / "train-00000.bin").write_bytes(damaged)
     for line, message in (
         (["inspect"], "nothing to look at; give --shards or --checkpoint"),
-        (["inspect", "--shards", str(tmp_path)], "holds no token shards"),
+        (["inspect", "--shards", str(copy / "nowhere")], "holds no token shards"),
         (["inspect", "--shards", str(copy), "--verify"], "train-00000.bin: is not what was written (sha256)"),
         (["inspect", "--shards", str(shards.folder), "--tokenizer", str(other)], "not a SentencePiece model"),
         (["inspect", "--checkpoint", str(other)], "not a checkpoint"),

@@ -1,4 +1,9 @@
+"""Samples by number: each once an epoch, in an order that depends on the seed and the number alone, however the shards came to be."""
+
+from __future__ import annotations
+
 import itertools
+import random
 import threading
 import time
 from collections import Counter
@@ -12,27 +17,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minifoundation.data.batch import Batch, prefetch
-from minifoundation.data.loader import Loader, held_out_batches, micro_batches
-from minifoundation.data.shards import Manifest, Pair, Record, Shards, write_manifest
+from minifoundation.data.loader import Loader, micro_batches
+from minifoundation.data.samples import Samples
+from minifoundation.data.shards import Shards
 from minifoundation.errors import UserError
+from tests.data.growing import Folder, shards_of
 
 
-def shards_of(folder: Path, train: list[int], held_out: list[int] | None = None) -> Shards:
-    """Return shards of the given lengths; no id occurs twice, so that each place can be recognised."""
-    numbers = itertools.count()
-
-    def made(name: str, lengths: list[int]) -> list[Record]:
-        records = []
-        for index, n in enumerate(lengths):
-            file = f"{name}-{index:05d}.bin"
-            np.array([next(numbers) for _ in range(n)], dtype="<u4").tofile(folder / file)
-            records.append(Record(file=file, tokens=n, documents=1, text_bytes=3 * n, sha256=""))
-        return records
-
-    pairs = itertools.zip_longest(made("train", train), made("held_out", held_out or []))
-    named = tuple(Pair(train=of_train, held_out=of_held_out) for of_train, of_held_out in pairs)
-    write_manifest(folder, Manifest(dtype="uint32", tokenizer_sha256="", source={}, settings={}, pairs=named))
-    return Shards.open(folder)
+def alone(shards: Shards, *, seq_len: int, seed: int, first_shard: int = 0) -> Loader:
+    """Return the loader of one source."""
+    return Loader({"one": Samples(shards, seq_len=seq_len, seed=seed, first_shard=first_shard)}, {"one": 1.0})
 
 
 @st.composite
@@ -51,13 +45,13 @@ relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], 
 def test_each_sample_comes_exactly_once_an_epoch(tmp_path: Path, corpus: tuple[list[int], int, int], seed: int) -> None:
     lengths, seq_len, first_shard = corpus
     shards = shards_of(tmp_path, lengths)
-    loader = Loader(shards, seq_len=seq_len, seed=seed, first_shard=first_shard)
+    loader = Samples(shards, seq_len=seq_len, seed=seed, first_shard=first_shard)
     expected: Counter[tuple[int, ...]] = Counter()
     for shard in shards.train:
         ids = shard.tokens().tolist()
         expected.update(tuple(ids[i * seq_len : i * seq_len + seq_len + 1]) for i in range((len(ids) - 1) // seq_len))
     n = loader.samples_per_epoch
-    assert n == expected.total()
+    assert n is not None and n == expected.total()
     for epoch in range(2):
         rows = loader.rows(range(epoch * n, (epoch + 1) * n))
         assert Counter(map(tuple, rows.tolist())) == expected
@@ -76,15 +70,15 @@ def test_a_sample_is_a_pure_function_of_seed_and_number(
 ) -> None:
     lengths, seq_len, first_shard = corpus
     shards = shards_of(tmp_path, lengths)
-    together = Loader(shards, seq_len=seq_len, seed=seed, first_shard=first_shard).rows(samples)
+    together = alone(shards, seq_len=seq_len, seed=seed, first_shard=first_shard).rows(samples)
     for sample, row in zip(samples, together, strict=True):
-        alone = Loader(shards, seq_len=seq_len, seed=seed, first_shard=first_shard).rows([sample])[0]
-        assert alone.tolist() == row.tolist()
+        single = alone(shards, seq_len=seq_len, seed=seed, first_shard=first_shard).rows([sample])[0]
+        assert single.tolist() == row.tolist()
 
 
 def test_the_order_is_pinned(tmp_path: Path) -> None:
     """A run must go on in the same order under another version of numpy."""
-    loader = Loader(shards_of(tmp_path, [21, 13]), seq_len=2, seed=1234)
+    loader = Samples(shards_of(tmp_path, [21, 13]), seq_len=2, seed=1234)
     assert loader.samples_per_epoch == 16
     first_epoch = [4, 18, 16, 2, 14, 0, 8, 6, 10, 12, 31, 29, 27, 23, 25, 21]
     second_epoch = [16, 14, 18, 12, 10, 8, 4, 0, 2, 6, 21, 31, 27, 23, 29, 25]
@@ -94,25 +88,128 @@ def test_the_order_is_pinned(tmp_path: Path) -> None:
 def test_seed_epoch_and_shard_change_the_order(tmp_path: Path) -> None:
     shards = shards_of(tmp_path, [101, 101])
     n = 100
-    first = Loader(shards, seq_len=1, seed=1)
+    first = alone(shards, seq_len=1, seed=1)
     orders = [first.rows(range(start, start + n))[:, 0] for start in (0, n, 2 * n)]
     orders[1] -= 101
-    orders.append(Loader(shards, seq_len=1, seed=2).rows(range(n))[:, 0])
+    orders.append(alone(shards, seq_len=1, seed=2).rows(range(n))[:, 0])
     assert all(sorted(order) == list(range(n)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
 
 
-def test_more_shards_later_leave_the_samples_before_them_where_they_were(tmp_path: Path) -> None:
-    few = Loader(shards_of(tmp_path, [50, 40]), seq_len=4, seed=3)
-    many = Loader(shards_of(tmp_path, [50, 40, 30]), seq_len=4, seed=3)
-    samples = range(few.samples_per_epoch)
-    assert few.rows(samples).tolist() == many.rows(samples).tolist()
+@relaxed
+@given(corpus=corpora(), data=st.data())
+def test_a_growing_folder_gives_the_order_of_the_grown_one(tmp_path: Path, corpus: tuple[list[int], int, int], data: st.DataObject) -> None:
+    lengths, seq_len, first_shard = corpus
+    folder = Folder(tmp_path, lengths)
+    grown = Samples(folder.grow(len(lengths), complete=True), seq_len=seq_len, seed=3, first_shard=first_shard)
+    assert grown.samples_per_epoch is not None
+    expected = grown.rows(range(2 * grown.samples_per_epoch)).tolist()
+
+    growing = Samples(folder.grow(0), seq_len=seq_len, seed=3, first_shard=first_shard)
+    read = 0
+    for pairs in sorted(data.draw(st.lists(st.integers(0, len(lengths)), max_size=4))):
+        folder.grow(pairs)
+        there = sum((n - 1) // seq_len for n in lengths[first_shard:pairs])
+        assert growing.has(there) and not growing.has(there + 1) and growing.samples_per_epoch is None
+        until = data.draw(st.integers(read, there))
+        if until > read:
+            assert growing.rows(range(read, until)).tolist() == expected[read:until]
+        read = until
+    folder.grow(len(lengths), complete=True)
+    if read < len(expected):
+        assert growing.rows(range(read, len(expected))).tolist() == expected[read:]
+
+
+def test_a_sample_that_is_still_being_made_is_waited_for(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, [41, 41])
+    loader = alone(folder.grow(1), seq_len=4, seed=0)
+    found: list[list[list[int]]] = []
+    thread = threading.Thread(target=lambda: found.append(loader.rows(range(9, 11)).tolist()))
+    thread.start()
+    thread.join(0.5)
+    assert thread.is_alive()
+    folder.grow(2)
+    thread.join(5)
+    assert found == [alone(folder.grow(2), seq_len=4, seed=0).rows(range(9, 11)).tolist()]
+
+
+def test_a_wait_ends_when_the_loader_is_stopped(tmp_path: Path) -> None:
+    loader = alone(Folder(tmp_path, [41, 41]).grow(1), seq_len=4, seed=0)
+    threading.Timer(0.2, loader.stop).start()
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="stopped while waiting"):
+        loader.rows([10])
+    assert time.monotonic() - began < 5
+
+
+@settings(relaxed, max_examples=15)
+@given(
+    lengths=st.lists(st.lists(st.integers(8, 60), min_size=1, max_size=4), min_size=2, max_size=4),
+    pairs=st.lists(st.integers(0, 4), min_size=4, max_size=4),
+    data=st.data(),
+)
+def test_a_mixture_reads_each_source_in_its_own_order(
+    tmp_path: Path, lengths: list[list[int]], pairs: list[int], data: st.DataObject
+) -> None:
+    names = [f"s{number}" for number in range(len(lengths))]
+    weights = dict(zip(names, data.draw(st.lists(st.integers(1, 9).map(float), min_size=4, max_size=4)), strict=False))
+    folders = [Folder(tmp_path / name, of_one, first_id=10_000 * n) for n, (name, of_one) in enumerate(zip(names, lengths, strict=True))]
+    whole = {name: Samples(f.grow(9, complete=True), seq_len=7, seed=5) for name, f in zip(names, folders, strict=True)}
+    loader = Loader(dict(reversed(whole.items())), weights)  # the order of the names does not matter
+    rows = loader.rows(range(200)).tolist()
+    for number, name in enumerate(names):
+        own = [row for row in rows if row[0] // 10_000 == number]
+        assert len(own) == loader.counts(200)[name]
+        assert own == (whole[name].rows(range(len(own))).tolist() if own else [])
+
+    part = {name: Samples(f.grow(n), seq_len=7, seed=5) for name, f, n in zip(names, folders, pairs, strict=False)}
+    growing = Loader(part, weights)
+    reach = growing.reach(200)
+    assert growing.has(reach) and not any(growing.has(samples) for samples in range(reach + 1, 201))
+    if reach:
+        assert growing.rows(range(reach)).tolist() == rows[:reach]
+
+
+@settings(relaxed, max_examples=15)
+@given(seed=st.integers(0, 2**32), epochs=st.integers(1, 3))
+def test_every_sample_comes_once_an_epoch_through_interruptions_and_other_numbers_of_ranks(tmp_path: Path, seed: int, epochs: int) -> None:
+    """A run is killed again and again, goes on from its last checkpoint on 1, 2 or 3 ranks, while its shards are being made."""
+    chance = random.Random(seed)
+    folder = Folder(tmp_path, [51, 21, 77, 33, 60])
+    per_epoch = sum((n - 1) // 4 for n in (51, 21, 77, 33, 60))
+    rows_a_step = 6
+    steps = epochs * per_epoch // rows_a_step
+    known, saved = 1, 0
+    counted: Counter[tuple[int, ...]] = Counter()
+    while saved < steps:
+        ranks = chance.choice([1, 2, 3])
+        loaders = [alone(folder.grow(known, complete=known == 5), seq_len=4, seed=seed) for _ in range(ranks)]
+        since: Counter[tuple[int, ...]] = Counter()
+        for step in range(saved, steps):
+            while not all(loader.has((step + 1) * rows_a_step) for loader in loaders):
+                known += 1
+                folder.grow(known, complete=known == 5)
+            for rank, loader in enumerate(loaders):
+                split = {"batch_size": chance.choice([1, 2]) if ranks < 3 else 1, "rank": rank, "world_size": ranks}
+                split["batch_size"] = 1 if ranks > 1 else split["batch_size"]
+                for batch in micro_batches(loader, step * rows_a_step, grad_accum=rows_a_step // ranks // split["batch_size"], **split):
+                    since.update(map(tuple, torch.cat([batch.tokens, batch.targets[:, -1:]], dim=1).tolist()))
+            if chance.random() < 0.3:
+                saved, since = step + 1, counted.update(since) or Counter()
+            if chance.random() < 0.2:
+                break
+        else:
+            saved = steps
+            counted.update(since)
+    seen = steps * rows_a_step
+    assert counted.total() == seen
+    assert set(counted.values()) <= {seen // per_epoch, -(-seen // per_epoch)}
 
 
 @relaxed
 @given(rows=st.sampled_from([12, 24]), sample=st.integers(0, 100))
 def test_a_step_reads_the_same_samples_on_any_number_of_ranks(tmp_path: Path, rows: int, sample: int) -> None:
-    loader = Loader(shards_of(tmp_path, [300, 100]), seq_len=5, seed=7)
+    loader = alone(shards_of(tmp_path, [300, 100]), seq_len=5, seed=7)
     expected = sorted(loader.rows(range(sample, sample + rows)).tolist())
     for world_size, batch_size in itertools.product((1, 2, 3), (1, 2)):
         grad_accum = rows // (world_size * batch_size)
@@ -127,34 +224,21 @@ def test_a_step_reads_the_same_samples_on_any_number_of_ranks(tmp_path: Path, ro
 
 
 def test_targets_are_the_next_tokens(tmp_path: Path) -> None:
-    batch = Loader(shards_of(tmp_path, [40]), seq_len=8, seed=0).batch([0, 1])
+    batch = alone(shards_of(tmp_path, [40]), seq_len=8, seed=0).batch([0, 1])
     assert batch.tokens.dtype == batch.targets.dtype == torch.int64
     assert batch.tokens.is_contiguous()
     assert torch.equal(batch.targets, batch.tokens + 1)
 
 
+def test_documents_are_marked_when_asked_for(tmp_path: Path) -> None:
+    samples = {"one": Samples(shards_of(tmp_path, [40]), seq_len=8, seed=0)}
+    assert Loader(samples, {"one": 1.0}).batch([0]).cu_seqlens is None
+    assert Loader(samples, {"one": 1.0}, mask_documents=True).batch([0]).cu_seqlens is not None
+
+
 def test_a_corpus_shorter_than_one_sample_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"train.seq_len: 8 is longer than the corpus \(13 training tokens in 2 shards\); shorten it"):
-        Loader(shards_of(tmp_path, [8, 5]), seq_len=8, seed=0)
-
-
-@relaxed
-@given(
-    lengths=st.lists(st.integers(1, 30), max_size=4),
-    seq_len=st.integers(1, 12),
-    batch_size=st.integers(1, 4),
-    tokens=st.integers(1, 100),
-)
-def test_held_out_rows_follow_one_another(tmp_path: Path, lengths: list[int], seq_len: int, batch_size: int, tokens: int) -> None:
-    shards = shards_of(tmp_path, [], lengths)
-    total = sum(lengths)
-    batches = held_out_batches(shards, seq_len=seq_len, batch_size=batch_size, tokens=tokens)
-    n_rows = sum(len(batch.tokens) for batch in batches)
-    read = [token for batch in batches for token in batch.tokens.flatten().tolist()]
-    assert read == list(range(n_rows * seq_len))
-    assert all(torch.equal(batch.targets, batch.tokens + 1) for batch in batches)
-    assert [len(batch.tokens) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
-    assert n_rows == (0 if total <= seq_len else min((total - 1) // seq_len, max(1, tokens // seq_len)))
+    with pytest.raises(UserError, match=r"train.seq_len: 8 is longer than the corpus \(13 training tokens in 2 shards of .*; shorten it"):
+        Samples(shards_of(tmp_path, [8, 5]), seq_len=8, seed=0)
 
 
 def steps(n: int) -> Iterator[list[Batch]]:

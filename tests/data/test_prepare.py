@@ -1,79 +1,41 @@
 import errno
+import fcntl
 import json
 import os
-import random
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from minifoundation.cli import main
 from minifoundation.config import DataConfig, TokenizerConfig
-from minifoundation.data import prepare
-from minifoundation.data.prepare import is_held_out, prepare_shards, shards_folder, tokenizer_for
-from minifoundation.data.shards import Shard, Shards, ShardWriter
-from minifoundation.data.sources import documents
+from minifoundation.data import encode, prepare
+from minifoundation.data.encode import is_held_out
+from minifoundation.data.engines import in_process
+from minifoundation.data.prepare import rebuilt_files, shards_folder, tokenizer_for
+from minifoundation.data.rows import documents
+from minifoundation.data.shards import Shards, ShardWriter, read_manifest
+from minifoundation.data.sources import Corpus, File
 from minifoundation.data.tokenizer import BOS, EOS, Tokenizer, train_tokenizer
 from minifoundation.errors import UserError
+from tests.data.prepared import all_texts, files, prepared, texts_in
 
-WORDS = ["the", "of", "and", "in", "that", "was", "his", "with", "for", "had", "you", "not", "her", "which", "have", "from", "but", "all"]
+pytestmark = pytest.mark.usefixtures("small_pieces")
+
 SMALL = TokenizerConfig(vocab_size=512)
-Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """500 documents, some of them twice, and three rows that are none."""
-    rng = random.Random(7)
-    texts = [" ".join(rng.choices(WORDS, k=rng.randint(3, 200))) + f".\n\n\t{n}  ü ende\r\n" for n in range(480)]
-    rows: list[Any] = [*texts, *texts[:20]]
-    rows[100:100], rows[300:300], rows[500:500] = [None], [""], [None]
-    folder = tmp_path_factory.mktemp("corpus")
-    (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return tokenizer_for(SMALL, DataConfig(source=str(corpus)), tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture
-def data(corpus: Path, tmp_path: Path) -> DataConfig:
-    return DataConfig(source=str(corpus), shards_dir=tmp_path / "shards", shard_tokens=4096, held_out=0.1)
-
-
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "BATCH_BYTES", 10_000)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
-
-
-def texts_in(tokenizer: Tokenizer, shards: tuple[Shard, ...]) -> Iterator[str]:
-    """Read documents back from their bos to their eos."""
-    for shard in shards:
-        ids = shard.tokens()
-        assert ids[0] == BOS
-        assert ids[-1] == EOS
-        ends = np.flatnonzero(ids == EOS)
-        for start, end in zip([0, *(ends[:-1] + 1)], ends, strict=True):
-            assert ids[start] == BOS
-            yield tokenizer.decode(ids[start + 1 : end].tolist())
 
 
 def test_shards_hold_the_documents_exactly_and_in_order(data: DataConfig, tokenizer: Tokenizer) -> None:
-    shards = prepare_shards(data, tokenizer, tokens=None, threads=2)
-    texts = list(documents(data))
+    shards = prepared(data, tokenizer)
+    texts = all_texts(data)
     assert len(texts) == 500
     held_out = [is_held_out(text.encode(), data.held_out) for text in texts]
     train = [text for text, held in zip(texts, held_out, strict=True) if not held]
@@ -99,36 +61,36 @@ def test_shards_hold_the_documents_exactly_and_in_order(data: DataConfig, tokeni
 
 
 def test_a_shard_ends_with_the_document_that_fills_it(data: DataConfig, tokenizer: Tokenizer) -> None:
-    for shard in prepare_shards(data, tokenizer, tokens=None, threads=1).train[:-1]:
+    for shard in prepared(data, tokenizer).train[:-1]:
         last_document = np.flatnonzero(shard.tokens() == BOS)[-1]
         assert last_document < data.shard_tokens <= shard.n_tokens
 
 
-def test_the_bytes_do_not_depend_on_stops_requests_or_threads(data: DataConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    at_once = files(prepare_shards(data, tokenizer, tokens=None, threads=2).folder)
+def test_the_bytes_do_not_depend_on_stops_or_requests(data: DataConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    at_once = files(prepared(data, tokenizer).folder)
     piecemeal = data.model_copy(update={"shards_dir": tmp_path / "piecemeal"})
     for tokens in (1, 6000, 6001, 10_000):
-        shards = prepare_shards(piecemeal, tokenizer, tokens=tokens, threads=1)
+        shards = prepared(piecemeal, tokenizer, tokens)
         assert tokens <= shards.train_tokens < tokens + 2 * data.shard_tokens
         assert not shards.complete
         for name, content in files(shards.folder).items():
             assert name == "manifest.json" or content == at_once[name]
-    shards = prepare_shards(piecemeal, tokenizer, tokens=None, threads=1)
+    shards = prepared(piecemeal, tokenizer)
     assert shards.complete
     assert files(shards.folder) == at_once
 
 
 def test_what_is_there_is_not_made_again(data: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = prepare_shards(data, tokenizer, tokens=6000, threads=1)
-    monkeypatch.setattr(prepare, "documents", lambda *_, **__: pytest.fail("the corpus is read again"))
-    assert prepare_shards(data, tokenizer, tokens=6000, threads=1) == made
-    assert prepare_shards(data, tokenizer, tokens=1, threads=1) == made
+    made = prepared(data, tokenizer, 6000)
+    monkeypatch.setattr(prepare, "pieces", lambda *_, **__: pytest.fail("the corpus is read again"))
+    assert prepared(data, tokenizer, 6000) == made
+    assert prepared(data, tokenizer, 1) == made
 
 
 def test_held_out_documents_over_the_cap_are_dropped_and_never_trained_on(data: DataConfig, tokenizer: Tokenizer) -> None:
     capped = data.model_copy(update={"held_out_tokens": 1024})
-    shards = prepare_shards(capped, tokenizer, tokens=None, threads=1)
-    texts = list(documents(data))
+    shards = prepared(capped, tokenizer)
+    texts = all_texts(data)
     held_out = [text for text in texts if is_held_out(text.encode(), data.held_out)]
     kept = list(texts_in(tokenizer, shards.held_out))
     assert kept == held_out[: len(kept)]
@@ -137,26 +99,17 @@ def test_held_out_documents_over_the_cap_are_dropped_and_never_trained_on(data: 
     assert set(texts_in(tokenizer, shards.train)) == set(texts) - set(held_out)
 
 
-def test_held_out_is_a_share_of_the_documents() -> None:
-    texts = [f"document {n}".encode() for n in range(20_000)]
-    for share in (0.0, 0.01, 0.5):
-        found = [text for text in texts if is_held_out(text, share)]
-        assert len(found) == pytest.approx(share * 20_000, rel=0.15)
-    smaller = {text for text in texts if is_held_out(text, 0.01)}
-    assert smaller < {text for text in texts if is_held_out(text, 0.02)}
-
-
 def test_a_corpus_that_is_held_out_as_a_whole_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     text = next(f"text {n}" for n in range(100) if is_held_out(f"text {n}".encode(), 0.1))
     (tmp_path / "a.txt").write_text(text)
     with pytest.raises(UserError, match=r"data.held_out: all 1 documents fell into the held-out split; lower it"):
-        prepare_shards(DataConfig(source=str(tmp_path), shards_dir=tmp_path / "s", held_out=0.1), tokenizer, tokens=None, threads=1)
+        prepared(DataConfig(source=str(tmp_path), shards_dir=tmp_path / "s", held_out=0.1), tokenizer)
 
 
 @pytest.mark.parametrize("held_out", [0.0, 0.4])
 def test_a_corpus_smaller_than_a_shard_is_one_shard(data: DataConfig, tokenizer: Tokenizer, held_out: float) -> None:
     large = data.model_copy(update={"shard_tokens": 10_000_000, "held_out": held_out})
-    shards = prepare_shards(large, tokenizer, tokens=10, threads=1)
+    shards = prepared(large, tokenizer, 10)
     assert shards.complete
     assert (len(shards.train), len(shards.held_out)) == (1, 1 if held_out else 0)
 
@@ -191,44 +144,51 @@ def test_a_changed_corpus_or_setting_is_refused(
     own = tmp_path / "own"
     shutil.copytree(corpus, own)
     data = data.model_copy(update={"source": str(own)})
-    folder = prepare_shards(data, tokenizer, tokens=1, threads=1).folder
+    folder = prepared(data, tokenizer, 1).folder
     before = files(folder)
     if change:
         change(own)
     for tokens in (1, None):
         with pytest.raises(UserError) as error:
-            prepare_shards(data.model_copy(update=update), tokenizer, tokens=tokens, threads=1)
+            prepared(data.model_copy(update=update), tokenizer, tokens)
         assert message.format(folder=folder, corpus=own) in str(error.value)
     assert files(folder) == before
+
+
+def test_a_name_that_means_nothing_leaves_no_folder(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is neither a known corpus nor a path"):
+        prepared(DataConfig(source=str(tmp_path / "nothing"), shards_dir=tmp_path / "shards"), tokenizer)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_tokenizer_or_column_has_a_folder_of_its_own(data: DataConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
     other = tokenizer_for(SMALL.model_copy(update={"vocab_size": 520}), data, tmp_path)
     column = data.model_copy(update={"text_column": "body"})
-    assert len({shards_folder(data, tokenizer), shards_folder(data, other), shards_folder(column, tokenizer)}) == 3
+    source = str(data.source)
+    assert len({shards_folder(source, data, tokenizer), shards_folder(source, data, other), shards_folder(source, column, tokenizer)}) == 3
 
 
 def test_a_full_disk_leaves_nothing_half_written(data: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = prepare_shards(data, tokenizer, tokens=1, threads=1)
+    first = prepared(data, tokenizer, 1)
     before = files(first.folder)
     add = ShardWriter.add
     written = 0
 
-    def full_after_a_while(self: ShardWriter, ids: Any, text_bytes: int) -> None:
+    def full_after_a_while(self: ShardWriter, ids: Any, text_bytes: int, documents: int = 1) -> None:
         nonlocal written
         written += 1
-        if written > 20:
+        if written > 2:
             raise OSError(errno.ENOSPC, "No space left on device")
-        add(self, ids, text_bytes)
+        add(self, ids, text_bytes, documents)
 
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "add", full_after_a_while)
         with pytest.raises(OSError, match="No space left") as error:
-            prepare_shards(data, tokenizer, tokens=None, threads=1)
+            prepared(data, tokenizer)
     assert error.value.errno == errno.ENOSPC
     assert error.value.filename == str(first.folder)
     assert files(first.folder) == before
-    assert prepare_shards(data, tokenizer, tokens=None, threads=1).complete
+    assert prepared(data, tokenizer).complete
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
@@ -243,27 +203,154 @@ def test_a_disk_that_is_full_when_a_shard_is_closed_leaves_nothing_either(tmp_pa
 
 
 def test_what_a_killed_process_left_is_removed(data: DataConfig, tokenizer: Tokenizer) -> None:
-    folder = prepare_shards(data, tokenizer, tokens=1, threads=1).folder
+    folder = prepared(data, tokenizer, 1).folder
     (folder / "train-00001.bin.part").write_bytes(b"half")
     (folder / "train-00001.bin").write_bytes(b"whole, but not yet in the manifest")
-    shards = prepare_shards(data, tokenizer, tokens=None, threads=1)
+    shards = prepared(data, tokenizer)
     assert not list(folder.glob("*.part"))
     assert Shards.open(folder) == shards
     assert len(list(texts_in(tokenizer, shards.train))) == sum(shard.documents for shard in shards.train)
 
 
 def test_two_processes_do_not_write_one_folder(data: DataConfig, tokenizer: Tokenizer) -> None:
-    shards = prepare_shards(data, tokenizer, tokens=1, threads=1)
+    shards = prepared(data, tokenizer, 1)
     hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
     lock = shards.folder / ".lock"
     with subprocess.Popen([sys.executable, "-c", hold, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=rf"is being written by another process \(pid {os.getpid()}\); wait until it is done"):
-            prepare_shards(data, tokenizer, tokens=None, threads=1)
-        assert prepare_shards(data, tokenizer, tokens=1, threads=1) == shards
+        written_by = rf"is being written by another process \(pid {os.getpid()} on {re.escape(socket.gethostname())}\)"
+        with pytest.raises(UserError, match=f"{written_by}; wait until it is done"):
+            prepared(data, tokenizer)
+        assert prepared(data, tokenizer, 1) == shards
         other.communicate()
-    assert prepare_shards(data, tokenizer, tokens=None, threads=1).complete
+    assert prepared(data, tokenizer).complete
+
+
+def test_a_process_that_waits_for_the_lock_takes_what_the_other_made(
+    data: DataConfig, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "POLL_SECONDS", 0.01)
+    finished = prepared(data.model_copy(update={"shards_dir": tmp_path / "finished"}), tokenizer)
+    folder = shards_folder(str(data.source), data, tokenizer)
+    folder.mkdir(parents=True)
+    waiting: list[Shards] = []
+    waits = threading.Thread(target=lambda: waiting.append(prepared(data, tokenizer, 6000, wait_for_lock=True)))
+    with (folder / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waits.start()
+        waits.join(0.3)
+        assert waits.is_alive()
+        for path in finished.folder.glob("*.bin"):
+            shutil.copy(path, folder)
+        shutil.copy(finished.folder / "manifest.json", folder / "manifest.part")
+        (folder / "manifest.part").replace(folder / "manifest.json")
+        waits.join(10)
+        assert not waits.is_alive()
+    assert waiting[0].manifest == finished.manifest
+
+    shutil.rmtree(folder)
+    folder.mkdir()
+    waits = threading.Thread(target=lambda: waiting.append(prepared(data, tokenizer, 6000, wait_for_lock=True)))
+    with (folder / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waits.start()
+        waits.join(0.3)
+        assert waits.is_alive()
+    waits.join(10)  # the other ended without having made it
+    assert not waits.is_alive()
+    assert 6000 <= waiting[1].train_tokens < finished.train_tokens
+
+
+def test_settings_may_change_until_there_is_a_shard(data: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "add", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(data, tokenizer)
+    (folder,) = data.shards_dir.iterdir()
+    begun = read_manifest(folder)
+    assert begun is not None and begun.settings["held_out"] == 0.1
+    assert list((folder / ".work").iterdir())
+    shards = prepared(data.model_copy(update={"held_out": 0.0}), tokenizer)
+    assert shards.manifest.settings["held_out"] == 0.0
+    assert shards.held_out_tokens == 0
+
+
+def test_each_shard_can_be_made_again_alone(data: DataConfig, tokenizer: Tokenizer) -> None:
+    data = data.model_copy(update={"held_out_tokens": 2000})
+    shards = prepared(data, tokenizer)
+    source = str(data.source)
+    before = files(shards.folder)
+    assert rebuilt_files(source, data, tokenizer) == []
+    names = [name for name in before if name.endswith(".bin")]
+    assert len(names) > 6
+    for name in names:
+        path = shards.folder / name
+        if name.endswith("1.bin"):
+            path.unlink()
+        else:
+            path.write_bytes(before[name][:-2] + b"\0\0")
+        assert rebuilt_files(source, data, tokenizer, engine=in_process()) == [path]
+        assert files(shards.folder) == before
+    for name in names:
+        (shards.folder / name).write_bytes(b"")
+    with pytest.raises(UserError, match=r"has 0 bytes instead of .*; make it again: minifoundation prepare --rebuild"):
+        prepared(data, tokenizer)
+    assert sorted(path.name for path in rebuilt_files(source, data, tokenizer, engine=in_process())) == sorted(names)
+    assert files(shards.folder) == before
+    assert [path.name for path in shards.folder.iterdir() if path.is_dir()] == []
+
+
+def test_a_shard_is_not_made_again_from_another_corpus(data: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = str(data.source)
+    with pytest.raises(UserError, match="holds no token shards"):
+        rebuilt_files(source, data, tokenizer)
+    folder = prepared(data, tokenizer).folder
+    (folder / "train-00001.bin").unlink()
+    with monkeypatch.context() as patch:  # a change that the hash over names, sizes and ends of files does not see
+        patch.setattr(encode, "documents", lambda *arguments: (text.upper() for text in documents(*arguments)))
+        with pytest.raises(UserError, match=f"data.source: {source} has changed since {folder} was made from it; remove"):
+            rebuilt_files(source, data, tokenizer, engine=in_process())
+    assert not (folder / "train-00001.bin").exists()
+    assert not list(folder.glob(".rebuild*"))
+    assert len(rebuilt_files(source, data, tokenizer)) == 1
+
+
+def test_documents_that_filters_drop_are_counted_and_duplicates_left_out(data: DataConfig, tokenizer: Tokenizer) -> None:
+    pytest.importorskip("datatrove")
+    texts = all_texts(data)
+    deduplicated = data.model_copy(update={"dedup": "exact"})
+    shards = prepared(deduplicated, tokenizer)
+    kept = [*texts_in(tokenizer, shards.train), *texts_in(tokenizer, shards.held_out)]
+    assert sorted(kept) == sorted(set(texts))
+    assert shards.manifest.skipped == {"null": 2, "empty": 1, "duplicate": 20}
+    with pytest.raises(UserError, match=r"data.dedup: none here, but .* was made with exact; set it to that"):
+        prepared(data, tokenizer)
+    (shards.folder / "train-00001.bin").unlink()
+    assert len(rebuilt_files(str(data.source), deduplicated, tokenizer)) == 1
+
+
+def test_duplicates_are_not_sought_behind_a_network(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = Corpus("s3://bucket/a", (File("s3://bucket/a/b.jsonl", "b.jsonl", 10),), {})
+    monkeypatch.setattr(prepare, "find_corpus", lambda *_, **__: remote)
+    data = DataConfig(source="s3://bucket/a", dedup="exact", shards_dir=tmp_path)
+    with pytest.raises(UserError, match=r"data.dedup: exact reads the whole corpus beforehand, and s3://bucket/a is read over the network"):
+        prepared(data, tokenizer)
+
+
+def test_the_tokenizer_of_a_mixture_sees_each_source_by_its_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jsonl").write_text("\n".join(json.dumps({"text": name * 99}) for _ in range(1000)))
+    seen: list[str] = []
+    monkeypatch.setattr(prepare, "train_tokenizer", lambda texts, *_: seen.extend(texts))
+    mix: dict[str, float] = {str(tmp_path / "a"): 3, str(tmp_path / "b"): 1, str(tmp_path / "c"): 1}
+    tokenizer_for(TokenizerConfig(vocab_size=512, sample_bytes=50_000), DataConfig(mix=mix, held_out=0), tmp_path / "out")
+    letters = Counter("".join(seen))
+    assert letters == {"a": 30_000, "b": 10_000, "c": 10_000}
 
 
 def test_a_tokenizer_is_made_once_and_then_reused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +364,7 @@ def test_a_tokenizer_is_made_once_and_then_reused(corpus: Path, tmp_path: Path, 
     monkeypatch.setattr(prepare, "train_tokenizer", watched)
     made = tokenizer_for(SMALL, data, tmp_path)
     assert made.path == tmp_path / "tokenizer.model"
-    assert seen == [text for text in documents(data) if not is_held_out(text.encode(), 0.1)]
+    assert seen == [text for text in all_texts(data) if not is_held_out(text.encode(), 0.1)]
     monkeypatch.setattr(prepare, "train_tokenizer", lambda *_: pytest.fail("trained again"))
     assert tokenizer_for(SMALL, data, tmp_path).sha256 == made.sha256
     with pytest.raises(UserError, match=r"tokenizer: bpe of 512 pieces asked for, but .* is unigram of"):
@@ -293,87 +380,3 @@ def test_a_given_tokenizer_is_copied_and_no_other_taken_for_it(corpus: Path, tok
     other = tokenizer_for(SMALL.model_copy(update={"kind": "bpe"}), data, tmp_path / "other")
     with pytest.raises(UserError, match=r"tokenizer.path: .* is not the tokenizer that is already in"):
         tokenizer_for(given.model_copy(update={"path": other.path}), data, tmp_path / "run")
-
-
-def test_the_command_reads_the_settings_of_a_whole_run(corpus: Path, tmp_path: Path, capsys: Capture) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(
-        f"out_dir: x\nmodel: {{d_model: 64}}\ntrain: {{tokens: 5}}\ntokenizer: {{vocab_size: 512}}\n"
-        f"data: {{source: {corpus}, shards_dir: {tmp_path / 'shards'}, held_out: 0.1, shard_tokens: 4096}}\n"
-    )
-    line = ["prepare", "--config", str(path), "--tokens", "6_000", "--tokenizer_out", str(tmp_path / "tokenizer")]
-    assert main(line) == 0
-    out = capsys.readouterr().out
-    (folder,) = (tmp_path / "shards").iterdir()
-    shards = Shards.open(folder)
-    assert f"{folder}: 2 shards, more can follow" in out
-    assert f"train      {shards.train_tokens:,} tokens in" in out
-    assert "skipped    1 null" in out or "skipped    no rows" in out
-    assert main(["prepare", "--data", str(corpus), "--data.shard_tokns", "3"]) == 2
-    assert "did you mean --data.shard_tokens?" in capsys.readouterr().err
-    path.write_text(f"dta: {{}}\ndata: {{source: {corpus}}}\n")
-    assert main(line) == 2
-    assert f"dta: unknown setting (in {path}, command line)" in capsys.readouterr().err
-
-
-def test_a_stop_by_hand_says_how_to_go_on(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    def stopped(*_: Any, **__: Any) -> Shards:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(prepare, "prepare_shards", stopped)
-    line = ["prepare", "--data", str(corpus), "--tokenizer.vocab_size", "512", "--tokenizer_out", str(tmp_path)]
-    assert main(line) == 130
-    assert capsys.readouterr().err.endswith("stopped; complete shards are kept, and the same line goes on after them\n")
-
-
-@pytest.fixture
-def hub_without_data_sets() -> Iterator[str]:
-    class NotFound(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), NotFound)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def prepared_from_hub(name: str, endpoint: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    """Run the command for real in a process of its own: the hub's library reads its address when it is imported."""
-    return subprocess.run(
-        [sys.executable, "-c", "import sys; from minifoundation.cli import main; sys.exit(main(sys.argv[1:]))", "prepare", "--data", name],
-        env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf")},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
-def test_a_hub_name_without_a_network_is_one_line(tmp_path: Path) -> None:
-    done = prepared_from_hub("fineweb", "http://127.0.0.1:9", tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    problem, _, remedy = done.stderr.rpartition("; ")
-    assert problem.startswith("error: data.source: fineweb (HuggingFaceFW/fineweb on the Hugging Face Hub) cannot be reached: ")
-    assert problem.endswith("Connection refused")
-    assert remedy == "connect to the network, or give --data a path\n"
-
-
-def test_a_data_set_that_left_the_hub_names_another(hub_without_data_sets: str, tmp_path: Path) -> None:
-    done = prepared_from_hub("slimpajama", hub_without_data_sets, tmp_path)
-    assert done.returncode == 2
-    assert done.stderr == (
-        "error: data.source: slimpajama (cerebras/SlimPajama-627B on the Hugging Face Hub) is not there; "
-        "use fineweb-edu, or download a copy such as DKYoon/SlimPajama-6B and give --data its folder\n"
-    )

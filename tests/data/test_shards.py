@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minifoundation.data.shards import MANIFEST, Manifest, Pair, Shards, ShardWriter, read_manifest, write_manifest
+from minifoundation.data.shards import MANIFEST, Manifest, Pair, Place, Shards, ShardWriter, intact, read_manifest, write_manifest
 from minifoundation.errors import UserError
 
 
@@ -15,7 +15,7 @@ def written(folder: Path, dtype: str = "uint16") -> Manifest:
     train.add(np.array([1, 7, 2], dtype=np.int64), 3)
     held_out = ShardWriter(folder / "held_out-00000.bin", dtype)
     held_out.add(np.array([1, 8, 8, 2]), 6)
-    pair = Pair(train=train.finish(), held_out=held_out.finish())
+    pair = Pair(start=Place(), train=train.finish(), held_out=held_out.finish())
     manifest = Manifest(dtype="uint16" if dtype == "uint16" else "uint32", tokenizer_sha256="t", source={}, settings={}, pairs=(pair,))
     write_manifest(folder, manifest)
     return manifest
@@ -55,19 +55,46 @@ def test_a_shard_that_is_missing_or_cut_is_named(tmp_path: Path) -> None:
     written(tmp_path)
     path = tmp_path / "train-00000.bin"
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(UserError, match=rf"{path}: has 12 bytes instead of 14; remove {tmp_path} and prepare again"):
+    with pytest.raises(UserError, match=rf"{path}: has 12 bytes instead of 14; make it again: minifoundation prepare --rebuild"):
         Shards.open(tmp_path)
     path.unlink()
     with pytest.raises(UserError, match=f"{path}: is missing"):
         Shards.open(tmp_path)
 
 
-@pytest.mark.parametrize("damage", [b"", b"{}", b'{"format": 2}', b"\xff\xfe"])
+@pytest.mark.parametrize("damage", [b"", b"{}", b'{"format": 3}', b'{"format": 2}', b"\xff\xfe"])
 def test_a_damaged_manifest_is_one_line(tmp_path: Path, damage: bytes) -> None:
     written(tmp_path)
     (tmp_path / MANIFEST).write_bytes(damage)
     with pytest.raises(UserError, match="is not a manifest of token shards; remove"):
         Shards.open(tmp_path)
+
+
+def test_a_manifest_of_the_first_format_is_told_from_a_damaged_one(tmp_path: Path) -> None:
+    written(tmp_path)
+    (tmp_path / MANIFEST).write_text('{\n "format": 1,\n "dtype": "uint16",\n "pairs": []}')
+    with pytest.raises(UserError, match=r"was written by an older version \(format 1\); remove .* and prepare again, or give another"):
+        Shards.open(tmp_path)
+
+
+def test_documents_added_together_are_as_if_added_alone(tmp_path: Path) -> None:
+    alone, together = ShardWriter(tmp_path / "alone.bin", "uint16"), ShardWriter(tmp_path / "together.bin", "uint16")
+    for ids in ([1, 7, 2], [1, 2], [1, 9, 9, 2]):
+        alone.add(ids, 5)
+    together.add(np.array([1, 7, 2, 1, 2, 1, 9, 9, 2], np.uint16), 15, documents=3)
+    first, second = alone.finish(), together.finish()
+    assert first is not None and second is not None
+    assert first.model_copy(update={"file": ""}) == second.model_copy(update={"file": ""})
+    assert (tmp_path / "alone.bin").read_bytes() == (tmp_path / "together.bin").read_bytes()
+
+
+def test_a_file_is_intact_only_as_it_was_written(tmp_path: Path) -> None:
+    (pair,) = written(tmp_path).pairs
+    assert [intact(tmp_path, record) for record in pair.records] == [True, True]
+    path = tmp_path / "train-00000.bin"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x03")
+    (tmp_path / "held_out-00000.bin").unlink()
+    assert [intact(tmp_path, record) for record in pair.records] == [False, False]
 
 
 def test_a_folder_without_manifest_says_how_to_make_one(tmp_path: Path) -> None:

@@ -1,109 +1,71 @@
-import gzip
-import io
-import itertools
 import json
-import lzma
-import tracemalloc
-from collections import Counter
-from collections.abc import Callable, Iterator
+import os
+import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import fsspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from minifoundation.config import DataConfig
-from minifoundation.data import sources
-from minifoundation.data.sources import documents, source_id
+from minifoundation.data import remote, sources
+from minifoundation.data.hub import HUB, hub_corpus
+from minifoundation.data.rows import all_documents
+from minifoundation.data.sources import Corpus, find_corpus
 from minifoundation.errors import UserError
+from tests.data.hub_server import Fault, hub
 
 
-def read(source: Path | str, **settings: Any) -> tuple[list[str], dict[str, int]]:
-    skipped: Counter[str] = Counter()
-    found = list(documents(DataConfig(source=str(source), **settings), skipped=skipped))
-    return found, dict(skipped)
+def found(source: Path | str, **settings: Any) -> Corpus:
+    return find_corpus(str(source), DataConfig(source=str(source), **settings))
 
 
-def zstd(raw: bytes) -> bytes:
-    out = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(out, "zstd") as stream:
-        stream.write(raw)
-    return bytes(out.getvalue())
+def names(source: Path | str) -> list[str]:
+    return [file.name for file in found(source).files]
 
 
-PACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}
-TEXTS = ["first document\n", "zweites Dokument: äöü", "三番目\r\n\tindented  twice "]
+def read(source: str) -> list[str]:
+    return list(all_documents(source, DataConfig(source=source)))
 
 
-def contents(kind: str) -> bytes:
-    match kind:
-        case ".txt":
-            return TEXTS[2].encode()
-        case ".jsonl":
-            return "\n".join(json.dumps({"text": text, "n": 1}, ensure_ascii=False) for text in TEXTS).encode()
-        case _:
-            out = io.BytesIO()
-            pq.write_table(pa.table({"n": [1, 2, 3], "text": TEXTS}), out)
-            return out.getvalue()
-
-
-@pytest.mark.parametrize("packing", PACK)
-@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".parquet"])
-def test_every_form_of_file_gives_its_documents(tmp_path: Path, kind: str, packing: str) -> None:
-    path = tmp_path / f"corpus{kind}{packing}"
-    path.write_bytes(PACK[packing](contents(kind)))
-    assert read(path) == (TEXTS[2:] if kind == ".txt" else TEXTS, {})
-
-
-def test_a_tree_is_read_in_the_order_of_names_without_hidden_and_foreign_files(tmp_path: Path) -> None:
-    for name in ("b/2.txt", "b/10.txt", "a.txt", "B.TXT", ".cache/x.txt", "b/._2.txt", "README.md"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name in ("b/2.txt", "b/10.txt", "a.txt", "B.TXT", ".cache/x.txt", "b/._2.txt", "README.md", "b/c/[1].jsonl", "b/é.txt", "b/z.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(name)
-    assert read(tmp_path) == (["B.TXT", "a.txt", "b/10.txt", "b/2.txt"], {})
+    return tmp_path
 
 
-def test_bad_rows_are_counted_by_reason_and_the_others_kept(tmp_path: Path) -> None:
-    lines = [
-        b'{"text": "good"}',
-        b"",
-        b'{"text": null}',
-        b'{"text": ""}',
-        b'{"text": " \\n\\t"}',
-        b'{"text": 7}',
-        b'{"body": "x"}',
-        b'{"text": "cut off',
-        b'["a list"]',
-        b'{"text": "\xff"}',
-        b'{"text": "half a pair \\ud800"}',
-        b'{"text": "binary\\u0000"}',
-        b'{"text": "good too"}',
-    ]
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    (tmp_path / "b.txt").write_bytes("Grüße".encode("latin-1"))
-    (tmp_path / "c.txt").write_bytes(b"")
-    (tmp_path / "d.txt").write_bytes("a text in UTF-16".encode("utf-16-le"))
-    (tmp_path / "e.txt").write_bytes(b"\xef\xbb\xbfmarked")
-    table = pa.table({"text": pa.array([b"fine", None, b"\xff\xfe", b""], pa.binary()).view(pa.string())})
-    pq.write_table(table, tmp_path / "f.parquet")
-    pq.write_table(pa.table({"text": [1, None]}), tmp_path / "g.parquet")
-    pq.write_table(pa.table({"body": ["x", "y"]}), tmp_path / "h.parquet")
-    assert read(tmp_path) == (
-        ["good", "good too", "marked", "fine"],
-        {"null": 3, "empty": 4, "not a string": 2, "no column 'text'": 3, "broken JSON": 2, "not UTF-8": 4, "NUL byte": 2},
-    )
+ORDER = ["B.TXT", "a.txt", "b/10.txt", "b/2.txt", "b/c/[1].jsonl", "b/z.txt", "b/é.txt"]
 
 
-def test_a_corpus_of_bad_rows_only_is_an_error_that_says_why(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"body": "x", "id": 1}\n{"body": "y", "id": 2}\n')
-    with pytest.raises(UserError, match=r"holds no document \(2 no column 'text'\); set data.text_column to one of: body, id"):
-        read(tmp_path)
-    assert read(tmp_path, text_column="body") == (["x", "y"], {})
-    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": ""}\n{"text": null}\n')
-    with pytest.raises(UserError, match=r"holds no document \(2 null, 1 empty\)"):
-        read(tmp_path)
+def test_a_tree_is_in_the_order_of_the_bytes_of_names_without_hidden_and_foreign_files(tree: Path) -> None:
+    corpus = found(tree)
+    assert names(tree) == names(f"{tree}/") == names(f"file://{tree}") == ORDER
+    assert [Path(file.url).read_text() for file in corpus.files] == ORDER
+    assert [file.size for file in corpus.files] == [len(name.encode()) for name in ORDER]
+    assert pickle.loads(pickle.dumps(corpus)) == corpus
+
+
+@pytest.mark.parametrize(
+    ("pattern", "wanted"),
+    [
+        ("b/*.txt", ["10.txt", "2.txt", "z.txt", "é.txt"]),
+        ("**/*.jsonl", ["b/c/[1].jsonl"]),
+        ("b/[0-9]*.txt", ["10.txt", "2.txt"]),
+        ("b/c/[1].jsonl", ["[1].jsonl"]),  # a file of that name, not the pattern
+        ("*/?.txt", ["b/2.txt", "b/z.txt", "b/é.txt"]),
+    ],
+)
+def test_patterns_mean_the_files_that_match(tree: Path, pattern: str, wanted: list[str]) -> None:
+    assert names(tree / pattern) == wanted
+
+
+def test_names_that_are_not_utf_8_have_a_place_too(tmp_path: Path) -> None:
+    for name in (b"\xff.txt", "é.txt".encode(), b"a.txt"):
+        (tmp_path / os.fsdecode(name)).write_bytes(b"text")
+    assert [os.fsencode(name) for name in names(tmp_path)] == [b"a.txt", "é.txt".encode(), b"\xff.txt"]
 
 
 @pytest.mark.parametrize(
@@ -112,163 +74,151 @@ def test_a_corpus_of_bad_rows_only_is_an_error_that_says_why(tmp_path: Path) -> 
         ("finewebb", "'finewebb' is neither a known corpus nor a path; did you mean fineweb?"),
         ("{tmp}/corpis", "neither a known corpus nor a path; did you mean {tmp}/corpus?"),
         ("{tmp}/zzz", "give one of fineweb, fineweb-edu, slimpajama, org/name of the Hub, or a path"),
-        ("{tmp}/corpus", "holds no .txt, .jsonl or .parquet file (plain or .gz, .zst, .xz); give a file or a folder of these"),
+        ("{tmp}/corpus", "holds no .txt, .jsonl or .parquet file (plain or .gz, .zst, .xz), only .md; give a file or a folder of these"),
+        ("{tmp}/corpus/*.txt", "holds no .txt, .jsonl or .parquet file (plain or .gz, .zst, .xz); give a file or a folder of these"),
         ("{tmp}/corpus/notes.md", "is not a .txt, .jsonl or .parquet file (plain or .gz, .zst, .xz); give a file or a folder of these"),
+        ("s4://bucket/x.txt", "s4://bucket/x.txt cannot be opened (Protocol not known: s4); use hf://, s3://, https:// or a path"),
     ],
 )
 def test_a_corpus_that_is_not_there_names_the_nearest(tmp_path: Path, source: str, message: str) -> None:
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "notes.md").write_text("# notes")
     with pytest.raises(UserError) as error:
-        read(source.format(tmp=tmp_path))
+        found(source.format(tmp=tmp_path))
     assert message.format(tmp=tmp_path) in str(error.value)
 
 
-@pytest.mark.parametrize("packing", [".gz", ".xz", ".zst"])
-@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".parquet"])
-def test_a_file_that_breaks_off_is_named(tmp_path: Path, kind: str, packing: str) -> None:
-    whole = PACK[packing](contents(kind) if kind == ".parquet" else contents(kind) * 5000)
-    path = tmp_path / f"corpus{kind}{packing}"
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="cannot be read to its end") as error:
-        read(path)
-    assert error.value.where == str(path)
-    assert "\n" not in str(error.value)
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(UserError, match=r"s3://bucket/x: a package is missing that opens s3://; pip install s3fs$"):
+        found("s3://bucket/x")
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    for name in ("a.parquet", "a.txt.gz", "a.txt.xz", "a.txt.zst"):
-        (tmp_path / name).write_bytes(b"this is none of these formats, whatever its name says")
-        with pytest.raises(UserError, match="cannot be read to its end") as error:
-            read(tmp_path / name)
-        assert error.value.where == str(tmp_path / name)
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("text")
+
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(UserError, match=r"a\.txt: cannot be read \(Permission denied\); mend that"):
+        found(tmp_path)
 
 
-runs = st.lists(st.tuples(st.sampled_from("a\n é三🙂"), st.integers(1, 400)), min_size=1, max_size=12)
-
-
-@given(runs.map(lambda runs: "".join(letter * n for letter, n in runs)), st.integers(256, 300), st.sampled_from([".txt", ".jsonl"]))
-def test_long_documents_are_cut_without_loss(tmp_path_factory: pytest.TempPathFactory, text: str, limit: int, kind: str) -> None:
-    path = tmp_path_factory.mktemp("cut") / f"a{kind}"
-    path.write_bytes((text if kind == ".txt" else json.dumps({"text": text})).encode())
-    pieces = [piece.decode() for piece in sources._cut(io.BytesIO(text.encode()), limit)]
-    assert "".join(pieces) == text
-    assert all(len(piece.encode()) <= limit for piece in pieces)
-    for piece, following in itertools.pairwise(pieces):
-        assert piece.endswith("\n") or ("\n" not in piece and len((piece + following[0]).encode()) > limit)
-    wanted = [piece for piece in pieces if not piece.isspace()]
-    if wanted:
-        assert read(path, max_document_bytes=limit)[0] == wanted
-
-
-@given(st.binary(max_size=2000), st.integers(8, 50))
-def test_bytes_that_are_no_text_are_cut_without_loss_too(raw: bytes, limit: int) -> None:
-    pieces = list(sources._cut(io.BytesIO(raw), limit))
-    assert b"".join(pieces) == raw
-    assert all(len(piece) <= limit for piece in pieces)
-
-
-@pytest.mark.parametrize("skip", [0, 1, 5, 7])
-def test_skip_passes_over_documents_and_still_counts_what_was_left_out(tmp_path: Path, skip: int) -> None:
-    rows = [{"text": None}, *({"text": f"{n} " * 200} for n in range(3)), {"text": None}]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = DataConfig(source=str(tmp_path), max_document_bytes=256)
-    everything = list(documents(config))
-    skipped: Counter[str] = Counter()
-    assert list(documents(config, skip=skip, skipped=skipped)) == everything[skip:]
-    assert skipped == {"null": 2}
-
-
-def test_memory_does_not_grow_with_a_file(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"a line of text that is repeated\n" * 1_000_000)
-    config = DataConfig(source=str(tmp_path), max_document_bytes=65_536)
-    tracemalloc.start()
-    try:
-        assert sum(len(text) for text in documents(config)) == 32_000_000
-        assert tracemalloc.get_traced_memory()[1] < 2_000_000
-    finally:
-        tracemalloc.stop()
-
-
-def test_source_id_tells_a_changed_corpus_and_not_where_it_lies(tmp_path: Path) -> None:
+def test_the_id_tells_a_changed_corpus_and_not_where_it_lies(tmp_path: Path) -> None:
     def made(name: str, **files: str) -> dict[str, Any]:
         (tmp_path / name).mkdir()
         for stem, text in files.items():
             (tmp_path / name / f"{stem}.txt").write_text(text)
-        return source_id(DataConfig(source=str(tmp_path / name)))
+        return found(tmp_path / name).id
 
-    first = made("one", a="text", b="more")
-    assert first == made("two", a="text", b="more")
+    long = "x" * 20_000
+    first = made("one", a="text", b=long)
+    assert first == made("two", a="text", b=long)
     assert json.loads(json.dumps(first)) == first
-    others = [made("three", a="texT", b="more"), made("four", a="text", c="more"), made("five", a="text"), made("six", a="textm", b="ore")]
+    others = [
+        made("three", a="texT", b=long),
+        made("four", a="text", c=long),
+        made("five", a="text"),
+        made("six", a="textx", b=long[1:]),
+        made("seven", a="text", b=long[:-1] + "y"),
+        found(tmp_path / "one", text_column="body").id,
+    ]
     assert first not in others
-    assert source_id(DataConfig(source="fineweb")) == {"hub": "HuggingFaceFW/fineweb", "subset": "sample-10BT", "column": "text"}
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Rows that load_dataset streams, an exception among them being raised; its calls are appended."""
-    import datasets
-    import huggingface_hub
-
-    rows: list[Any] = []
-
-    def load_dataset(path: str, **options: Any) -> Iterator[Any]:
-        assert (path, options) == ("HuggingFaceFW/fineweb-edu", {"name": "sample-10BT", "split": "train", "streaming": True})
-        for row in rows:
-            if isinstance(row, Exception):
-                raise row
-            yield row
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
-    return rows
-
-
-def test_a_hub_name_streams_its_rows(hub: list[Any]) -> None:
-    hub += [{"text": "one", "url": "x"}, {"text": None, "url": "y"}, {"text": "two", "url": "z"}]
-    assert read("fineweb-edu") == (["one", "two"], {"null": 1})
-    assert list(documents(DataConfig(source="fineweb-edu"), skip=1)) == ["two"]
 
 
 @pytest.mark.parametrize(
-    ("source", "repository", "subset"), [("org/some-text", "org/some-text", None), ("org/t.ext_2:en", "org/t.ext_2", "en")]
+    ("source", "repository", "subset"),
+    [
+        ("org/some-text", "org/some-text", None),
+        ("org/t.ext_2:en", "org/t.ext_2", "en"),
+        ("fineweb", "HuggingFaceFW/fineweb", "sample-10BT"),
+        ("slimpajama", "cerebras/SlimPajama-627B", None),
+    ],
 )
-def test_any_data_set_of_the_hub_streams_by_its_name(
-    monkeypatch: pytest.MonkeyPatch, source: str, repository: str, subset: str | None
-) -> None:
-    import datasets
-    import huggingface_hub
+def test_names_of_the_hub(source: str, repository: str, subset: str | None) -> None:
+    hub = hub_corpus(source)
+    assert hub is not None
+    assert hub[:2] == (repository, subset)
 
-    asked: list[Any] = []
 
-    def load_dataset(path: str, **options: Any) -> list[Any]:
-        asked.append((path, options["name"]))
-        return [{"text": "one"}]
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
-    assert read(source) == (["one"], {})
-    assert asked == [(repository, subset)]
-    assert source_id(DataConfig(source=source)) == {"hub": repository, "subset": subset, "column": "text"}
+def test_files_are_found_from_any_folder(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tree)
+    corpora = [found(source) for source in (".", "b", "b/*.txt", "a.txt")]
+    monkeypatch.chdir("/")
+    assert all(Path(file.url).read_text().endswith(file.name) for corpus in corpora for file in corpus.files)
 
 
 def test_a_path_is_not_taken_for_a_name_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "text.txt").write_text("one")
-    assert read("corpus/text.txt") == (["one"], {})
+    assert names("corpus/text.txt") == ["text.txt"]
+    assert hub_corpus("./fineweb") is None and "fineweb" in HUB
     with pytest.raises(UserError, match=r"'corpus/texd\.txt' is neither a known corpus nor a path; did you mean corpus/text\.txt\?"):
-        read("corpus/texd.txt")
+        found("corpus/texd.txt")
 
 
-def test_a_hub_stream_that_breaks_off_is_one_line(hub: list[Any]) -> None:
-    hub += [{"text": "one"}, ConnectionError("Server disconnected\nwith a long story")]
-    with pytest.raises(UserError, match=r"broke off after 1 rows: Server disconnected; run the same line again; complete shards are kept$"):
-        read("fineweb-edu")
+@pytest.fixture
+def memory() -> fsspec.AbstractFileSystem:
+    """Files of fsspec's memory, which stand for those of any object store."""
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    for name in ("bucket/b/2.txt", "bucket/b/10.txt", "bucket/a.jsonl", "bucket/.hidden.txt", "bucket/x.csv"):
+        fs.pipe(f"/{name}", b'{"text": "row"}')
+    return fs
 
 
-def test_a_hub_column_that_is_missing_is_found_at_the_first_row(hub: list[Any]) -> None:
-    hub += [{"text": "one", "url": "x"}, RuntimeError("read on")]
-    with pytest.raises(UserError, match=r"set data.text_column to one of: text, url"):
-        read("fineweb-edu", text_column="body")
+def test_any_file_system_is_listed_as_a_folder_a_pattern_or_a_file(memory: fsspec.AbstractFileSystem) -> None:
+    assert names("memory://bucket") == names("memory://bucket/") == ["a.jsonl", "b/10.txt", "b/2.txt"]
+    assert names("memory://bucket/**/*.txt") == ["b/10.txt", "b/2.txt"]
+    assert names("memory://bucket/b") == names("memory://bucket/b/*.txt") == ["10.txt", "2.txt"]
+    assert names("memory://bucket/a.jsonl") == ["a.jsonl"]
+    assert read("memory://bucket/a.jsonl") == ["row"]
+    assert all(fsspec.open(file.url).open().read() == b'{"text": "row"}' for file in found("memory://bucket").files)
+    with pytest.raises(UserError, match=r"memory://bucket/c\.txt is not there"):
+        found("memory://bucket/c.txt")
+    with pytest.raises(UserError, match=r"memory://nowhere holds no \.txt"):
+        found("memory://nowhere")
+
+
+def test_the_id_of_files_behind_a_network_follows_their_sizes_and_versions(memory: fsspec.AbstractFileSystem) -> None:
+    first = found("memory://bucket").id
+    assert first == found("memory://bucket").id
+    assert (first["files"], first["bytes"]) == (3, 45)
+    memory.pipe("/bucket/a.jsonl", b'{"text": "rows"}')
+    assert found("memory://bucket").id != first
+
+
+WEB = {
+    "calm": Fault("none"),
+    "spoilt": Fault("drop"),
+    "whole": Fault("none", ranged=False),
+    "spoilt-whole": Fault("drop", times=2, ranged=False),
+}
+
+
+def test_an_address_of_the_web_is_read_in_ranges_or_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
+    for name in WEB:
+        path = tmp_path / name / "text" / "1" / "a.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(json.dumps({"text": f"{number} " * 50}) + "\n" for number in range(500)))
+    with hub(tmp_path, {f"{name}/text": fault for name, fault in WEB.items()}) as server:
+        addresses = [f"{server.endpoint}/web/{name}/text/a.jsonl" for name in WEB]
+        ids = [found(address).id for address in addresses]
+        documents = [read(f"{address}?key=1") for address in addresses]
+        with pytest.raises(UserError, match=r"b\.jsonl is not there"):
+            found(f"{server.endpoint}/web/calm/text/b.jsonl")
+        assert {name.partition("/")[0] for name, count in server.failed.items() if count} == {"spoilt", "spoilt-whole"}
+    assert documents == [[f"{number} " * 50 for number in range(500)]] * len(WEB)
+    assert ids == [ids[0]] * len(WEB)
+
+
+def test_a_server_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "CONTACT_SECONDS", 0.1)
+    with hub(tmp_path) as server:
+        address = f"{server.endpoint}/web/a.jsonl"
+    with pytest.raises(UserError, match=r"cannot be read \(.*[Cc]onnect.*\); check the address, your network and credentials$") as error:
+        found(address)
+    assert "\n" not in str(error.value)

@@ -110,6 +110,12 @@ def test_documents_stand_between_bos_and_eos(tokenizer: Tokenizer, threads: int)
     assert tokenizer.encode_documents([], threads) == []
 
 
+@pytest.mark.parametrize("text", NASTY, ids=ascii)
+def test_the_bytes_of_tokens_are_those_of_the_text(tokenizer: Tokenizer, text: str) -> None:
+    (ids,) = tokenizer.encode_documents([text], 1)
+    assert tokenizer.text_bytes(ids) == len(text.encode())
+
+
 def test_decoding_passes_over_what_is_no_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode([BOS, *tokenizer.encode("a b"), EOS, PAD, UNK, tokenizer.vocab_size, 10**6]) == "a b"
     assert tokenizer.decode(tokenizer.encode("\u00e9")[:1]) in ("\u00e9", "\ufffd")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,8 +14,9 @@ from minifoundation.checkpoint import load_checkpoint
 from minifoundation.config import ModelConfig, TrainConfig
 from minifoundation.data.batch import Batch
 from minifoundation.distributed import World
-from minifoundation.model.attention import Backend, attend, resolve
+from minifoundation.model.attention import Backend, attend, documents_for, resolve
 from minifoundation.model.loss import token_losses
+from minifoundation.model.rope import positions_within
 from minifoundation.model.training import TrainingModel
 from minifoundation.model.transformer import Transformer
 from minifoundation.train.optimizer import adamw
@@ -33,7 +35,7 @@ SMALL: dict[str, Any] = {
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
+    return float((a.double() - b.double()).detach().norm() / b.detach().double().norm())
 
 
 @pytest.mark.parametrize("backend", [b for b in get_args(Backend) if b != "math"])
@@ -56,6 +58,31 @@ def test_every_kernel_is_attention(backend: Backend, dtype: torch.dtype) -> None
         assert ours.grad is not None and theirs.grad is not None and relative(ours.grad, theirs.grad) < 1e-2
 
 
+@pytest.mark.parametrize("kernel", ["flash", "math"])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+@pytest.mark.parametrize("lengths", [[300, 300], [1, 299, 130, 2, 1, 167], [2] * 300], ids=["rows", "few", "many"])
+def test_attention_within_documents_is_that_of_the_documents_apart(kernel: Backend, heads: tuple[int, int], lengths: list[int]) -> None:
+    """Two rows against each document alone in float64; keys and values are slices of a wider tensor, as in the model."""
+    many, few = heads
+    q = torch.randn(2, 300, many, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    kv = torch.randn(2, 300, 2 * few, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    exact = [x.detach().double().requires_grad_() for x in (q, kv)]
+    weight = torch.randn(2, 300, many, 64, device="cuda")
+    ends = [0, *accumulate(lengths)]
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32, device="cuda")
+    documents = documents_for(kernel, cu_seqlens, positions_within(cu_seqlens, 2, 300), q.dtype)
+    k, v = kv.split(few, dim=2)
+    out = attend(q, k, v, kernel, documents)
+    (out * weight).sum().backward()
+    exact_q, exact_k, exact_v = (x.flatten(0, 1)[None] for x in (exact[0], *exact[1].split(few, dim=2)))
+    parts = [attend(exact_q[:, a:b], exact_k[:, a:b], exact_v[:, a:b], "math") for a, b in pairwise(ends)]
+    reference = torch.cat(parts, dim=1).view_as(weight)
+    (reference * weight).sum().backward()
+    assert relative(out, reference) < 1e-2
+    for ours, theirs in zip((q, kv), exact, strict=True):
+        assert ours.grad is not None and theirs.grad is not None and relative(ours.grad, theirs.grad) < 1e-2
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_loss_and_its_gradients_in_bf16(compiled: bool) -> None:
     hidden = torch.randn(1000, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -73,7 +100,14 @@ def test_the_loss_and_its_gradients_in_bf16(compiled: bool) -> None:
 
 
 def losses(
-    device: str, dtype: torch.dtype, *, compile: bool, checkpointing: str = "none", states: str = "fp32", steps: int = 30
+    device: str,
+    dtype: torch.dtype,
+    *,
+    compile: bool,
+    checkpointing: str = "none",
+    states: str = "fp32",
+    masked: bool = False,
+    steps: int = 30,
 ) -> list[float]:
     transformer = Transformer(ModelConfig.model_validate({**SMALL, "checkpointing": checkpointing}), dtype=dtype)
     transformer.initialise(0)
@@ -86,8 +120,8 @@ def losses(
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
     found = []
     for step in range(steps):
-        rows = torch.randint(100, (4, 257), generator=torch.Generator().manual_seed(step)).to(device)
-        micro = [Batch(part[:, :-1], part[:, 1:]) for part in rows.chunk(2)]
+        rows = torch.randint(100, (4, 257), generator=torch.Generator().manual_seed(step))
+        micro = [Batch.of_rows(part.numpy(), mask_documents=masked).to(torch.device(device)) for part in rows.chunk(2)]
         stats = train_step(model, optimizer, scaler, micro, lr=1e-3, grad_clip=1.0, tokens=1024, world=World())
         found.append(stats.read()[0])
     return found
@@ -107,6 +141,20 @@ def test_training_in_half_precision_follows_fp32_on_the_cpu() -> None:
         found = losses("cuda", dtype, compile=compile, checkpointing=checkpointing)
         # fp16 skips its first steps until the loss scale has come down
         assert found[-1] == pytest.approx(exact[-1], abs=0.15 if dtype == torch.float16 else 0.03), (dtype, compile, checkpointing)
+
+
+def test_training_within_documents_follows_fp32_on_the_cpu_and_compiles_once() -> None:
+    from torch._dynamo.utils import counters
+
+    exact = losses("cpu", torch.float32, compile=False, masked=True)
+    for compile, checkpointing in ((False, "none"), (True, "none"), (True, "attention"), (True, "full"), (False, "attention")):
+        counters.clear()
+        found = losses("cuda", torch.bfloat16, compile=compile, checkpointing=checkpointing, masked=True, steps=1)
+        graphs = counters["stats"]["unique_graphs"]
+        counters.clear()
+        found = losses("cuda", torch.bfloat16, compile=compile, checkpointing=checkpointing, masked=True)
+        assert found[-1] == pytest.approx(exact[-1], abs=0.03), (compile, checkpointing)
+        assert counters["stats"]["unique_graphs"] == graphs, "the number of documents differs from step to step, the graphs do not"
 
 
 def test_8_bit_moments_train_and_come_back_from_a_checkpoint(tmp_path: Path) -> None:

@@ -63,3 +63,21 @@ def test_resolve(
     backend: Backend, device: str, dtype: torch.dtype, head_dim: int, capability: tuple[int, int], kernel: str, reason: str | None
 ) -> None:
     assert resolve(backend, device, dtype=dtype, head_dim=head_dim, capability=capability) == (kernel, reason)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "head_dim", "capability", "kernel", "reason"),
+    [
+        ("auto", "cpu", BF16, 64, (0, 0), "auto", None),
+        ("auto", "cuda", BF16, 64, (9, 0), "flash", None),
+        ("auto", "cuda", FP32, 64, (9, 0), "math", None),
+        ("auto", "cuda", BF16, 64, (7, 5), "math", None),
+        ("math", "cuda", BF16, 64, (9, 0), "math", None),
+        ("cudnn", "cuda", BF16, 64, (9, 0), "flash", "cudnn cannot stay within documents; using flash"),
+        ("efficient", "cuda", FP32, 64, (9, 0), "math", "efficient cannot stay within documents; using math"),
+    ],
+)
+def test_resolve_within_documents(
+    backend: Backend, device: str, dtype: torch.dtype, head_dim: int, capability: tuple[int, int], kernel: str, reason: str | None
+) -> None:
+    assert resolve(backend, device, dtype=dtype, head_dim=head_dim, capability=capability, masked=True) == (kernel, reason)

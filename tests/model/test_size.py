@@ -57,6 +57,14 @@ def test_flops_are_those_torch_counts() -> None:
     assert counter.get_total_flops() == T * (flops_per_token(config, T) + attention)
 
 
+def test_flops_within_documents_are_those_of_the_documents_apart() -> None:
+    lengths = [5, 1, 90, 32]
+    attended_length = sum(length**2 for length in lengths) / sum(lengths)
+    apart = sum(length * flops_per_token(HALF_BILLION, length) for length in lengths)
+    assert sum(lengths) * flops_per_token(HALF_BILLION, attended_length) == pytest.approx(apart, rel=1e-12)
+    assert flops_per_token(HALF_BILLION, attended_length) < flops_per_token(HALF_BILLION, sum(lengths))
+
+
 def test_flops_of_the_two_sizes_at_4096() -> None:
     assert flops_per_token(HALF_BILLION, 4096) == pytest.approx(3.567e9, rel=1e-3)
     assert flops_per_token(BILLION, 4096) == pytest.approx(7.053e9, rel=1e-3)

@@ -119,7 +119,9 @@ def test_the_first_loss_is_that_of_a_uniform_guess(config: ModelConfig) -> None:
     assert (losses.cross_entropy / losses.tokens).item() == pytest.approx(math.log(config.vocab_size), rel=0.01)
 
 
-def gradients(*, compiled: bool = False, dtype: torch.dtype = torch.float32, training: bool = True, **changes: Any) -> dict[str, Tensor]:
+def gradients(
+    *, compiled: bool = False, dtype: torch.dtype = torch.float32, training: bool = True, masked: bool = False, **changes: Any
+) -> dict[str, Tensor]:
     torch.compiler.reset()
     transformer = Transformer(tiny(**changes), dtype=dtype)
     transformer.initialise(0)
@@ -128,25 +130,27 @@ def gradients(*, compiled: bool = False, dtype: torch.dtype = torch.float32, tra
         model.compile_blocks()
     tokens = torch.randint(256, (2, 33), generator=torch.Generator().manual_seed(1))
     torch.manual_seed(2)
-    losses = model(tokens[:, :-1], tokens[:, 1:])
+    losses = model(tokens[:, :-1], tokens[:, 1:], torch.tensor([0, 5, 6, 32, 61, 64], dtype=torch.int32) if masked else None)
     (losses.total / losses.tokens).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     "mode", [{"checkpointing": "full"}, {"checkpointing": "attention"}, {"checkpointing": "full", "checkpoint_every": 2}]
 )
-def test_checkpointing_changes_no_gradient(mode: dict[str, Any], dtype: torch.dtype, dropout: float) -> None:
-    expected = gradients(dtype=dtype, dropout=dropout)
-    found = gradients(dtype=dtype, dropout=dropout, **mode)
+def test_checkpointing_changes_no_gradient(mode: dict[str, Any], masked: bool, dtype: torch.dtype, dropout: float) -> None:
+    expected = gradients(dtype=dtype, dropout=dropout, masked=masked)
+    found = gradients(dtype=dtype, dropout=dropout, masked=masked, **mode)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("mode", "attention", "silu"), [("none", 2, 2), ("attention", 2, 4), ("full", 4, 4)])
-def test_checkpointing_recomputes_what_it_says(mode: str, attention: int, silu: int) -> None:
+def test_checkpointing_recomputes_what_it_says(mode: str, attention: int, silu: int, masked: bool) -> None:
     """The kernels that run, in two blocks: attention alone is kept, or nothing."""
     ran: Counter[str] = Counter()
 
@@ -156,7 +160,7 @@ def test_checkpointing_recomputes_what_it_says(mode: str, attention: int, silu: 
             return func(*args, **(kwargs or {}))
 
     with Watch():  # type: ignore[no-untyped-call]
-        gradients(checkpointing=mode)
+        gradients(checkpointing=mode, masked=masked)
     assert (ran["_scaled_dot_product_flash_attention_for_cpu"], ran["silu"]) == (attention, silu)
 
 
@@ -165,6 +169,7 @@ def test_checkpointing_recomputes_what_it_says(mode: str, attention: int, silu: 
     "mode",
     [
         {},
+        pytest.param({"masked": True}, marks=pytest.mark.slow),
         pytest.param({"checkpointing": "attention", "dtype": torch.bfloat16}, marks=pytest.mark.slow),
         pytest.param({"checkpointing": "full"}, marks=pytest.mark.slow),
     ],

@@ -17,7 +17,8 @@ from minifoundation.checkpoint import Checkpoint, load_checkpoint
 from minifoundation.config import RunConfig
 from minifoundation.errors import Interrupted, UserError
 from minifoundation.train import loop, step
-from minifoundation.train.run import Start, run
+from minifoundation.train.run import run
+from minifoundation.train.state import Start
 
 Make = Callable[..., RunConfig]
 
@@ -144,7 +145,7 @@ def test_longft_reads_on_where_pretraining_stopped(settings: Make, capsys: pytes
     config = settings("long", model={"rope": rope}, train={"seq_len": 128, "batch_size": 1, "grad_accum": 1, "tokens": 128 * 6})
     second = trained(config, start=Start("longft", first))
     assert "starting at shard 1, after the 1,536 tokens" in capsys.readouterr().err
-    assert second.progress["first_shard"] == 1 and second.progress["phase"] == "longft"
+    assert list(second.progress["first_shards"].values()) == [1] and second.progress["phase"] == "longft"
     assert second.config.model.max_seq_len == 128
     assert not torch.equal(second.model["blocks.0.qkv.weight"], first.model["blocks.0.qkv.weight"])
 
@@ -152,7 +153,7 @@ def test_longft_reads_on_where_pretraining_stopped(settings: Make, capsys: pytes
 def test_longft_of_a_read_corpus_says_that_it_reads_it_again(settings: Make, capsys: pytest.CaptureFixture[str]) -> None:
     first = trained(settings(train={"tokens": 60_000}, data={"shard_tokens": 1_000_000}))
     config = settings("long", data={"shard_tokens": 1_000_000}, train={"tokens": 1_000})
-    assert trained(config, start=Start("longft", first)).progress["first_shard"] == 0
+    assert list(trained(config, start=Start("longft", first)).progress["first_shards"].values()) == [0]
     assert "come to the end of the corpus; reading it again" in capsys.readouterr().err
 
 
@@ -219,7 +220,7 @@ def test_skipped_rows_are_reported(settings: Make, corpus: Path, tmp_path: Path,
     folder = tmp_path / "mixed"
     shutil.copytree(corpus, folder)
     (folder / "a.txt").write_bytes(b"not \xff UTF-8")
-    trained(settings(data={"source": str(folder)}))
+    trained(settings(data={"source": str(folder), "shard_tokens": 1_000_000}))
     assert "skipped  1 not UTF-8" in capsys.readouterr().err
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minifoundation.config import ModelConfig, TrainConfig
 from minifoundation.data.batch import Batch
+from minifoundation.data.tokenizer import BOS
 from minifoundation.distributed import World
 from minifoundation.model.training import TrainingModel
 from minifoundation.model.transformer import Transformer
@@ -114,6 +115,26 @@ def test_bf16_compute_leaves_fp32_weights_and_gradients() -> None:
     step(model, optimizer, batches(rows(2), 1))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {v.dtype for state in optimizer.state.values() for v in state.values()} == {torch.float32}
+
+
+def test_a_step_within_documents_is_that_of_the_documents_apart() -> None:
+    """Cut into documents of 8 and 24 tokens, in two micro-batches; each kind of document also as a batch of its own."""
+    tokens = rows(4).masked_fill(rows(4) == BOS, 5)
+    tokens[:, 8] = BOS
+    apart = [Batch(tokens[:, :8], tokens[:, 1:9]), Batch(tokens[:, 8:32], tokens[:, 9:])]
+    whole = [Batch.of_rows(part.numpy(), mask_documents=True) for part in tokens.chunk(2)]
+    results = []
+    for parts in (apart, whole):
+        model, _ = made()
+        stats = step(model, torch.optim.SGD(model.parameters(), lr=1.0), parts)
+        results.append((stats.read(), model.state_dict(), held_out_loss(model, parts, ALONE, torch.device("cpu"))))
+    (one, first, held_out), (two, second, same) = results
+    assert one == pytest.approx(two, abs=1e-5) and held_out == pytest.approx(same, abs=1e-5)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=1e-6, rtol=0, msg=name)
+    assert stats.attended_length == (8 * 8 + 24 * 24) / 32
+    crossing = step(made()[0], torch.optim.SGD(made()[0].parameters(), lr=1.0), batches(tokens, 2))
+    assert crossing.attended_length == 32 and crossing.read()[0] != pytest.approx(two[0], abs=1e-5)
 
 
 def test_held_out_loss_is_the_mean_over_tokens_of_unequal_batches() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from minifoundation.config import InspectOptions
 from minifoundation.data import survey
+from minifoundation.data.ledger import Entry
 from minifoundation.data.shards import Shards
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.errors import UserError
@@ -22,17 +23,20 @@ def inspect(options: InspectOptions) -> None:
     if options.shards is None and options.checkpoint is None:
         raise UserError("inspect", "nothing to look at", "give --shards or --checkpoint")
     if options.shards is not None:
-        _shards(options, options.shards)
+        opened = [Shards.open(folder) for folder in survey.folders(options.shards)]
+        for shards in opened:
+            _shards(options, shards)
+        if len(opened) > 1:
+            _shares(opened)
     if options.checkpoint is not None:
         _checkpoint(options.checkpoint)
 
 
-def _shards(options: InspectOptions, folder: Path) -> None:
-    shards = Shards.open(folder)
+def _shards(options: InspectOptions, shards: Shards) -> None:
     manifest = shards.manifest
     splits = {"train": survey.split(shards.train), "held out": survey.split(shards.held_out)}
     end = "the whole corpus" if shards.complete else "more can follow"
-    click.echo(f"{folder}: {len(manifest.pairs)} shards of {manifest.dtype}, {end}, {manifest.documents_read:,} documents read")
+    click.echo(f"{shards.folder}: {len(manifest.pairs)} shards of {manifest.dtype}, {end}, {manifest.documents_read:,} documents read")
     for name, found in splits.items():
         if not found.tokens:
             click.echo(f"  {name:<9} nothing")
@@ -52,8 +56,18 @@ def _shards(options: InspectOptions, folder: Path) -> None:
         for place, text in survey.samples(shards, Tokenizer.load(options.tokenizer), options.samples):
             click.echo(f"\n--- {place}\n{text if len(text) <= SHOWN else text[: SHOWN // 2] + ' [...] ' + text[-SHOWN // 2 :]}")
     if options.plot is not None:
-        _plot(splits["train"].lengths, options.plot)
-        click.echo(f"  plot      {options.plot}")
+        plot = options.plot
+        if shards.folder != options.shards:  # one of several
+            plot = plot.with_name(f"{plot.stem}-{shards.folder.name}{plot.suffix}")
+        _plot(splits["train"].lengths, plot)
+        click.echo(f"  plot      {plot}")
+
+
+def _shares(opened: list[Shards]) -> None:
+    total = sum(shards.train_tokens for shards in opened)
+    click.echo(f"{total:,} training tokens in all")
+    for shards in opened:
+        click.echo(f"  {shards.train_tokens / max(1, total):7.2%}  {shards.folder.name}")
 
 
 def _plot(lengths: np.ndarray, path: Path) -> None:
@@ -78,9 +92,21 @@ def _checkpoint(path: Path) -> None:
     checkpoint = load_checkpoint(path)
     train, data, progress = checkpoint.config.train, checkpoint.config.data, checkpoint.progress
     click.echo(f"{path}: {progress['phase']}, step {progress['step']:,}, {progress['tokens']:,} of {train.tokens:,} tokens")
-    click.echo(f"  corpus    {data.source}, column {data.text_column}")
     click.echo(
-        f"  place     sample {progress['sample']:,} of {train.seq_len} tokens, from shard {progress['first_shard']} on, seed {train.seed}"
+        f"  place     sample {progress['sample']:,} of {train.seq_len} tokens, seed {train.seed}; documents masked: {data.mask_documents}"
     )
     bits = progress["held_out_bits_per_byte"]
     click.echo(f"  held out  {'not evaluated' if bits is None else f'{bits:.4f} bits per byte'}")
+    for number, entry in enumerate(Entry(**kept) for kept in checkpoint.ledger):
+        _entry(entry, number)
+
+
+def _entry(entry: Entry, number: int) -> None:
+    if number == 0:
+        click.echo(f"  {'read in':<9} {'share':>7} {'tokens':>16} {'epochs':>9}  source")
+    epochs = "under 1" if entry.epochs is None else f"{entry.epochs:.2f}"
+    click.echo(f"  {entry.phase:<9} {entry.share:7.2%} {entry.tokens:16,} {epochs:>9}  {entry.source}")
+    last = f"{entry.shards} from number {entry.first_shard} on, sha256 {entry.shards_sha256[:12]}"
+    click.echo(f"  {'':<9} {entry.samples:,} samples; shards of {entry.folder}: {last}")
+    corpus = ", ".join(f"{name} {value}" for name, value in entry.corpus.items())
+    click.echo(f"  {'':<9} corpus: {corpus}; tokenizer {entry.tokenizer_sha256[:12]}")

@@ -16,7 +16,8 @@ DEFAULT_CONFIG = REPOSITORY / "configs" / "longft.yaml"
 def longft(options: LongftOptions, values: dict[str, Any]) -> None:
     """Train the model of ``options.ckpt_in`` on longer rows: its settings < YAML (default configs/longft.yaml) < command line."""
     from minifoundation.checkpoint import load_checkpoint
-    from minifoundation.train.run import Start, run
+    from minifoundation.train.run import run
+    from minifoundation.train.state import Start
 
     checkpoint = load_checkpoint(options.ckpt_in)
     if options.config is None:

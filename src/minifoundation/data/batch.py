@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from minifoundation.data.tokenizer import BOS
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,43 @@ class Batch:
     """(B, T) int64"""
     targets: Tensor
     """(B, T) int64"""
+    cu_seqlens: Tensor | None = None
+    """Where each document begins in the flattened tokens, and their number at the end: (documents + 1,) int32; None when attention
+    crosses documents."""
+    attended: int | None = None
+    """Squared lengths of the documents, summed; None when attention crosses documents."""
 
     @classmethod
-    def of_rows(cls, rows: npt.NDArray[np.int64]) -> Batch:
-        """Return the batch of rows (B, T + 1)."""
+    def of_rows(cls, rows: npt.NDArray[np.int64], *, mask_documents: bool = False) -> Batch:
+        """Return the batch of rows (B, T + 1), with the documents in it when attention is to stay within them.
+
+        A document begins at a bos token; the rest of one that a row begins in the middle of counts as one.
+        """
         both = torch.from_numpy(rows)
-        return cls(both[:, :-1].contiguous(), both[:, 1:].contiguous())
+        tokens, targets = both[:, :-1].contiguous(), both[:, 1:].contiguous()
+        if not mask_documents:
+            return cls(tokens, targets)
+        begins = rows[:, :-1] == BOS
+        begins[:, 0] = True
+        cu_seqlens = np.append(np.flatnonzero(begins), begins.size)
+        return cls(tokens, targets, torch.from_numpy(cu_seqlens.astype(np.int32)), int((np.diff(cu_seqlens) ** 2).sum()))
+
+    @property
+    def attended_length(self) -> float:
+        """Mean over the tokens of the length of what attention spans there: the row, or the document when it stays within them."""
+        return self.tokens.shape[1] if self.attended is None else self.attended / self.tokens.numel()
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on ``device``; from page-locked memory the copy is not waited for."""
+        return self._moved(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory."""
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        cu_seqlens = None if self.cu_seqlens is None else move(self.cu_seqlens)
+        return replace(self, tokens=move(self.tokens), targets=move(self.targets), cu_seqlens=cu_seqlens)
 
 
 @contextmanager
@@ -54,7 +87,7 @@ def prefetch(steps: Iterable[list[Batch]], *, pin: bool, ahead: int = 2) -> Iter
             if device is not None:
                 torch.cuda.set_device(device)  # a new thread begins on device 0, where pinning would open a context
             for batches in steps:
-                offer([Batch(batch.tokens.pin_memory(), batch.targets.pin_memory()) for batch in batches] if pin else batches)
+                offer([batch.pin_memory() for batch in batches] if pin else batches)
                 if stopped.is_set():
                     return
             offer(None)

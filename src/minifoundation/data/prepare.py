@@ -1,6 +1,6 @@
-"""Corpus to token shards: documents in a fixed order, encoded in batches, cut into shards at document ends.
+"""Corpus to token shards: the folder of a corpus, its lock, its growth and its repair.
 
-The shards do not depend on how many tokens were asked for, on threads, or on where an earlier run was stopped.
+The shards do not depend on how many tokens were asked for, on the engine and its workers, or on where an earlier run was stopped.
 """
 
 from __future__ import annotations
@@ -10,68 +10,112 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import socket
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
 from minifoundation.config import DataConfig, TokenizerConfig
-from minifoundation.data.shards import PART, Manifest, Pair, Shards, ShardWriter, read_manifest, write_manifest
-from minifoundation.data.sources import documents, hub_corpus, source_id
+from minifoundation.data.assemble import blocks, manifests
+from minifoundation.data.encode import BLOCK_BYTES, WORK, Encoding, is_held_out
+from minifoundation.data.engines import Engine, cores, in_process, local
+from minifoundation.data.pieces import pieces
+from minifoundation.data.rows import all_documents
+from minifoundation.data.shards import PART, Manifest, Shards, intact, manifest_of, read_manifest, write_manifest
+from minifoundation.data.sources import Corpus, find_corpus, hub_corpus
 from minifoundation.data.tokenizer import Tokenizer, train_tokenizer
 from minifoundation.errors import UserError
 
-BATCH_BYTES = 4 * 1024 * 1024
-"""Text given to the tokenizer at once: enough to keep its threads busy, little enough to keep memory flat."""
-
-SETTINGS = ("shard_tokens", "held_out", "held_out_tokens", "max_document_bytes")
+SETTINGS = ("shard_tokens", "held_out", "held_out_tokens", "max_document_bytes", "filters", "dedup")
 """Settings of ``data`` that the bytes of the shards depend on, beside the source."""
 
+SMALL_BYTES = 8 * 1024 * 1024
+"""A corpus of less is encoded in this process, which takes no longer than starting another."""
 
-def prepare_shards(config: DataConfig, tokenizer: Tokenizer, *, tokens: int | None, threads: int | None) -> Shards:
+POLL_SECONDS = 0.3
+
+
+def prepare_shards(
+    source: str,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    tokens: int | None,
+    engine: Engine | None = None,
+    wait_for_lock: bool = False,
+    show_progress: bool = True,
+) -> Shards:
     """Return shards with at least ``tokens`` training tokens, or the whole corpus; make those that are not there yet.
 
     Only whole shards are made, so there may be more tokens than asked for, and a later call that asks for more goes on after
-    the last document read.
+    the last document taken.
 
     Args:
+        source: one of ``config.weights``.
         tokens: training tokens wanted; None is the whole corpus.
-        threads: of the tokenizer; None is all cores.
+        engine: does the work; None is ``config.workers`` processes of this machine, or this one for a small corpus.
+        wait_for_lock: while another process makes shards in the folder, wait for those instead of failing.
 
     Raises:
         UserError: the corpus is not there, is unreadable, holds nothing to train on, or is not the one (or not cut by the
             settings) that the folder was made from; another process is writing the folder.
         OSError: the disk is full; complete shards are kept and nothing half-written stays.
     """
-    folder = shards_folder(config, tokenizer)
-    manifest = _manifest(folder, config, tokenizer)
-    if not _suffices(manifest, tokens):
-        folder.mkdir(parents=True, exist_ok=True)
-        with _alone_in(folder):
-            for left in folder.glob(f"*{PART}"):
-                left.unlink()
-            _extend(folder, _manifest(folder, config, tokenizer), config, tokenizer, tokens, threads or os.cpu_count() or 1)
+    preparation = _Preparation(source, config, tokenizer, engine)
+    folder = preparation.folder
+    if not preparation.suffices(tokens):
+        if not folder.exists():
+            preparation.corpus()  # a mistake in its name should leave no folder behind
+            folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder, partial(preparation.suffices, tokens) if wait_for_lock else None) as ours:
+            if ours:
+                preparation.extend(tokens, show_progress)
+    elif not _is_remote(source):  # shards that are there are of use without a network
+        preparation.corpus()
     shards = Shards.open(folder)
     if shards.train_tokens == 0:
         raise UserError("data.held_out", f"all {shards.manifest.documents_read:,} documents fell into the held-out split", "lower it")
     return shards
 
 
-def shards_folder(config: DataConfig, tokenizer: Tokenizer) -> Path:
+def rebuilt_files(source: str, config: DataConfig, tokenizer: Tokenizer, *, engine: Engine | None = None) -> list[Path]:
+    """Return the shard files that were damaged or missing, having made them again; every file is read and its sha256 compared.
+
+    Raises:
+        UserError: as ``prepare_shards``; there are no shards; the corpus no longer gives what the manifest says of a shard.
+    """
+    preparation = _Preparation(source, config, tokenizer, engine)
+    folder = preparation.folder
+    manifest_of(folder)
+    with _lock(folder, None):
+        manifest = manifest_of(folder)
+        damaged = [[folder / record.file for record in pair.records if not intact(folder, record)] for pair in manifest.pairs]
+        for number, files in enumerate(damaged):
+            if files:
+                preparation.rebuild(number)
+    return [path for files in damaged for path in files]
+
+
+def shards_folder(source: str, config: DataConfig, tokenizer: Tokenizer) -> Path:
     """Return the folder for this corpus and tokenizer: a readable name and a hash of both."""
-    source = config.source if hub_corpus(config.source) else str(Path(config.source).expanduser().resolve())
-    key = json.dumps([source, config.text_column, tokenizer.sha256])
-    slug = re.sub(r"[^a-z0-9]+", "-", Path(source).name.lower()).strip("-")[:40] or "corpus"
+    name = source if _is_remote(source) else str(Path(source).expanduser().resolve())
+    key = json.dumps([name, config.text_column, tokenizer.sha256])
+    slug = re.sub(r"[^a-z0-9]+", "-", Path(name).name.lower()).strip("-")[:40] or "corpus"
     return config.shards_dir / f"{slug}-{hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
 def tokenizer_for(tokenizer: TokenizerConfig, data: DataConfig, out: Path) -> Tokenizer:
     """Return the tokenizer of ``out/tokenizer.model``; without one, first put the given or a newly trained one there.
+
+    With ``data.mix`` it is trained on text of all sources, by their weights.
 
     Raises:
         UserError: the one that is there is not the one given, or not of the kind or size asked for.
@@ -79,8 +123,8 @@ def tokenizer_for(tokenizer: TokenizerConfig, data: DataConfig, out: Path) -> To
     model = out / "tokenizer.model"
     if not model.exists():
         if tokenizer.path is None:
-            texts = (text for text in documents(data) if not is_held_out(text.encode(), data.held_out))
-            return train_tokenizer(texts, tokenizer, model)
+            shares = ((source, int(weight * tokenizer.sample_bytes)) for source, weight in data.weights.items())
+            return train_tokenizer(chain.from_iterable(_sample(source, data, size) for source, size in shares), tokenizer, model)
         given = Tokenizer.load(tokenizer.path)
         out.mkdir(parents=True, exist_ok=True)
         part = model.with_name(model.name + PART)
@@ -97,151 +141,215 @@ def tokenizer_for(tokenizer: TokenizerConfig, data: DataConfig, out: Path) -> To
     return found
 
 
-def is_held_out(text: bytes, share: float) -> bool:
-    """Return whether a document belongs to the held-out split: by its text alone, so equal documents are never on both sides."""
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") < share * 2**64
+def _sample(source: str, config: DataConfig, size: int) -> Iterator[str]:
+    """Yield the beginning of the source's training documents, ``size`` bytes of text."""
+    for text in all_documents(source, config):
+        raw = text.encode()
+        if is_held_out(raw, config.held_out):
+            continue
+        yield raw[:size].decode(errors="ignore")
+        size -= len(raw)
+        if size <= 0:
+            return
 
 
-def _manifest(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> Manifest:
-    """Return the folder's manifest, or a new one.
+def _is_remote(source: str) -> bool:
+    return hub_corpus(source) is not None or "://" in source
 
-    Raises:
-        UserError: the folder was made from another corpus or with other settings.
-    """
-    new = Manifest(
-        dtype="uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
-        tokenizer_sha256=tokenizer.sha256,
-        source=source_id(config),
-        settings=config.model_dump(mode="json", include=set(SETTINGS)),
-    )
-    old = read_manifest(folder)
-    if old is None:
-        return new
-    remedy = f"remove {folder}, or give another data.shards_dir"
-    for name in SETTINGS:
-        if old.settings.get(name) != new.settings[name]:
-            raise UserError(
-                f"data.{name}",
-                f"{new.settings[name]} here, but {folder} was made with {old.settings.get(name)}",
-                f"set it to that, {remedy}",
+
+@dataclass(frozen=True)
+class _Preparation:
+    """What the folder of a source is made from and by."""
+
+    source: str
+    config: DataConfig
+    tokenizer: Tokenizer
+    engine: Engine | None
+
+    @property
+    def folder(self) -> Path:
+        return shards_folder(self.source, self.config, self.tokenizer)
+
+    def suffices(self, tokens: int | None) -> bool:
+        """Return whether the folder holds ``tokens`` training tokens, or all there are."""
+        manifest = self.recorded()
+        return manifest is not None and _suffices(manifest, tokens)
+
+    def recorded(self) -> Manifest | None:
+        """Return the folder's manifest; None while it names no shard, since nothing is bound to its settings then.
+
+        Raises:
+            UserError: the folder was made with other settings or by another tokenizer.
+        """
+        manifest = read_manifest(self.folder)
+        if manifest is None or not manifest.pairs:
+            return None
+        if manifest.tokenizer_sha256 != self.tokenizer.sha256:
+            raise UserError("tokenizer", f"is not the one {self.folder} was made with", self._remedy)
+        for name, value in self._settings.items():
+            if (other := manifest.settings.get(name)) != value:
+                raise UserError(f"data.{name}", f"{value} here, but {self.folder} was made with {other}", f"set it to that, {self._remedy}")
+        return manifest
+
+    def corpus(self) -> Corpus:
+        """Return the corpus, one of the Hub at the revision the folder was made from.
+
+        Raises:
+            UserError: it is not there, or has changed since.
+        """
+        manifest = self.recorded()
+        corpus = find_corpus(self.source, self.config, known=manifest.source if manifest else None)
+        if manifest is not None and manifest.source != corpus.id:
+            raise self._changed
+        return corpus
+
+    def extend(self, tokens: int | None, show_progress: bool) -> None:
+        """Add pairs to the folder until it holds ``tokens`` training tokens or the corpus ends."""
+        corpus = self.corpus()
+        manifest = self.recorded() or self._begun(corpus)
+        if _suffices(manifest, tokens):  # another process was quicker
+            return
+        for left in self.folder.glob(f"*{PART}"):
+            left.unlink()
+        bar = tqdm(
+            total=tokens,
+            initial=manifest.train_tokens,
+            unit="tok",
+            unit_scale=True,
+            desc=f"preparing {Path(self.source).name}",
+            disable=not show_progress,
+        )
+        try:
+            with bar, closing(self._growth(self.folder, manifest, corpus, bar)) as growth:
+                next(grown for grown in growth if _suffices(grown, tokens))
+        except OSError as error:
+            error.filename = error.filename or str(self.folder)
+            raise
+
+    def rebuild(self, number: int) -> None:
+        """Make a pair again, aside, and put it in its place when it is what the manifest says.
+
+        Raises:
+            UserError: it is not.
+        """
+        corpus = self.corpus()
+        manifest = manifest_of(self.folder)
+        pair = manifest.pairs[number]
+        before = manifest.model_copy(update={"pairs": manifest.pairs[:number], "place": pair.start, "complete": False})
+        with TemporaryDirectory(prefix=".rebuild-", dir=self.folder, ignore_cleanup_errors=True) as name:
+            aside = Path(name)
+            write_manifest(aside, before)
+            with tqdm(disable=True) as bar, closing(self._growth(aside, before, corpus, bar)) as growth:
+                made = next(growth)
+            if made.pairs[number:] != (pair,):
+                raise self._changed
+            for record in pair.records:
+                (aside / record.file).replace(self.folder / record.file)
+
+    def _begun(self, corpus: Corpus) -> Manifest:
+        """Return the manifest of a folder without shards, written before the work begins: the work is bound to its settings."""
+        manifest = Manifest(
+            dtype="uint16" if self.tokenizer.vocab_size <= 1 << 16 else "uint32",
+            tokenizer_sha256=self.tokenizer.sha256,
+            source=corpus.id,
+            settings=self._settings,
+        )
+        if read_manifest(self.folder) != manifest:
+            shutil.rmtree(self.folder / WORK, ignore_errors=True)
+            write_manifest(self.folder, manifest)
+        return manifest
+
+    def _growth(self, folder: Path, manifest: Manifest, corpus: Corpus, bar: tqdm[Any]) -> Generator[Manifest, None, None]:
+        """Yield the manifest of ``folder`` each time it has got a pair of shards, and at the end of the corpus."""
+        workers = self.config.workers or cores()
+        engine = self.engine or (in_process() if _is_small(corpus) else local(workers))
+        try:
+            following = pieces(corpus, self.config, first=manifest.place.piece)
+            # Fewer pieces than workers can only be when there are fewer files, or they are small.
+            some = list(islice(following, workers)) if len(corpus.files) < workers else []
+            encoding = Encoding(
+                folder.absolute(),
+                self.config,
+                self.tokenizer.path.absolute(),
+                self.tokenizer.sha256,
+                manifest.dtype,
+                threads=max(1, workers // max(1, len(some))) if some else 1,
+                removals=self._removals(corpus, engine),
+                block_bytes=BLOCK_BYTES,
             )
-    if old.source != new.source:
-        raise UserError("data.source", f"{config.source} has changed since {folder} was made from it", remedy)
-    if old.tokenizer_sha256 != new.tokenizer_sha256:
-        raise UserError("tokenizer", f"is not the one {folder} was made with", remedy)
-    return old
+            encoding.work.mkdir(exist_ok=True)
+            encoded = blocks(encoding, chain(some, following), manifest.place, engine, bar)
+            for grown in manifests(folder, manifest, encoded, corpus, self.config, bar):
+                encoding.discard_before(grown.place)
+                if grown.complete:
+                    shutil.rmtree(encoding.work, ignore_errors=True)  # a task that was taken for lost may still be writing there
+                yield grown
+        finally:
+            if self.engine is None:
+                engine.close()
+
+    def _removals(self, corpus: Corpus, engine: Engine) -> Path | None:
+        if self.config.dedup == "none":
+            return None
+        if any(file.remote for file in corpus.files):
+            raise UserError(
+                "data.dedup",
+                f"{self.config.dedup} reads the whole corpus beforehand, and {self.source} is read over the network",
+                "download it and give its path, or set data.dedup to none",
+            )
+        from minifoundation.data.dedup import removals
+
+        return removals(corpus, self.config, engine, self.folder / ".dedup")
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return self.config.model_dump(mode="json", include=set(SETTINGS))
+
+    @property
+    def _changed(self) -> UserError:
+        return UserError("data.source", f"{self.source} has changed since {self.folder} was made from it", self._remedy)
+
+    @property
+    def _remedy(self) -> str:
+        return f"remove {self.folder}, or give another data.shards_dir"
 
 
 def _suffices(manifest: Manifest, tokens: int | None) -> bool:
     return manifest.complete or (tokens is not None and manifest.train_tokens >= tokens)
 
 
+def _is_small(corpus: Corpus) -> bool:
+    return sum(SMALL_BYTES if file.size is None else file.size for file in corpus.files) < SMALL_BYTES
+
+
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system gives back when this process ends, however it ends."""
+def _lock(folder: Path, suffices: Callable[[], bool] | None) -> Iterator[bool]:
+    """Hold the folder's lock, which the system gives back when this process ends, however it ends.
+
+    Args:
+        suffices: while another process holds it, wait until this is true, and then go on without the lock (False). Without it
+            do not wait.
+    """
     import fcntl
 
     with (folder / ".lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise UserError(
-                str(folder),
-                f"is being written by another process (pid {lock.read()})",
-                "wait until it is done, then run the same line again",
-            ) from None
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if suffices is None:
+                    lock.seek(0)
+                    raise UserError(
+                        str(folder),
+                        f"is being written by another process ({lock.read()})",
+                        "wait until it is done, then run the same line again",
+                    ) from None
+                if suffices():
+                    yield False
+                    return
+                time.sleep(POLL_SECONDS)
         lock.truncate(0)
-        lock.write(str(os.getpid()))
+        lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
         lock.flush()
-        yield
-
-
-def _extend(folder: Path, manifest: Manifest, config: DataConfig, tokenizer: Tokenizer, tokens: int | None, threads: int) -> None:
-    """Add pairs to the folder until it holds ``tokens`` training tokens or the corpus ends."""
-    skipped: Counter[str] = Counter()
-    stream = documents(config, skip=manifest.documents_read, skipped=skipped)
-    writing = _Writing(folder, manifest, config)
-    try:
-        with tqdm(
-            total=tokens, initial=manifest.train_tokens, unit="tok", unit_scale=True, desc=f"preparing {Path(config.source).name}"
-        ) as bar:
-            for batch in _batches(stream, skipped):
-                encoded = tokenizer.encode_documents([text for text, _ in batch], threads)
-                for (text, skipped_so_far), ids in zip(batch, encoded, strict=True):
-                    writing.add(text, ids)
-                    if writing.train.tokens >= config.shard_tokens:
-                        manifest = writing.commit(skipped_so_far)
-                        if _suffices(manifest, tokens):
-                            return
-                        writing = _Writing(folder, manifest, config)
-                bar.update(manifest.train_tokens + writing.train.tokens - bar.n)
-        writing.commit(skipped, complete=True)
-    except OSError as error:
-        error.filename = error.filename or str(folder)
-        raise
-    finally:
-        writing.discard()
-
-
-def _batches(stream: Iterator[str], skipped: Counter[str]) -> Iterator[list[tuple[str, dict[str, int]]]]:
-    """Yield documents in batches of about BATCH_BYTES, each with the count of skipped rows when it was read."""
-    batch: list[tuple[str, dict[str, int]]] = []
-    size = 0
-    so_far: dict[str, int] = {}
-    for text in stream:
-        if skipped != so_far:
-            so_far = dict(skipped)
-        batch.append((text, so_far))
-        size += len(text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-class _Writing:
-    """The pair that is being written, beside the manifest of those that are complete."""
-
-    def __init__(self, folder: Path, manifest: Manifest, config: DataConfig) -> None:
-        self._folder = folder
-        self._manifest = manifest
-        self._config = config
-        self._documents = 0
-        self._dropped = 0
-        number = len(manifest.pairs)
-        self.train = ShardWriter(folder / f"train-{number:05d}.bin", manifest.dtype)
-        self._held_out = ShardWriter(folder / f"held_out-{number:05d}.bin", manifest.dtype)
-
-    def add(self, text: str, ids: npt.NDArray[np.integer[Any]]) -> None:
-        """Take one document into the split it belongs to."""
-        raw = text.encode()
-        self._documents += 1
-        if not is_held_out(raw, self._config.held_out):
-            self.train.add(ids, len(raw))
-        elif self._manifest.held_out_tokens + self._held_out.tokens < self._config.held_out_tokens:
-            self._held_out.add(ids, len(raw))
-        else:
-            self._dropped += 1
-
-    def commit(self, skipped: Mapping[str, int], *, complete: bool = False) -> Manifest:
-        """Make the pair part of the folder and return the new manifest."""
-        pair = Pair(train=self.train.finish(), held_out=self._held_out.finish())
-        old = self._manifest
-        manifest = old.model_copy(
-            update={
-                "pairs": (*old.pairs, pair) if pair.train or pair.held_out else old.pairs,
-                "documents_read": old.documents_read + self._documents,
-                "held_out_dropped": old.held_out_dropped + self._dropped,
-                "skipped": dict(skipped),
-                "complete": complete,
-            }
-        )
-        write_manifest(self._folder, manifest)
-        return manifest
-
-    def discard(self) -> None:
-        """Leave nothing behind of what was not committed."""
-        self.train.discard()
-        self._held_out.discard()
+        yield True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,20 @@ from minifoundation.errors import UserError
 
 MANIFEST = "manifest.json"
 PART = ".part"
+REMEDY = "make it again: minifoundation prepare --rebuild, with the options the folder was made with"
+"""For a shard file that is not what was written."""
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Place(_Model):
+    """A place in a corpus: the document that comes next, counted within its piece and block."""
+
+    piece: int = 0
+    block: int = 0
+    document: int = 0
 
 
 class Record(_Model):
@@ -42,22 +53,31 @@ class Record(_Model):
 class Pair(_Model):
     """The two files of one number; one that would be empty is not written."""
 
+    start: Place
+    """Of its first document, so that this pair alone can be made again."""
     train: Record | None
     held_out: Record | None
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        return tuple(record for record in (self.train, self.held_out) if record)
 
 
 class Manifest(_Model):
     """What a folder was made from, what it holds, and where in the source it stands."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
+    """Places count pieces of ``pieces.PIECE_BYTES`` and blocks of ``encode.BLOCK_BYTES``: other sizes are another format."""
     dtype: Literal["uint16", "uint32"]
     tokenizer_sha256: str
     source: dict[str, Any]
     settings: dict[str, Any]
     """The settings of ``data`` that the bytes of the shards depend on."""
     pairs: tuple[Pair, ...] = ()
+    place: Place = Place()
+    """Where to go on from: everything before it is dealt with."""
     documents_read: int = 0
-    """Documents of the source that are dealt with: the place to go on from."""
+    """Documents of the source before ``place``."""
     complete: bool = False
     """The source has been read to its end."""
     held_out_dropped: int = 0
@@ -105,9 +125,7 @@ class Shards:
         Raises:
             UserError: there is no manifest, it is damaged, or a shard is missing or not of its recorded size.
         """
-        manifest = read_manifest(folder)
-        if manifest is None:
-            raise UserError(str(folder), f"holds no token shards ({MANIFEST} is missing)", "make them with minifoundation prepare")
+        manifest = manifest_of(folder)
         return cls(
             folder,
             manifest,
@@ -148,13 +166,13 @@ class ShardWriter:
         self._part = path.with_name(path.name + PART)
         self._stream = self._part.open("wb")
 
-    def add(self, ids: npt.ArrayLike, text_bytes: int) -> None:
-        """Append one document of ``text_bytes`` bytes of text, with its bos and eos."""
-        raw = np.asarray(ids).astype(self._dtype).tobytes()
+    def add(self, ids: npt.ArrayLike, text_bytes: int, documents: int = 1) -> None:
+        """Append documents of ``text_bytes`` bytes of text in all, each with its bos and eos."""
+        raw = np.ascontiguousarray(ids, dtype=self._dtype).data
         self._stream.write(raw)
         self._sha256.update(raw)
-        self.tokens += len(raw) // self._dtype.itemsize
-        self._documents += 1
+        self.tokens += len(raw)
+        self._documents += documents
         self._text_bytes += text_bytes
 
     def finish(self) -> Record | None:
@@ -189,11 +207,35 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     path = folder / MANIFEST
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        raw = path.read_bytes()
+        return Manifest.model_validate_json(raw)
     except FileNotFoundError:
         return None
     except ValidationError:
-        raise UserError(str(path), "is not a manifest of token shards", f"remove {folder} and prepare again") from None
+        old = re.match(rb'{\s*"format": ?1\b', raw)
+        problem = "was written by an older version (format 1)" if old else "is not a manifest of token shards"
+        raise UserError(str(path), problem, f"remove {folder} and prepare again, or give another data.shards_dir") from None
+
+
+def manifest_of(folder: Path) -> Manifest:
+    """Return the folder's manifest.
+
+    Raises:
+        UserError: there is none, or as ``read_manifest``.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(str(folder), f"holds no token shards ({MANIFEST} is missing)", "make them with minifoundation prepare")
+    return manifest
+
+
+def intact(folder: Path, record: Record) -> bool:
+    """Return whether the file of ``record`` is there and still what was written; reads all of it."""
+    try:
+        with (folder / record.file).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
+    except FileNotFoundError:
+        return False
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -218,7 +260,7 @@ def _shard(folder: Path, manifest: Manifest, record: Record) -> Shard:
     expected = record.tokens * dtype.itemsize
     if size != expected:
         found = "is missing" if size is None else f"has {size:,} bytes instead of {expected:,}"
-        raise UserError(str(path), found, f"remove {folder} and prepare again")
+        raise UserError(str(path), found, REMEDY)
     return Shard(path, dtype, record.tokens, record.documents, record.text_bytes)
 
 

@@ -1,327 +1,221 @@
-"""Documents of a corpus in a fixed order: a data set of the Hugging Face Hub, or files of text on disk.
-
-Nothing that is wrong with a single row stops the stream: it is counted under its reason and passed over.
-"""
+"""The files of a corpus in a fixed order: a data set of the Hugging Face Hub, files below any URL, or files on disk."""
 
 from __future__ import annotations
 
-import errno
-import gzip
+import glob
 import hashlib
 import io
-import json
-import logging
-import lzma
+import os
 import re
-import shutil
-import tempfile
-import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
-from typing import IO, Any, NamedTuple
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from minifoundation.config import DataConfig
+from minifoundation.data.hub import HUB, hub_files, repository_commit
+from minifoundation.data.hub import hub_corpus as hub_corpus
+from minifoundation.data.remote import CONTACT_SECONDS, filesystem, is_missing, reason, retried
 from minifoundation.errors import UserError
-
-
-class HubCorpus(NamedTuple):
-    """A data set of the Hugging Face Hub that has a short name here."""
-
-    repository: str
-    subset: str | None
-    """The data set's own name of a part; None is the whole."""
-    instead: str
-    """What to use when the Hub does not have it (any more)."""
-
-
-HUB = {
-    "fineweb": HubCorpus("HuggingFaceFW/fineweb", "sample-10BT", "use fineweb-edu"),
-    "fineweb-edu": HubCorpus("HuggingFaceFW/fineweb-edu", "sample-10BT", "use fineweb"),
-    "slimpajama": HubCorpus(
-        "cerebras/SlimPajama-627B", None, "use fineweb-edu, or download a copy such as DKYoon/SlimPajama-6B and give --data its folder"
-    ),
-}
-"""Corpora by short name.
-
-``sample-10BT`` is drawn at random from all crawls and is a few files, so streaming begins at once and the first tokens are as
-mixed as the Hub offers them. The default subset is thousands of files crawl after crawl: what a small run reads is 2013 alone.
-"""
 
 KINDS = (".txt", ".jsonl", ".parquet")
 COMPRESSIONS = ("", ".gz", ".zst", ".xz")
 FORMS = "a .txt, .jsonl or .parquet file (plain or .gz, .zst, .xz)"
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-HUB_TIMEOUT_SECONDS = 10
+REMEDY = "give a file or a folder of these"
+VERSIONS = ("ETag", "etag", "Last-Modified", "LastModified", "mtime")
+"""How servers call what changes with a file."""
 
 
-def hub_corpus(source: str) -> HubCorpus | None:
-    """Return the data set of the Hub that ``source`` names, by a short name or as ``org/name`` or ``org/name:subset``; None for a path."""
-    if source in HUB:
-        return HUB[source]
-    named = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?::([\w.-]+))?", source)
-    if named is None or Path(source).exists() or Path(source).parent.exists():  # a slip in the name of a file stays a path
-        return None
-    return HubCorpus(named[1], named[2], "check the name, org/name or org/name:subset, or give --data a path")
+@dataclass(frozen=True)
+class File:
+    """One file of a corpus."""
+
+    url: str
+    """What fsspec opens: a plain local path, hf://…@<revision>/…, s3://…, https://…"""
+    name: str
+    """Below the root of the corpus, with slashes; its bytes decide the order."""
+    size: int | None
+    """Bytes; None where the server has to be asked."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether it lies behind a network."""
+        return "://" in self.url
+
+    @property
+    def form(self) -> tuple[str, str]:
+        """The kind of file and its compression."""
+        form = form_of(self.name)
+        assert form is not None
+        return form
 
 
-class Bad(NamedTuple):
-    """A row that cannot become a document."""
+@dataclass(frozen=True)
+class Corpus:
+    """The files of a source, and what tells them from others."""
 
-    reason: str
-    columns: tuple[str, ...] = ()
-    """The columns there are, when the one asked for is missing."""
+    source: str
+    files: tuple[File, ...]
+    id: dict[str, Any]
+    """Plain JSON values, recorded in the manifest."""
 
 
-def documents(config: DataConfig, *, skip: int = 0, skipped: Counter[str] | None = None) -> Iterator[str]:
-    """Return the documents of the corpus in a fixed order, none longer than ``max_document_bytes`` of UTF-8.
+def find_corpus(source: str, config: DataConfig, *, known: dict[str, Any] | None = None) -> Corpus:
+    """Return the corpus that ``source`` names.
+
+    Files are told apart by their names below the root, their sizes and both their ends (behind a network: what the server says of
+    them); where the root lies does not matter. A corpus of the Hub is told apart by its revision.
 
     Args:
-        skip: documents to pass over; document number n is the same text in every call.
-        skipped: counts the rows that were left out, by reason, from the start of the corpus on.
+        known: the ``id`` of an earlier call; a corpus of the Hub is then taken at the same revision, so that no two are mixed.
 
     Raises:
-        UserError: the corpus is not there, cannot be read to its end, or holds no document at all.
+        UserError: there is none of that name, it holds no file of text, or it cannot be reached.
     """
-    counts: Counter[str] = Counter() if skipped is None else skipped
-    columns: tuple[str, ...] = ()
-    read = 0
-    for row in _rows(config):
-        for document in [row] if isinstance(row, Bad) else _documents_of(row, config.max_document_bytes):
-            if isinstance(document, Bad):
-                counts[document.reason] += 1
-                columns = columns or document.columns
-                if columns and not read and hub_corpus(config.source):  # one schema: what the first row lacks, all of them lack
-                    raise _empty(config, counts, columns)
-                continue
-            read += 1
-            if read > skip:
-                yield document
-    if read == 0:
-        raise _empty(config, counts, columns)
+    known = known or {}
+    column = {"column": config.text_column}
+    if (hub := hub_corpus(source)) is not None:
+        of_hub = {"hub": hub.repository, "subset": hub.subset}
+        commit, urls = hub_files(source, hub, known.get("revision") if of_hub.items() <= known.items() else None)
+        found = [File(url, url.partition(f"@{commit}/")[2] or url, None) for url in urls]
+        return Corpus(source, _texts(source, found), {**of_hub, "revision": commit, **column})
+    if source.startswith("hf://"):
+        url, commit = _pinned(source, known.get("revision") if known.get("hub") == source else None)
+        return Corpus(source, _texts(source, _listed(source, url)), {"hub": source, "revision": commit, **column})
+    if "://" in source and not source.startswith("file://"):
+        marks = _listed(source, source)
+        files = _texts(source, marks)
+        return Corpus(source, files, {**_counted(files, marks), **column})
+    files = _local_files(source.removeprefix("file://"))
+    return Corpus(source, files, {**_counted(files, {file: _ends(file) for file in files}), **column})
 
 
-def source_id(config: DataConfig) -> dict[str, Any]:
-    """Return what tells this corpus from another or from a changed one, as plain JSON values.
-
-    Files are told apart by their names below the root, their sizes and both their ends; where the root lies does not matter.
-    """
-    if (hub := hub_corpus(config.source)) is not None:
-        return {"hub": hub.repository, "subset": hub.subset, "column": config.text_column}
-    root, files = _files(config.source)
-    total = 0
-    digest = hashlib.sha256()
-    for path in files:
-        try:
-            with path.open("rb") as stream:
-                size = stream.seek(0, io.SEEK_END)
-                name = path.relative_to(root).as_posix()
-                digest.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))
-                for start in (0, max(0, size - 4096)):
-                    stream.seek(start)
-                    digest.update(stream.read(4096))
-        except OSError as error:
-            raise _unreadable(path, error) from None
-        total += size
-    return {"files": len(files), "bytes": total, "sha256": digest.hexdigest(), "column": config.text_column}
-
-
-def _rows(config: DataConfig) -> Iterator[str | bytes | Bad]:
-    """Yield the text of each row, before it is checked and cut."""
-    if (hub := hub_corpus(config.source)) is not None:
-        yield from _hub_rows(config.source, hub, config.text_column)
-        return
-    from pyarrow import ArrowException
-
-    for path in _files(config.source)[1]:
-        try:
-            yield from _file_rows(path, config)
-        except (EOFError, OSError, ArrowException, zlib.error, lzma.LZMAError) as error:
-            raise _unreadable(path, error) from error
-
-
-def _documents_of(row: str | bytes, limit: int) -> Iterator[str | Bad]:
-    """Yield the row as documents of at most ``limit`` bytes."""
-    try:
-        raw = row.encode() if isinstance(row, str) else row
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
-        yield Bad("not UTF-8")
-        return
-    for piece in _cut(io.BytesIO(raw), limit) if len(raw) > limit else (raw,):
-        if b"\0" in piece:
-            yield Bad("NUL byte")
-            continue
-        try:
-            text = piece.decode()
-        except UnicodeDecodeError:
-            yield Bad("not UTF-8")
-            continue
-        yield text if text and not text.isspace() else Bad("empty")
-
-
-def _cut(stream: IO[bytes], limit: int) -> Iterator[bytes]:
-    """Yield the stream in pieces of at most ``limit`` bytes that end at line ends, or at a character where a line is longer."""
-    piece = stream.read(limit + 1)
-    while len(piece) > limit:
-        end = piece.rfind(b"\n", 0, limit) + 1
-        if end == 0:
-            end = limit
-            while end > limit - 4 and piece[end] & 0xC0 == 0x80:
-                end -= 1
-        yield piece[:end]
-        piece = piece[end:] + stream.read(limit + 1 - (len(piece) - end))
-    yield piece
-
-
-def _files(source: str) -> tuple[Path, list[Path]]:
-    """Return the root and the files of text below it, in the order of their names; hidden ones are left out."""
-    root = Path(source).expanduser()
-    if root.is_file():
-        if _form(root) is None:
-            raise UserError("data.source", f"{source} is not {FORMS}", "give a file or a folder of these")
-        return root.parent, [root]
-    if not root.is_dir():
-        raise _unknown(source, root)
-    found = {path.relative_to(root): path for path in root.rglob("*") if _form(path) and path.is_file()}
-    shown = sorted((name.as_posix(), path) for name, path in found.items() if not any(part.startswith(".") for part in name.parts))
-    if not shown:
-        raise UserError("data.source", f"{source} holds no {FORMS.removeprefix('a ')}", "give a file or a folder of these")
-    return root, [path for _, path in shown]
-
-
-def _form(path: Path) -> tuple[str, str] | None:
+def form_of(name: str) -> tuple[str, str] | None:
     """Return the kind of file and its compression by name, None for a file that is no text."""
-    name = path.name.lower()
+    name = name.lower()
     return next(((kind, packed) for kind in KINDS for packed in COMPRESSIONS if name.endswith(kind + packed)), None)
 
 
-def _file_rows(path: Path, config: DataConfig) -> Iterator[str | bytes | Bad]:
-    form = _form(path)
-    assert form is not None
-    kind, compression = form
-    with _opened(path, compression) as stream:
-        match kind:
-            case ".txt":
-                yield from _cut(_without_mark(stream), config.max_document_bytes)
-            case ".jsonl":
-                yield from _json_rows(_without_mark(stream), config.text_column)
-            case ".parquet":
-                yield from _parquet_rows(stream, compression, config.text_column)
+def _texts(source: str, files: Iterable[File]) -> tuple[File, ...]:
+    """Return the files of text in the order of their names, without hidden ones.
+
+    Raises:
+        UserError: there is none.
+    """
+    files = list(files)
+    shown = [file for file in files if form_of(file.name) and not any(part.startswith(".") for part in PurePosixPath(file.name).parts)]
+    if not shown:
+        others = sorted({PurePosixPath(file.name).suffix for file in files} - {""})
+        found = f", only {', '.join(others[:5])}" if others else ""
+        raise UserError("data.source", f"{source} holds no {FORMS.removeprefix('a ')}{found}", REMEDY)
+    return tuple(sorted(shown, key=lambda file: os.fsencode(file.name)))
 
 
-def _opened(path: Path, compression: str) -> IO[bytes]:
-    """Return a buffered stream of the plain bytes, which raises where a compressed file breaks off."""
-    match compression:
-        case ".gz":
-            return io.BufferedReader(gzip.open(path))
-        case ".xz":
-            return io.BufferedReader(lzma.open(path))
-        case ".zst":
-            import pyarrow as pa
-
-            # The stream reader of zstandard takes a file that breaks off for one that ends.
-            return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
-        case _:
-            return path.open("rb")
+def _counted(files: tuple[File, ...], marks: dict[File, bytes]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    sizes = [file.size for file in files]
+    for file in files:
+        digest.update(os.fsencode(file.name) + f"\0{file.size}\0".encode() + marks[file])
+    return {"files": len(files), "bytes": None if None in sizes else sum(filter(None, sizes)), "sha256": digest.hexdigest()}
 
 
-def _without_mark(stream: IO[bytes]) -> IO[bytes]:
-    assert isinstance(stream, io.BufferedReader)
-    if stream.peek(3).startswith(BYTE_ORDER_MARK):
-        stream.read(3)
-    return stream
+def _local_files(source: str) -> tuple[File, ...]:
+    root = Path(source).expanduser()
+    if root.is_file():
+        if form_of(root.name) is None:
+            raise UserError("data.source", f"{source} is not {FORMS}", REMEDY)
+        return (File(str(root.absolute()), root.name, root.stat().st_size),)
+    if root.is_dir():
+        found = [path for path in root.rglob("*") if path.is_file()]
+    elif glob.has_magic(source):
+        pattern, root = root, _above_magic(root)
+        found = [path for path in root.glob(str(pattern.relative_to(root))) if path.is_file()]
+    else:
+        raise _unknown(source, root)
+    # A worker of another machine may stand in another folder.
+    return _texts(source, (File(str(path.absolute()), path.relative_to(root).as_posix(), path.stat().st_size) for path in found))
 
 
-def _json_rows(lines: Iterable[bytes], column: str) -> Iterator[str | Bad]:
-    for line in lines:
-        if line.isspace():
-            continue
-        try:
-            row = json.loads(line.decode())
-        except UnicodeDecodeError:
-            yield Bad("not UTF-8")
-        except (json.JSONDecodeError, RecursionError):
-            yield Bad("broken JSON")
-        else:
-            yield _field(row, column) if isinstance(row, dict) else Bad("broken JSON")
+def _above_magic(pattern: Path) -> Path:
+    """Return the folder above the first part of the pattern that is one."""
+    plain = pattern
+    while glob.has_magic(str(plain)):
+        plain = plain.parent
+    return plain
 
 
-def _field(row: Mapping[str, object], column: str) -> str | Bad:
-    if column not in row:
-        return Bad(f"no column {column!r}", tuple(row))
-    value = row[column]
-    if value is None:
-        return Bad("null")
-    return value if isinstance(value, str) else Bad("not a string")
+def _ends(file: File) -> bytes:
+    """Return the first and the last bytes of a local file.
 
-
-def _parquet_rows(stream: IO[bytes], compression: str, column: str) -> Iterator[bytes | Bad]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with tempfile.TemporaryFile() as plain:
-        if compression:  # Parquet is read from its end
-            shutil.copyfileobj(stream, plain)
-        file = pq.ParquetFile(plain if compression else stream)
-        schema = file.schema_arrow
-        if column not in schema.names:
-            yield from [Bad(f"no column {column!r}", tuple(schema.names))] * file.metadata.num_rows
-            return
-        kind = schema.field(column).type
-        textual = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-        for batch in file.iter_batches(batch_size=1024, columns=[column]):
-            values = batch.column(0)
-            # As bytes: one row that is not UTF-8 must not take the batch with it.
-            for value in values.cast(pa.large_binary()).to_pylist() if textual else values.is_valid().to_pylist():
-                yield value if isinstance(value, bytes) else Bad("not a string" if value else "null")
-
-
-def _hub_rows(source: str, hub: HubCorpus, column: str) -> Iterator[str | Bad]:
-    """Stream a data set of the Hub; ask for it first, since loading retries for half a minute without a network."""
-    import huggingface_hub
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    place = f"{source} ({hub.repository} on the Hugging Face Hub)" if source in HUB else f"{source} on the Hugging Face Hub"
+    Raises:
+        UserError: it cannot be read.
+    """
+    assert file.size is not None
     try:
-        huggingface_hub.HfApi().dataset_info(hub.repository, timeout=HUB_TIMEOUT_SECONDS)
-    except RepositoryNotFoundError:
-        raise UserError("data.source", f"{place} is not there", hub.instead) from None
-    except Exception as error:
-        raise UserError(
-            "data.source", f"{place} cannot be reached: {_first_line(error)}", "connect to the network, or give --data a path"
-        ) from error
+        with Path(file.url).open("rb") as stream:
+            first = stream.read(4096)
+            stream.seek(max(0, file.size - 4096), io.SEEK_SET)
+            return first + stream.read(4096)
+    except OSError as error:
+        raise UserError(file.url, f"cannot be read ({error.strerror})", "mend that, or take it out of the corpus") from None
 
-    import datasets
 
-    for library in ("datasets", "huggingface_hub"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    read = 0
+def _listed(source: str, url: str) -> dict[File, bytes]:
+    """Return the files that a URL means (a file, a folder or a pattern), each with the mark by which its server tells versions apart.
+
+    Raises:
+        UserError: there is nothing, or it cannot be read.
+    """
+    fs, path = filesystem(url)
+    web = url.startswith(("http://", "https://"))
+    magic = re.search(r"\*" if web else r"[*\[]", path)
+    single = not magic and form_of(_without_query(path)) is not None
+    root = path[: magic.start()].rpartition("/")[0] if magic else path.rpartition("/")[0] if single else path.rstrip("/")
+
+    def infos() -> dict[str, dict[str, Any]]:
+        infos = fs.glob(path, detail=True) if magic else {path: fs.info(path)} if single else fs.find(path, detail=True)
+        return {name: info for name, info in infos.items() if info["type"] == "file"}
+
     try:
-        for row in datasets.load_dataset(hub.repository, name=hub.subset, split="train", streaming=True):
-            yield _field(row, column)
-            read += 1
+        found = retried(source, infos, patience=CONTACT_SECONDS)
+        if web:  # a page of links tells neither sizes nor versions
+            for name in [name for name in found if form_of(_without_query(name))]:
+                found[name] = retried(name, partial(fs.info, name), patience=CONTACT_SECONDS)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise
-        raise UserError(
-            "data.source",
-            f"{place} broke off after {read:,} rows: {_first_line(error)}",
-            "run the same line again; complete shards are kept",
-        ) from error
+        raise _unreachable(source, error) from error
+    files = {}
+    for name, info in found.items():
+        # A web server may not be able to begin in the middle, whatever size it tells: it is asked when the file is read.
+        file = File(fs.unstrip_protocol(name), _without_query(name).removeprefix(root + "/"), None if web else info["size"])
+        version = next((info[field] for field in VERSIONS if info.get(field)), "")
+        files[file] = f"{info['size']} {version}".encode()
+    return files
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _without_query(address: str) -> str:
+    return re.split(r"[?#]", address)[0]
 
 
-def _unreadable(path: Path, error: Exception) -> Exception:
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return error
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
-    return UserError(str(path), f"cannot be read to its end ({reason})", "fetch the file again, or take it out of the corpus")
+def _pinned(source: str, revision: str | None) -> tuple[str, str]:
+    """Return the hf:// URL at a fixed commit, and that commit."""
+    fs, path = filesystem(source)
+    try:
+        resolved = retried(source, lambda: fs.resolve_path(path), patience=CONTACT_SECONDS)
+    except Exception as error:
+        raise _unreachable(source, error) from error
+    if not hasattr(resolved, "repo_id"):
+        raise UserError("data.source", f"{source} is no data set of the Hub, whose versions are kept", "write hf://datasets/org/name/path")
+    commit = repository_commit(source, resolved.repo_id, resolved.repo_type, revision or resolved.revision, "check the address")
+    kind = "" if resolved.repo_type == "model" else f"{resolved.repo_type}s/"
+    return f"hf://{kind}{resolved.repo_id}@{commit}/{resolved.path_in_repo}".rstrip("/"), commit
+
+
+def _unreachable(source: str, error: Exception) -> UserError:
+    if is_missing(error):
+        return UserError("data.source", f"{source} is not there", "check the address")
+    return UserError("data.source", f"{source} cannot be read ({reason(error)})", "check the address, your network and credentials")
 
 
 def _unknown(source: str, root: Path) -> UserError:
@@ -330,9 +224,3 @@ def _unknown(source: str, root: Path) -> UserError:
         near = [str(root.with_name(name)) for name in get_close_matches(root.name, [path.name for path in root.parent.iterdir()], n=1)]
     remedy = f"did you mean {near[0]}?" if near else f"give one of {', '.join(HUB)}, org/name of the Hub, or a path"
     return UserError("data.source", f"{source!r} is neither a known corpus nor a path", remedy)
-
-
-def _empty(config: DataConfig, counts: Counter[str], columns: tuple[str, ...]) -> UserError:
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
-    remedy = f"set data.text_column to one of: {', '.join(columns)}" if columns else "give text in UTF-8"
-    return UserError("data.source", f"{config.source} holds no document" + (f" ({reasons})" if reasons else ""), remedy)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from minifoundation.data.shards import Shard, Shards
+from minifoundation.data.shards import MANIFEST, REMEDY, Shard, Shards, intact
 from minifoundation.data.tokenizer import BOS, EOS, Tokenizer
 from minifoundation.errors import UserError
+
+
+def folders(path: Path) -> list[Path]:
+    """Return ``path`` when it is a folder of shards, or else the folders of shards in it; none is ``path`` too."""
+    within = [] if (path / MANIFEST).exists() else sorted(manifest.parent for manifest in path.glob(f"*/{MANIFEST}"))
+    return within or [path]
 
 
 @dataclass(frozen=True)
@@ -41,13 +47,10 @@ def check(shards: Shards) -> None:
     Raises:
         UserError: one is not what was written; it is named.
     """
-    records = [record for pair in shards.manifest.pairs for record in (pair.train, pair.held_out) if record]
-    for record in records:
-        with (shards.folder / record.file).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
-                raise UserError(
-                    str(shards.folder / record.file), "is not what was written (sha256)", f"remove {shards.folder} and prepare again"
-                )
+    for pair in shards.manifest.pairs:
+        for record in pair.records:
+            if not intact(shards.folder, record):
+                raise UserError(str(shards.folder / record.file), "is not what was written (sha256)", REMEDY)
 
 
 def samples(shards: Shards, tokenizer: Tokenizer, count: int) -> Iterator[tuple[str, str]]:

@@ -114,6 +114,11 @@ class Tokenizer:
         known = self._bytes
         return b"".join([known[token] for token in ids if token < len(known)]).decode("utf-8", "replace")
 
+    def text_bytes(self, ids: npt.NDArray[np.integer[Any]]) -> int:
+        """Return how many UTF-8 bytes of text ``ids`` stand for; special tokens have none."""
+        lengths = np.array([len(piece) for piece in self._bytes], np.int64)
+        return int(lengths[ids].sum())
+
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, out: Path) -> Tokenizer:
     """Return a tokenizer trained on the first ``config.sample_bytes`` of ``texts`` and written to ``out``, whole or not at all.

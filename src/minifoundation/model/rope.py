@@ -59,11 +59,22 @@ def rotary_tables(frequencies: Tensor, gain: float, seq_len: int) -> tuple[Tenso
     return angles.cos() * gain, angles.sin() * gain
 
 
+def positions_within(cu_seqlens: Tensor, n_rows: int, seq_len: int) -> Tensor:
+    """Return the distance (B, T) int64 of each token from the beginning of its document.
+
+    Args:
+        cu_seqlens: where each document begins in the flattened tokens, and B * T at the end; each row begins one.
+    """
+    starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff(), output_size=n_rows * seq_len)
+    return (torch.arange(n_rows * seq_len, device=cu_seqlens.device) - starts).view(n_rows, seq_len)
+
+
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return ``x`` (B, T, H, h) rotated, pairing channel i with i + h/2 as Hugging Face does (GPT-J pairs 2i with 2i + 1).
 
+    The tables are (T, h/2), or (B, T, h/2) where the positions of the rows differ.
     The rotation is done in float32 even when ``x`` is not: bfloat16 angles blur relative positions in long contexts (arXiv:2411.13476).
     """
     first, second = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]  # (T, 1, h/2)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (..., T, 1, h/2)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

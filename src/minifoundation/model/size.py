@@ -29,14 +29,18 @@ def _block_matrices(config: ModelConfig) -> int:
     return D * (config.n_head + 2 * config.n_kv_head) * h + D * D + 3 * D * config.d_ff
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Return the FLOPs of forward and backward a token in rows of ``seq_len``: 6 N + 6 L H h T.
+def flops_per_token(config: ModelConfig, attended_length: float) -> float:
+    """Return the FLOPs of forward and backward a token: 6 N + 6 L H h T.
 
     A multiply-add is 2 FLOPs, the backward twice the forward (Kaplan et al., arXiv:2001.08361). Attention is counted causally: a
     token reads T/2 others on average in two products, 2 x 2 x H h x T/2 forward. Recomputation is not counted: this is model FLOPs,
     what MFU is defined on (PaLM, arXiv:2204.02311, appendix B, with its full attention halved).
+
+    Args:
+        attended_length: T, the length of the rows; where attention stays within documents, the mean over the tokens of the length of their
+            document (``Batch.attended_length``).
     """
-    return 6.0 * n_matmul_parameters(config) + 6.0 * config.n_layer * config.n_head * config.head_dim * seq_len
+    return 6.0 * n_matmul_parameters(config) + 6.0 * config.n_layer * config.n_head * config.head_dim * attended_length
 
 
 def memory_bytes(

@@ -23,9 +23,9 @@ class TrainingModel(nn.Module):
         self.chunk = chunk
         self.compiled = False
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> LossSums:
-        """Return the losses summed over ``targets`` (B, T) given ``tokens`` (B, T)."""
-        hidden = self.transformer(tokens).flatten(0, 1)
+    def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> LossSums:
+        """Return the losses summed over ``targets`` (B, T) given ``tokens`` (B, T) and, as ``Transformer`` takes them, the documents."""
+        hidden = self.transformer(tokens, cu_seqlens).flatten(0, 1)
         head = self.transformer.head_weight
         return token_losses(hidden, head, targets.flatten(), z_loss=self.z_loss, chunk=self.chunk, compiled=self.compiled)
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from minifoundation.config import ModelConfig
-from minifoundation.model.attention import KERNEL_OPERATORS, Backend, attend, resolve
-from minifoundation.model.rope import apply_rope, rope_frequencies, rotary_tables
+from minifoundation.model.attention import KERNEL_OPERATORS, Backend, attend, documents_for, resolve
+from minifoundation.model.rope import apply_rope, positions_within, rope_frequencies, rotary_tables
 
 
 class Matrix(nn.Module):
@@ -60,26 +60,34 @@ class Block(nn.Module):
         self.gate_up = Matrix(D, 2 * config.d_ff)
         self.down = Matrix(config.d_ff, D)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend) -> Tensor:  # (B, T, D)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Tensor | None) -> Tensor:  # (B, T, D)
         if self.checkpointing == "none" or not torch.is_grad_enabled():
-            return self.branches(x, cos, sin, kernel)
+            return self.branches(x, cos, sin, kernel, documents)
         # Inside forward, so that a compiled block sees it; a selective policy around compiled code would see no operators.
         extra: dict[str, Any] = {"context_fn": _keep_attention} if self.checkpointing == "attention" else {}
         result: Tensor = checkpoint(
-            self.branches, x, cos, sin, kernel, use_reentrant=False, preserve_rng_state=self.training and self.dropout > 0, **extra
+            self.branches,
+            x,
+            cos,
+            sin,
+            kernel,
+            documents,
+            use_reentrant=False,
+            preserve_rng_state=self.training and self.dropout > 0,
+            **extra,
         )
         return result
 
-    def branches(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend) -> Tensor:
-        x = x + F.dropout(self.attention(self.attention_norm(x), cos, sin, kernel), self.dropout, self.training)
+    def branches(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Tensor | None) -> Tensor:
+        x = x + F.dropout(self.attention(self.attention_norm(x), cos, sin, kernel, documents), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
-    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend) -> Tensor:
+    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Tensor | None) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2K, h)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=-2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        mixed = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, kernel)  # (B, T, H, h)
+        mixed = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, kernel, documents)  # (B, T, H, h)
         result: Tensor = self.out(mixed.flatten(-2))
         return result
 
@@ -124,25 +132,36 @@ class Transformer(nn.Module):
         """The (V, D) matrix of the output head: the embedding when tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return the hidden states (B, T, D) after the final norm of token ids (B, T)."""
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Return the hidden states (B, T, D) after the final norm of token ids (B, T).
+
+        Args:
+            cu_seqlens: where each document begins in the flattened tokens, each row beginning one, and B * T at the end, (documents + 1,)
+                int32: attention stays within documents and positions restart in each, as if each were a row of its own. None: a row is one.
+        """
         x = F.embedding(tokens, self.embedding.weight).to(self.dtype)
         cos, sin = rotary_tables(self.frequencies, self.gain, tokens.shape[1])
-        kernel = self.kernel(tokens.device)
+        kernel = self.kernel(tokens.device, masked=cu_seqlens is not None)
+        documents = None
+        if cu_seqlens is not None:
+            positions = positions_within(cu_seqlens, *tokens.shape)
+            cos, sin = cos[positions], sin[positions]  # (B, T, h/2)
+            documents = documents_for(kernel, cu_seqlens, positions, self.dtype)
         for block in self.blocks:
-            x = block(x, cos, sin, kernel)
+            x = block(x, cos, sin, kernel, documents)
         result: Tensor = self.norm(x)
         return result
 
-    def logits(self, tokens: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Return the logits (B, T, V), float32 (float64 when the model computes in it)."""
-        hidden = self(tokens)
+        hidden = self(tokens, cu_seqlens)
         return F.linear(hidden, self.head_weight.to(hidden.dtype)).to(torch.promote_types(hidden.dtype, torch.float32))
 
-    def kernel(self, device: torch.device) -> Backend:
-        """Return the attention kernel that runs on ``device``."""
+    def kernel(self, device: torch.device, *, masked: bool = False) -> Backend:
+        """Return the attention kernel that runs on ``device``, within rows or (``masked``) within documents."""
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-        return resolve(self.config.attention, device.type, dtype=self.dtype, head_dim=self.config.head_dim, capability=capability)[0]
+        head_dim = self.config.head_dim
+        return resolve(self.config.attention, device.type, dtype=self.dtype, head_dim=head_dim, capability=capability, masked=masked)[0]
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:

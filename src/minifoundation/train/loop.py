@@ -5,53 +5,24 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import FrameType
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from minifoundation.config import TrainConfig
-from minifoundation.data.batch import Batch, prefetch
-from minifoundation.data.loader import Loader, micro_batches
-from minifoundation.distributed import World
+from minifoundation.data.batch import Batch
 from minifoundation.errors import UserError
-from minifoundation.runtime import Machine, Moment
-from minifoundation.train.ema import Average
+from minifoundation.model.size import flops_per_token
+from minifoundation.runtime import Moment
+from minifoundation.train.feed import Feed, NoData
 from minifoundation.train.metrics import MetricsLog, Row, bits_per_byte, model_flops_utilisation
-from minifoundation.train.plan import Plan
 from minifoundation.train.schedule import learning_rate
+from minifoundation.train.state import Training
 from minifoundation.train.step import StepStats, held_out_loss, train_step
-
-
-@dataclass
-class Progress:
-    """How far a phase has come: the one mutable object of the loop."""
-
-    step: int = 0
-    tokens: int = 0
-    sample: int = 0
-    """The place in the data: the next sample of this phase."""
-    first_shard: int = 0
-    """The shard at which the phase began to read."""
-    phase: str = "pretrain"
-    held_out_bits_per_byte: float | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The held-out batches and the bytes of text that a token of them stands for."""
-
-    batches: Sequence[Batch]
-    bytes_per_token: float
 
 
 @dataclass
@@ -90,84 +61,77 @@ def stop_on_signals() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-def fit(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    average: Average | None,
-    loader: Loader,
-    held_out: HeldOut | None,
-    *,
-    config: TrainConfig,
-    plan: Plan,
-    progress: Progress,
-    machine: Machine,
-    world: World,
-    log: MetricsLog,
-    save: Callable[[], None],
-    stop: Stop,
-) -> bool:
-    """Train from ``progress`` to the end of ``plan`` and return whether the end was reached (False: told to stop, and saved).
+def fit(training: Training, log: MetricsLog, stop: Stop) -> bool:
+    """Train from ``training.progress`` to the end of the plan and return whether the end was reached (False: told to stop, and saved).
 
     On a GPU a step's figures are read after the next step has been launched, so the device never waits for Python.
 
     Raises:
-        UserError: the loss is not a finite number.
+        UserError: the loss is not a finite number; or shards cannot be made or read, and the run was saved.
     """
-    assert isinstance(config.batch_size, int)
-    report = _Report(config, plan, progress, machine, world, log)
-    rows = range(progress.sample, progress.sample + (plan.steps - progress.step) * plan.samples_per_step, plan.samples_per_step)
-    data = (
-        list(
-            micro_batches(loader, first, batch_size=config.batch_size, grad_accum=config.grad_accum, rank=world.rank, world_size=world.size)
+    report = _Report(training, log)
+    feed = Feed(training, lambda: stop.asked, report.bar)
+    with report.bar:
+        try:
+            with feed.open() as steps:
+                return _train(training, feed, steps, report, stop)
+        except NoData as lack:
+            report.catch_up()
+            training.save()
+            if lack.everywhere:
+                training.world.wait()
+            if lack.error is not None:
+                raise lack.error from None
+            return False
+
+
+def _train(training: Training, feed: Feed, steps: Iterator[list[Batch]], report: _Report, stop: Stop) -> bool:
+    config, plan, progress = training.config.train, training.plan, training.progress
+    world, machine = training.world, training.machine
+    while progress.step < plan.steps:
+        started = time.perf_counter()
+        micro = [batch.to(machine.device) for batch in next(steps)]
+        waited = time.perf_counter() - started
+        rate = learning_rate(progress.step, plan.steps, config)
+        torch.manual_seed(_dropout_seed(config.seed, progress.step, world.rank))
+        stats = train_step(
+            training.model,
+            training.optimizer,
+            training.scaler,
+            micro,
+            lr=rate,
+            grad_clip=config.grad_clip,
+            tokens=plan.tokens_per_step,
+            world=world,
+            stop=stop.asked,
         )
-        for first in rows
-    )
-    pending: _Pending | None = None
-    with report.bar, prefetch(data, pin=machine.is_cuda) as batches:
-        while progress.step < plan.steps:
-            started = time.perf_counter()
-            micro = [_to(batch, machine) for batch in next(batches)]
-            waited = time.perf_counter() - started
-            rate = learning_rate(progress.step, plan.steps, config)
-            torch.manual_seed(_dropout_seed(config.seed, progress.step, world.rank))
-            stats = train_step(
-                model,
-                optimizer,
-                scaler,
-                micro,
-                lr=rate,
-                grad_clip=config.grad_clip,
-                tokens=plan.tokens_per_step,
-                world=world,
-                stop=stop.asked,
-            )
-            progress.step += 1
-            progress.sample += plan.samples_per_step
-            progress.tokens += plan.tokens_per_step
-            if average is not None:
-                average.update(progress.step)
-            if pending is not None:
-                report.write(report.read(pending), evaluated=False)
-            before, pending = pending, _Pending(progress.step, rate, stats, waited, Moment(machine))
-            known = before if machine.is_cuda else pending  # the newest step whose figures can be read without waiting
-            last = progress.step == plan.steps
-            evaluating = last or progress.step % config.eval_every == 0
-            saving = not last and progress.step % config.save_every == 0
-            told = stop.asked if world.size == 1 else known is not None and known.stats.read()[-1]  # the same on every process
-            stopping = told and not last
-            if evaluating or saving or stopping or not machine.is_cuda:
-                figures = report.read(pending)
-                pending = None
-                if evaluating and held_out is not None:
-                    nats = held_out_loss(model, held_out.batches, world, machine.device)
-                    progress.held_out_bits_per_byte = bits_per_byte(nats, held_out.bytes_per_token)
-                report.write(figures, evaluated=evaluating)
-                if saving or stopping:
-                    save()
-                report.resume_clock()
-            if stopping:
-                return False
+        progress.step += 1
+        progress.sample += plan.samples_per_step
+        progress.tokens += plan.tokens_per_step
+        if training.average is not None:
+            training.average.update(progress.step)
+        before = report.catch_up()
+        now = report.pending = _Pending(progress.step, rate, stats, waited, Moment(machine))
+        known = before if machine.is_cuda else now  # the newest step whose figures can be read without waiting
+        last = progress.step == plan.steps
+        evaluating = last or progress.step % config.eval_every == 0
+        saving = not last and progress.step % config.save_every == 0
+        told = stop.asked if world.size == 1 else known is not None and known.stats.read()[-1]  # the same on every process
+        stopping = told and not last
+        if evaluating or saving or stopping or not machine.is_cuda:
+            if evaluating:
+                feed.wait_for_held_out()
+            figures = report.read(now)
+            if evaluating and training.held_out.batches:
+                nats = held_out_loss(training.model, training.held_out.batches, world, machine.device)
+                progress.held_out_bits_per_byte = bits_per_byte(nats, training.held_out.bytes_per_token)
+            report.write(figures, evaluated=evaluating)
+            if saving or stopping:
+                training.save()
+                world.wait()  # so that none leaves while the first one writes
+            report.resume_clock()
+        if stopping:
+            return False
     return True
 
 
@@ -176,31 +140,34 @@ def _dropout_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
 
 
-def _to(batch: Batch, machine: Machine) -> Batch:
-    return Batch(batch.tokens.to(machine.device, non_blocking=True), batch.targets.to(machine.device, non_blocking=True))
-
-
 class _Report:
     """Turns the figures of steps into the progress line and rows of metrics.csv."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        plan: Plan,
-        progress: Progress,
-        machine: Machine,
-        world: World,
-        log: MetricsLog,
-    ) -> None:
-        self.config, self.plan, self.progress, self.machine, self.world, self.log = config, plan, progress, machine, world, log
+    def __init__(self, training: Training, log: MetricsLog) -> None:
+        self.training, self.log = training, log
+        progress = training.progress
         self.bar = tqdm(
-            total=plan.steps, initial=progress.step, desc=progress.phase, unit="step", disable=not world.is_first, dynamic_ncols=True
+            total=training.plan.steps,
+            initial=progress.step,
+            desc=progress.phase,
+            unit="step",
+            disable=not training.world.is_first,
+            dynamic_ncols=True,
         )
-        self.before = Moment(machine)
+        self.before = Moment(training.machine)
+        self.pending: _Pending | None = None
+        """The step whose figures are still to be read and written."""
 
     def resume_clock(self) -> None:
         """Leave the time of an evaluation or a save out of the next figures."""
-        self.before = Moment(self.machine)
+        self.before = Moment(self.training.machine)
+
+    def catch_up(self) -> _Pending | None:
+        """Read and write the figures that are pending, and return whose they were."""
+        pending = self.pending
+        if pending is not None:
+            self.write(self.read(pending), evaluated=False)
+        return pending
 
     def read(self, pending: _Pending) -> Row:
         """Return the figures of a step; this waits until the device has done it.
@@ -208,6 +175,7 @@ class _Report:
         Raises:
             UserError: the loss is not a finite number.
         """
+        self.pending = None
         loss, z_loss, norm, _ = pending.stats.read()
         if not math.isfinite(loss):
             raise UserError(
@@ -215,25 +183,27 @@ class _Report:
                 f"the loss became {loss} at step {pending.step} with rate {pending.lr:.3g}",
                 "start again in another --out_dir with a lower --lr, a longer --train.warmup, or bf16 instead of fp16",
             )
-        rate = self.plan.tokens_per_step / pending.done.seconds_since(self.before)
+        plan, machine = self.training.plan, self.training.machine
+        rate = plan.tokens_per_step / pending.done.seconds_since(self.before)
         self.before = pending.done
+        flops = flops_per_token(self.training.config.model, pending.stats.attended_length)
         return {
             "step": pending.step,
-            "tokens": self.progress.tokens - (self.progress.step - pending.step) * self.plan.tokens_per_step,
+            "tokens": pending.step * plan.tokens_per_step,
             "loss": loss,
             "z_loss": z_loss,
             "held_out_bits_per_byte": None,
             "lr": pending.lr,
             "grad_norm": norm,
             "tokens_per_second": rate,
-            "mfu": model_flops_utilisation(rate, self.plan.flops_per_token, self.machine.peak_flops, self.world.size),
-            "peak_memory_gib": self.machine.peak_memory_bytes() / 2**30,
+            "mfu": model_flops_utilisation(rate, flops, machine.peak_flops, self.training.world.size),
+            "peak_memory_gib": machine.peak_memory_bytes() / 2**30,
             "data_wait_seconds": pending.wait_seconds,
         }
 
     def write(self, figures: Row, *, evaluated: bool) -> None:
         """Move the progress line on and add a row to metrics.csv; an evaluation of this step goes with it."""
-        bits, mfu = self.progress.held_out_bits_per_byte, figures["mfu"]
+        bits, mfu = self.training.progress.held_out_bits_per_byte, figures["mfu"]
         shown = {"loss": f"{figures['loss']:.3f}"}
         if bits is not None:
             shown["bpb"] = f"{bits:.3f}"
@@ -242,5 +212,5 @@ class _Report:
             shown["MFU"] = f"{mfu:.1%}"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(1)
-        if evaluated or figures["step"] % self.config.log_every == 0:
+        if evaluated or figures["step"] % self.training.config.train.log_every == 0:
             self.log.write({**figures, "held_out_bits_per_byte": bits if evaluated else None})

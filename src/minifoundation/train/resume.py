@@ -13,6 +13,7 @@ from minifoundation.train.plan import Plan
 MAY_CHANGE = (
     "out_dir",
     "data.shards_dir",
+    "data.workers",
     "model.attention",
     "model.checkpointing",
     "model.checkpoint_every",

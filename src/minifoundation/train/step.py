@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,11 @@ class StepStats:
     has been launched since.
     """
 
-    def __init__(self, losses: Tensor, grad_norm: Tensor, stop_votes: Tensor) -> None:
+    attended_length: float
+    """Mean over this process's tokens of the length that attention spans: what ``flops_per_token`` takes."""
+
+    def __init__(self, losses: Tensor, grad_norm: Tensor, stop_votes: Tensor, *, attended_length: float) -> None:
+        self.attended_length = attended_length
         figures = torch.cat([losses, grad_norm[None], stop_votes[None]]).detach()
         self._done: torch.cuda.Event | None = None
         if figures.is_cuda:
@@ -67,7 +72,7 @@ def train_step(
     sums: list[Tensor] = []
     for number, batch in enumerate(batches, start=1):
         with nullcontext() if number == len(batches) else local_gradients(model):
-            losses = model(batch.tokens, batch.targets)
+            losses = model(batch.tokens, batch.targets, batch.cu_seqlens)
             scaler.scale(losses.total * (world.size / tokens)).backward()  # DDP takes the mean over the processes
         sums.append(torch.stack([losses.cross_entropy, losses.z_loss]))
     scaler.unscale_(optimizer)
@@ -77,7 +82,7 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     mine = torch.stack(sums).sum(0)
     total = world.total(torch.cat([mine, mine.new_full((1,), float(stop))]))
-    return StepStats(total[:2] / tokens, grad_norm, total[2])
+    return StepStats(total[:2] / tokens, grad_norm, total[2], attended_length=fmean(batch.attended_length for batch in batches))
 
 
 def _clip(parameters: list[nn.Parameter], largest: float | None) -> Tensor:
@@ -94,7 +99,8 @@ def held_out_loss(model: nn.Module, batches: Sequence[Batch], world: World, devi
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches[world.rank :: world.size]:
-        losses = model(batch.tokens.to(device), batch.targets.to(device))
+        there = batch.to(device)
+        losses = model(there.tokens, there.targets, there.cu_seqlens)
         sums += torch.stack([losses.cross_entropy.double(), torch.as_tensor(losses.tokens, dtype=torch.float64, device=device)])
     model.train()
     total = world.total(sums)
