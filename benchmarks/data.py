@@ -68,6 +68,7 @@ def main() -> None:
             "workers": arguments.workers,
             "vocabulary": tokenizer.vocab_size,
         }
+        results["stored_mb"] = {form: sum(file.stat().st_size for file in folder.iterdir()) / MB for form, folder in corpora.items()}
         results["tokenising"] = tokenising(texts, corpora, tokenizer, work, arguments.workers, rounds)
         results["a_core"] = against_datatrove(corpora["plain"], texts, tokenizer, work, (1 if quick else 10) * MB, rounds)
         results["loader"] = loading(corpora["plain"], tokenizer, work, rounds)
