@@ -12,6 +12,7 @@ import argparse
 import gc
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from minifoundation.data.batch import Batch
 from minifoundation.distributed import World
 from minifoundation.model.training import TrainingModel
 from minifoundation.model.transformer import Transformer
+from minifoundation.runtime import Machine
 from minifoundation.train.metrics import model_flops_utilisation
 from minifoundation.train.optimizer import adamw
 from minifoundation.train.plan import plan
@@ -44,6 +46,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("model_1b", {"train": {"batch_size": 1, "seq_len": 16384}, "model": {"rope": {"scaling": "yarn", "factor": 4}}}),
 ]
 GIB = 2**30
+WARM_UP = 3
 
 
 def settings(name: str, changes: dict[str, Any]) -> RunConfig:
@@ -53,8 +56,28 @@ def settings(name: str, changes: dict[str, Any]) -> RunConfig:
     return config.build(RunConfig, config.merged(config.merged(values, base), changes), name)
 
 
-def measure(run: RunConfig, steps: int, limit_gib: float | None = None) -> dict[str, Any]:
-    """Return the figures of ``steps`` training steps after three to warm up; ``limit_gib`` caps what the process may allocate."""
+def random_model(run: RunConfig, where: Machine) -> TrainingModel:
+    """Return the model of ``run`` on the device, with random weights drawn there."""
+    with torch.device(where.device):
+        transformer = Transformer(run.model, dtype=runtime.compute_dtype(run.train.precision, where))
+    transformer.to(where.device)  # the frequencies of RoPE are made on the CPU
+    with torch.no_grad():
+        for weight in transformer.parameters():
+            _ = weight.fill_(1.0) if weight.ndim == 1 else weight.normal_(0.0, 0.02)
+    if run.train.compile and runtime.can_compile(where) is None:
+        transformer.compile_blocks()
+    return TrainingModel(transformer, z_loss=run.train.z_loss, chunk=run.train.loss_chunk)
+
+
+def measure(
+    run: RunConfig, steps: int, limit_gib: float | None = None, *, profile: Callable[[Callable[[], None]], Any] | None = None
+) -> dict[str, Any]:
+    """Return the figures of ``steps`` training steps after three to warm up.
+
+    Args:
+        limit_gib: caps what the process may allocate.
+        profile: called with one more step; what it returns is a figure too.
+    """
     where = runtime.machine()
     torch._dynamo.reset()
     gc.collect()
@@ -63,44 +86,51 @@ def measure(run: RunConfig, steps: int, limit_gib: float | None = None) -> dict[
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / where.memory_bytes if limit_gib else 1.0)
     assert isinstance(run.train.batch_size, int)
+    shape = (run.train.grad_accum, run.train.batch_size, run.train.seq_len + 1)
     planned = plan(run, 1)
-    transformer = Transformer(run.model, dtype=runtime.compute_dtype(run.train.precision, where))
-    transformer.initialise(0)
-    transformer.to(where.device)
-    model = TrainingModel(transformer, z_loss=run.train.z_loss, chunk=run.train.loss_chunk)
-    if run.train.compile and runtime.can_compile(where) is None:
-        model.compile_blocks()
-    optimizer = adamw(transformer, run.train)
-    scaler = torch.amp.GradScaler(where.device.type, enabled=False)
-    seconds: list[float] = []
-    began = time.perf_counter()
-    for number in range(steps + 3):
-        shape = (run.train.grad_accum, run.train.batch_size, run.train.seq_len + 1)
+    torch.manual_seed(0)
+    model = random_model(run, where)
+    optimizer = adamw(model, run.train)
+    scaler = torch.amp.GradScaler(where.device.type, enabled=run.train.precision == "fp16")
+    losses: list[float] = []
+
+    def step() -> None:
         rows = torch.randint(run.model.vocab_size, shape, device=where.device)
+        micro = [Batch(part[:, :-1], part[:, 1:]) for part in rows]
+        stats = train_step(
+            model, optimizer, scaler, micro, lr=1e-4, grad_clip=run.train.grad_clip, tokens=planned.tokens_per_step, world=World()
+        )
+        losses.append(stats.read()[0])
+
+    seconds: list[float] = []
+    for number in range(WARM_UP + steps):
+        if number == WARM_UP:
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         where.synchronize()
         started = time.perf_counter()
-        micro = [Batch(part[:, :-1], part[:, 1:]) for part in rows]
-        train_step(model, optimizer, scaler, micro, lr=1e-4, grad_clip=run.train.grad_clip, tokens=planned.tokens_per_step, world=World())
+        step()
         where.synchronize()
-        if number >= 3:
-            seconds.append(time.perf_counter() - started)
-        elif number == 0:
-            first = time.perf_counter() - began
+        seconds.append(time.perf_counter() - started)
+    recompiled = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
+    first, seconds = seconds[0], seconds[WARM_UP:]
     median = statistics.median(seconds)
     rate = planned.tokens_per_step / median
     mfu = model_flops_utilisation(rate, planned.flops_per_token, where.peak_flops, 1)
     peak = where.peak_memory_bytes() / GIB
     return {
-        "kernel": transformer.kernel(where.device),
+        "kernel": model.transformer.kernel(where.device),
         "tokens_per_second": round(rate),
         "ms_per_step": round(median * 1e3, 2),
         "ms_spread": [round(min(seconds) * 1e3, 2), round(max(seconds) * 1e3, 2)],
         "mfu": mfu and round(mfu, 4),
         "first_step_seconds": round(first, 1),
+        "graphs_after_warm_up": recompiled,
+        "losses": [round(losses[0], 5), round(losses[-1], 5)],
         "peak_gib": round(peak, 3),
         "predicted_gib": round(planned.memory_total / GIB, 3),
         "predicted_over_measured": round(planned.memory_total / GIB / peak, 3),
         "predicted_parts_gib": {name: round(size / GIB, 3) for name, size in planned.memory.items()},
+        **({"profile": profile(step)} if profile else {}),
     }
 
 

@@ -82,7 +82,9 @@ class ModelConfig(Settings):
         "[DeepSeek LLM, arXiv:2401.02954: 0.006 at 4096 = 0.38/sqrt], "
         "the branch outputs smaller by sqrt(2 n_layer) [GPT-2]",
     )
-    attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = setting("auto", help="kernel of scaled dot-product attention")
+    attention: Literal["auto", "flash4", "cudnn", "flash", "efficient", "math"] = setting(
+        "auto", help="kernel of scaled dot-product attention; flash4 is FlashAttention-4 (pip install flash-attn-4)"
+    )
     checkpointing: Literal["none", "attention", "full"] = setting(
         "none",
         help="activation checkpointing of a block: attention keeps the attention outputs and recomputes the rest, full recomputes all",
@@ -227,7 +229,7 @@ class TrainConfig(Settings):
     optimizer_states: Literal["fp32", "int8"] = setting("fp32", help="dtype of the moments of AdamW; int8 (arXiv:2110.02861) needs torchao")
     grad_clip: float | None = setting(1.0, gt=0, help="largest gradient norm; none is off [GPT-3, Llama 2: 1.0]")
     z_loss: float = setting(1e-4, ge=0, help="weight of log(Z)^2, 0 is off [PaLM, arXiv:2204.02311: 1e-4]")
-    loss_chunk: int = setting(2048, ge=1, help="tokens whose logits are held at once by the loss")
+    loss_chunk: int = setting(8192, ge=1, help="tokens whose logits are held at once by the loss")
     ema: float | None = setting(None, gt=0, lt=1, help="decay of an exponential moving average of the weights; none is off")
     seed: int = setting(1234, ge=0, flag="seed", help="of the weights, the order of samples and dropout")
     log_every: int = setting(1, ge=1, help="steps between lines of metrics.csv")

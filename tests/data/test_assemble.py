@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -37,15 +37,15 @@ class Shuffled:
         self._random = random.Random(seed)
         self._engine = in_process()
 
-    def submit(self, task: Task, pieces: Sequence[tuple[int, Piece]]) -> list[Future[None]]:
-        order = list(pieces)
-        self._random.shuffle(order)
+    def submit(self, task: Task, pieces: Iterable[tuple[int, Piece]]) -> list[Future[None]]:
+        given = list(pieces)
+        order = self._random.sample(given, len(given))
         done = dict(zip((number for number, _ in order), self._engine.submit(task, order), strict=True))
         assert isinstance(task, Encoding)
         for number, _ in order:
             if self._random.random() < 0.2:
                 task.path(number, self._random.randrange(3)).unlink(missing_ok=True)
-        return [done[number] for number, _ in pieces]
+        return [done[number] for number, _ in given]
 
     def close(self) -> None:
         pass
@@ -110,8 +110,8 @@ def test_a_worker_that_is_killed_does_not_stop_the_run(
 
     def ready_after_a_kill(encoding: Encoding, work: assemble._InWork, *rest: Any) -> Block:
         if work.number in (1, 4) and work.number not in killed:
-            for process in engine._processes:  # type: ignore[attr-defined]
-                process.kill()
+            for worker in engine._workers:  # type: ignore[attr-defined]
+                worker.kill()
             killed.append(work.number)
         return ready(encoding, work, *rest)
 
@@ -184,7 +184,7 @@ class Idle:
 
     ahead = 2
 
-    def submit(self, task: Task, pieces: Sequence[tuple[int, Piece]]) -> list[Future[None]]:
+    def submit(self, task: Task, pieces: Iterable[tuple[int, Piece]]) -> list[Future[None]]:
         futures: list[Future[None]] = [Future() for _ in pieces]
         for future in futures:
             future.set_result(None)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
@@ -72,7 +72,7 @@ class Slowed:
     def __post_init__(self) -> None:
         self.ahead = self.engine.ahead
 
-    def submit(self, task: Task, pieces: Sequence[tuple[int, Piece]]) -> list[Future[None]]:
+    def submit(self, task: Task, pieces: Iterable[tuple[int, Piece]]) -> list[Future[None]]:
         return self.engine.submit(Noted(self.noted.folder, task, self.noted.seconds), pieces)
 
     def close(self) -> None:

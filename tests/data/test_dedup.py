@@ -5,7 +5,7 @@ import math
 import random
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -125,7 +125,7 @@ class Failing:
         self.left = tasks
         self.done = 0
 
-    def submit(self, task: Task, pieces: Sequence[tuple[int, Piece]]) -> list[Future[None]]:
+    def submit(self, task: Task, pieces: Iterable[tuple[int, Piece]]) -> list[Future[None]]:
         futures: list[Future[None]] = []
         for number, piece in pieces:
             future: Future[None] = Future()

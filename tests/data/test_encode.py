@@ -43,9 +43,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     encode_documents = Tokenizer.encode_documents
 
-    def counted(self: Tokenizer, texts: Any, threads: int) -> Any:
+    def counted(self: Tokenizer, texts: Any) -> Any:
         counts.append(len(texts))
-        return encode_documents(self, texts, threads)
+        return encode_documents(self, texts)
 
     monkeypatch.setattr(Tokenizer, "encode_documents", counted)
     return counts
@@ -69,6 +69,14 @@ def test_the_blocks_of_a_piece_hold_its_documents_in_order(encoding: Encoding, p
         assert {part.dtype for part in parts} == {np.dtype("<u2")}
     for block in found[:-1]:
         assert block.text_bytes[:-1].sum() < 50_000 <= block.text_bytes.sum()
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_make_the_same_blocks_as_one(encoding: Encoding, piece: Piece, threads: int) -> None:
+    encoding(7, piece)
+    alone = [encoding.path(7, number).read_bytes() for number in range(len(blocks(encoding)))]
+    Encoding(**{**vars(encoding), "threads": threads})(8, piece)
+    assert [encoding.path(8, number).read_bytes() for number in range(len(blocks(encoding, 8)))] == alone
 
 
 def test_a_piece_without_documents_is_one_block_that_counts_its_rows(encoding: Encoding, tmp_path: Path) -> None:

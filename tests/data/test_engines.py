@@ -115,6 +115,32 @@ def test_a_piece_that_always_kills_its_process_is_an_error_that_names_its_file(e
     assert all(len(task.runs(number)) == 1 for number in (0, 2, 3, 4, 5))
 
 
+def test_a_deadly_task_without_a_file_is_named_itself(engine: Engine, tmp_path: Path) -> None:
+    (future,) = engine.submit(Task(tmp_path, dies=7), [(7, ())])
+    with pytest.raises(UserError, match=rf"^task 7 of Task: ended its worker process {ATTEMPTS} times"):
+        future.result()
+
+
+def test_a_worker_does_not_run_the_main_module_again(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from minifoundation.data.engines import local\n"
+        "from tests.data.test_engines import PIECE, Task\n"
+        "print('main', flush=True); engine = local(1)\n"
+        "for future in engine.submit(Task(Path(sys.argv[1])), [(0, PIECE)]): future.result()\n"
+        "engine.close()"
+    )
+    (tmp_path / "main.py").write_text(program)  # without the guard that multiprocessing asks for
+    done = subprocess.run(
+        [sys.executable, tmp_path / "main.py", tmp_path],
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("main\n", "")
+    assert len(Task(tmp_path).runs(0)) == 1
+
+
 def test_closing_stops_what_runs_and_starts_nothing_more(tmp_path: Path) -> None:
     engine = local(2)
     task = Task(tmp_path, seconds=60)

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from minifoundation.config import DataConfig
 from minifoundation.data import pieces as module
-from minifoundation.data.pieces import Piece, pieces
+from minifoundation.data.pieces import Piece, after, pieces
 from minifoundation.data.rows import documents
-from minifoundation.data.sources import find_corpus
+from minifoundation.data.sources import File, find_corpus
 from minifoundation.errors import UserError
 
 
@@ -111,12 +111,29 @@ def test_a_file_is_not_looked_into_before_its_turn(tmp_path: Path) -> None:
     assert error.value.where == str(tmp_path / "b.parquet")
 
 
-@pytest.mark.parametrize("first", [0, 1, 3, 4, 9])
-def test_pieces_go_on_from_any_number(tmp_path: Path, first: int) -> None:
-    (tmp_path / "a.txt").write_bytes(b"a line\n" * 500)
+def test_pieces_go_on_after_any_of_them_without_a_look_at_earlier_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("a.txt", 2500), ("b.jsonl", 400), ("c.txt", 0), ("d.txt", 1000), ("e.jsonl", 0), ("h.txt.gz", 300), ("k.txt", 1)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    write_groups(tmp_path / "f.parquet", 300, 300, 5000, 200)
+    write_groups(tmp_path / "g.parquet", 300, 800, 100)
+    write_groups(tmp_path / "i.parquet", 900)
     config = DataConfig(source=str(tmp_path), max_document_bytes=256)
     corpus = find_corpus(str(tmp_path), config)
-    assert list(pieces(corpus, config, first=first)) == list(pieces(corpus, config))[first:]
+    whole = list(pieces(corpus, config))
+    assert len(whole) == 10
+    numbers = {file.url: number for number, file in enumerate(corpus.files)}
+    looked: list[str] = []
+
+    def watched(file: File) -> int | None:
+        looked.append(file.name)
+        return file.size
+
+    monkeypatch.setattr(module, "file_bytes", watched)
+    for number, piece in enumerate(whole):
+        looked.clear()
+        file, start = after(piece, numbers)
+        assert list(pieces(corpus, config, file=file, start=start)) == whole[number + 1 :]
+        assert all(name >= piece[-1].file.name for name in looked)
 
 
 lines = st.lists(st.sampled_from([0, 1, 2, 9, 10, 11, 19, 20, 21, 29, 55]).map(lambda count: b"x" * count), max_size=14)

@@ -192,6 +192,26 @@ def test_nothing_in_a_file_stops_the_reading(tmp_path_factory: pytest.TempPathFa
     assert all(count > 0 for count in skipped.values())
 
 
+values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(st.characters())),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=3), inner, max_size=4)),
+)
+
+
+@given(values, st.booleans(), st.tuples(st.integers(0, 200), st.binary(max_size=3)))
+def test_a_line_is_parsed_as_pythons_own_parser_does_it(value: object, ascii_only: bool, damage: tuple[int, bytes]) -> None:
+    whole = json.dumps(value, ensure_ascii=ascii_only).encode(errors="surrogatepass")
+    place, bytes_ = damage
+    for line in (whole, whole[:place] + bytes_ + whole[place + 1 :]):
+        try:
+            expected = json.dumps(json.loads(line.decode()))
+        except ValueError as error:
+            with pytest.raises(type(error)):
+                rows._parsed(line)
+        else:
+            assert json.dumps(rows._parsed(line)) == expected
+
+
 def test_any_file_system_gives_the_same_documents(tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.store.clear()

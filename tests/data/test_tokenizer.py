@@ -101,18 +101,17 @@ def test_segmentation_is_that_of_sentencepiece(tokenizer: Tokenizer) -> None:
     assert equal == len(lines) if tokenizer.kind == "bpe" else equal > 0.99 * len(lines)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_documents_stand_between_bos_and_eos(tokenizer: Tokenizer, threads: int) -> None:
+def test_documents_stand_between_bos_and_eos(tokenizer: Tokenizer) -> None:
     texts = [*NASTY, EXAMPLE.read_text(encoding="utf-8")[:10_000]]
-    documents = tokenizer.encode_documents(texts, threads)
+    documents = tokenizer.encode_documents(texts)
     assert [ids.tolist() for ids in documents] == [[BOS, *tokenizer.encode(text), EOS] for text in texts]
     assert {ids.dtype for ids in documents} == {np.dtype(np.int32)}
-    assert tokenizer.encode_documents([], threads) == []
+    assert tokenizer.encode_documents([]) == []
 
 
 @pytest.mark.parametrize("text", NASTY, ids=ascii)
 def test_the_bytes_of_tokens_are_those_of_the_text(tokenizer: Tokenizer, text: str) -> None:
-    (ids,) = tokenizer.encode_documents([text], 1)
+    (ids,) = tokenizer.encode_documents([text])
     assert tokenizer.text_bytes(ids) == len(text.encode())
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from minifoundation.model.attention import Backend, attend, resolve
+from minifoundation.model.kernels import flash4
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -56,12 +57,22 @@ BF16, FP32 = torch.bfloat16, torch.float32
         ("efficient", "cuda", FP32, 64, (9, 0), "efficient", None),
         ("flash", "cuda", FP32, 64, (9, 0), "efficient", "flash needs bf16 or fp16, not torch.float32; using efficient"),
         ("cudnn", "cuda", BF16, 64, (7, 5), "efficient", "cudnn needs compute capability 8.0, not 7.5; using efficient"),
+        ("flash4", "cpu", BF16, 64, (0, 0), "auto", "flash4 needs a CUDA GPU and this is cpu; using torch's own choice"),
+        ("flash4", "cuda", BF16, 64, (9, 0), "cudnn", "flash4 needs the package flash-attn-4; using cudnn"),
         ("flash", "cuda", BF16, 20, (9, 0), "math", "flash needs a head width that is a multiple of 8 up to 256, not 20; using math"),
     ],
 )
 def test_resolve(
-    backend: Backend, device: str, dtype: torch.dtype, head_dim: int, capability: tuple[int, int], kernel: str, reason: str | None
+    backend: Backend,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    capability: tuple[int, int],
+    kernel: str,
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(flash4, "INSTALLED", False)
     assert resolve(backend, device, dtype=dtype, head_dim=head_dim, capability=capability) == (kernel, reason)
 
 
@@ -81,3 +92,34 @@ def test_resolve_within_documents(
     backend: Backend, device: str, dtype: torch.dtype, head_dim: int, capability: tuple[int, int], kernel: str, reason: str | None
 ) -> None:
     assert resolve(backend, device, dtype=dtype, head_dim=head_dim, capability=capability, masked=True) == (kernel, reason)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "head_dim", "capability", "masked", "kernel", "reason"),
+    [
+        ("auto", BF16, 64, (9, 0), False, "flash4", None),
+        ("auto", torch.float16, 128, (10, 0), False, "flash4", None),
+        ("flash4", BF16, 64, (9, 0), False, "flash4", None),
+        ("cudnn", BF16, 64, (9, 0), False, "cudnn", None),
+        ("auto", BF16, 64, (8, 0), False, "flash", None),
+        ("auto", BF16, 64, (12, 0), False, "cudnn", None),
+        ("auto", BF16, 192, (9, 0), False, "flash", None),
+        ("auto", BF16, 64, (9, 0), True, "flash", None),
+        ("flash4", BF16, 64, (8, 0), False, "flash", "flash4 needs compute capability 9.x or 10.x, not 8.0; using flash"),
+        ("flash4", FP32, 64, (9, 0), False, "efficient", "flash4 needs bf16 or fp16, not torch.float32; using efficient"),
+        ("flash4", BF16, 64, (9, 0), True, "flash", "flash4 cannot stay within documents; using flash"),
+        ("flash4", BF16, 192, (9, 0), False, "flash", "flash4 needs a head width that is a multiple of 8 up to 128, not 192; using flash"),
+    ],
+)
+def test_resolve_where_flash_attention_4_is_installed(
+    backend: Backend,
+    dtype: torch.dtype,
+    head_dim: int,
+    capability: tuple[int, int],
+    masked: bool,
+    kernel: str,
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(flash4, "INSTALLED", True)
+    assert resolve(backend, "cuda", dtype=dtype, head_dim=head_dim, capability=capability, masked=masked) == (kernel, reason)

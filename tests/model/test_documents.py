@@ -118,7 +118,7 @@ def test_the_variable_length_kernel_is_compiled_once_for_any_number_of_documents
 
     torch.compiler.reset()
     counters.clear()
-    block = Block(model().config, checkpointing="attention").to("meta")
+    block = Block(model().config, dtype=torch.bfloat16, checkpointing="attention").to("meta")
     block.compile(dynamic=False, backend="aot_eager", fullgraph=True)
     cos, sin, positions = (torch.empty(ROWS, LENGTH, width, device="meta") for width in (8, 8, 1))
     for n_documents in (2, 5, ROWS * LENGTH):

@@ -127,7 +127,7 @@ def gradients(
     transformer.initialise(0)
     model = TrainingModel(transformer, z_loss=1e-4, chunk=16).train(training)
     if compiled:
-        model.compile_blocks()
+        transformer.compile_blocks()
     tokens = torch.randint(256, (2, 33), generator=torch.Generator().manual_seed(1))
     torch.manual_seed(2)
     losses = model(tokens[:, :-1], tokens[:, 1:], torch.tensor([0, 5, 6, 32, 61, 64], dtype=torch.int32) if masked else None)

@@ -9,7 +9,7 @@ from torch import nn
 from minifoundation.config import ModelConfig, TrainConfig
 from minifoundation.errors import UserError
 from minifoundation.model.transformer import Transformer
-from minifoundation.train.optimizer import adamw, decayed, set_learning_rate
+from minifoundation.train.optimizer import adamw, clip, decayed, set_learning_rate
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -51,3 +51,21 @@ def test_int8_without_torchao_is_refused_in_one_line(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(__import__("sys").modules, "torchao.optim", None)
     with pytest.raises(UserError, match=r"train\.optimizer_states: int8 needs torchao; pip install"):
         adamw(nn.Linear(2, 2), TrainConfig(tokens=1, optimizer_states="int8"))
+
+
+@pytest.mark.parametrize("largest", [None, 1e-3, 0.5, 1e6])
+def test_clipping_inside_the_fused_step_is_clipping_before_it(largest: float | None) -> None:
+    weights = []
+    for fused in (True, False):
+        layer = nn.Linear(3, 2)
+        with torch.no_grad():
+            layer.weight.fill_(1.0)
+            layer.bias.fill_(0.5)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, eps=1e-2, fused=fused)  # a large eps, so that the scale shows
+        for step in (1, 2):
+            layer.weight.grad, layer.bias.grad = torch.arange(6.0).view(2, 3) * step, torch.ones(2)
+            norm = clip(optimizer, list(layer.parameters()), largest)
+            assert float(norm) == pytest.approx(math.sqrt(55 * step**2 + 2))
+            optimizer.step()
+        weights.append(layer.weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from itertools import islice
@@ -18,10 +18,10 @@ from tqdm import tqdm
 from minifoundation.config import DataConfig
 from minifoundation.data.encode import Block, Encoding
 from minifoundation.data.engines import Engine
-from minifoundation.data.pieces import Piece
+from minifoundation.data.pieces import Piece, after
 from minifoundation.data.rows import no_documents
 from minifoundation.data.shards import Manifest, Pair, Place, ShardWriter, write_manifest
-from minifoundation.data.sources import Corpus
+from minifoundation.data.sources import Corpus, File
 from minifoundation.errors import UserError
 
 POLL_SECONDS = 0.05
@@ -34,37 +34,62 @@ ATTEMPTS = 3
 """A piece that is done, and of which a block is damaged or does not appear, is submitted this often."""
 
 
-def blocks(encoding: Encoding, pieces: Iterator[Piece], start: Place, engine: Engine, bar: tqdm[Any]) -> Iterator[tuple[Place, Block]]:
-    """Yield each block with its place, in the order of the corpus from ``start`` on; only the first place can be within a block.
+@dataclass(frozen=True)
+class Placed:
+    """A block, the place of its first document that is still to be taken, and the place after its last."""
+
+    block: Block
+    place: Place
+    after: Place
+
+
+def blocks(
+    encoding: Encoding, pieces: Iterator[Piece], start: Place, files: Sequence[File], engine: Engine, bar: tqdm[Any]
+) -> Iterator[Placed]:
+    """Yield each block in the order of the corpus from ``start`` on; only the first place can be within a block.
 
     The blocks of a piece are taken as soon as they are there, while the rest of it and pieces after it are still in work.
 
     Args:
         pieces: those from number ``start.piece`` on.
+        files: all of the corpus.
         bar: tells what is being waited for.
 
     Raises:
         UserError, OSError: the error of a piece, when it is its turn.
     """
+    numbers = {file.url: number for number, file in enumerate(files)}
     numbered = enumerate(pieces, start.piece)
     work: deque[_InWork] = deque()
     place = start
     try:
         while True:
-            if len(work) <= engine.ahead // 2 and (more := list(islice(numbered, engine.ahead - len(work)))):
-                futures = engine.submit(encoding, more)
+            if len(work) <= engine.ahead // 2:
+                more: list[tuple[int, Piece]] = []
+                futures = engine.submit(encoding, _noted(islice(numbered, engine.ahead - len(work)), more))
                 work += [_InWork(number, piece, future) for (number, piece), future in zip(more, futures, strict=True)]
             if not work:
                 return
             first = work[0]
             while place.piece == first.number:
                 block = _ready(encoding, first, place.block, engine, bar)
-                yield place, block
-                place = Place(piece=place.piece + 1) if block.last else Place(piece=place.piece, block=place.block + 1)
+                if block.last:
+                    file, begin = after(first.piece, numbers)
+                    following = Place(piece=place.piece + 1, file=file, start=begin)
+                else:
+                    following = place.model_copy(update={"block": place.block + 1, "document": 0})
+                yield Placed(block, place, following)
+                place = following
             work.popleft()
     finally:
         for each in work:
             each.future.cancel()
+
+
+def _noted(pieces: Iterable[tuple[int, Piece]], into: list[tuple[int, Piece]]) -> Iterator[tuple[int, Piece]]:
+    for piece in pieces:
+        into.append(piece)
+        yield piece
 
 
 @dataclass
@@ -103,7 +128,7 @@ def _ready(encoding: Encoding, work: _InWork, index: int, engine: Engine, bar: t
 
 
 def manifests(
-    folder: Path, manifest: Manifest, encoded: Iterable[tuple[Place, Block]], corpus: Corpus, config: DataConfig, bar: tqdm[Any]
+    folder: Path, manifest: Manifest, encoded: Iterable[Placed], corpus: Corpus, config: DataConfig, bar: tqdm[Any]
 ) -> Iterator[Manifest]:
     """Write the documents of the blocks to pairs of shards, and yield the folder's new manifest after each pair and at the end.
 
@@ -117,29 +142,24 @@ def manifests(
     place = manifest.place
     writing = _Writing(folder, manifest, config)
     try:
-        for place, block in encoded:
-            document = place.document
+        for placed in encoded:
+            block, document = placed.block, placed.place.document
             while True:
                 document = writing.taken(block, document)
-                place = _after(place, block, document)
+                within = document < len(block.tokens)
+                place = placed.place.model_copy(update={"document": document}) if within else placed.after
                 bar.update(manifest.train_tokens + writing.train.tokens - bar.n)
                 if writing.full:
                     manifest = writing.commit(place)
                     yield manifest
                     writing = _Writing(folder, manifest, config)
-                if document == len(block.tokens):
+                if not within:
                     break
         if not writing.documents_read:
             raise no_documents(corpus, config, writing.skipped)
         yield writing.commit(place, complete=True)
     finally:
         writing.discard()
-
-
-def _after(place: Place, block: Block, document: int) -> Place:
-    if document < len(block.tokens):
-        return Place(piece=place.piece, block=place.block, document=document)
-    return Place(piece=place.piece + 1) if block.last else Place(piece=place.piece, block=place.block + 1)
 
 
 class _Writing:

@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ PROBE_SECONDS = 120
 
 JOBS = 32
 """Slurm jobs at a time."""
-PIECES_A_JOB = 16
+PIECES_A_JOB = 64
 """A minute of work or two: much more than Slurm needs to start a job."""
 POLL_SECONDS = 2.0
 GRACE_SECONDS = 60.0
@@ -104,7 +104,7 @@ class _Ray:
         self.ahead = max(2, 3 * int(ray.cluster_resources().get("CPU", 1)))
         self._remote: Any = ray.remote(num_cpus=1, max_retries=ATTEMPTS - 1, scheduling_strategy="SPREAD")(_do)
 
-    def submit(self, task: Task, pieces: Sequence[tuple[int, Piece]]) -> list[Future[None]]:
+    def submit(self, task: Task, pieces: Iterable[tuple[int, Piece]]) -> list[Future[None]]:
         futures: list[Future[None]] = []
         for number, piece in pieces:
             future: Future[None] = Future()
@@ -231,14 +231,15 @@ class _Slurm:
         self._closed = threading.Event()
         self._watch = threading.Thread(target=self._watched, daemon=True)
 
-    def submit(self, task: Task, pieces: Sequence[tuple[int, Piece]]) -> list[Future[None]]:
+    def submit(self, task: Task, pieces: Iterable[tuple[int, Piece]]) -> list[Future[None]]:
+        pieces = list(pieces)
         if not pieces:
             return []
         self._folder.mkdir(parents=True, exist_ok=True)
         batch = self._folder / f"{self._batches:06d}"
         self._batches += 1
         count = -(-len(pieces) // PIECES_A_JOB)
-        batch.with_suffix(".pickle").write_bytes(pickle.dumps((task, tuple(pieces))))
+        batch.with_suffix(".pickle").write_bytes(pickle.dumps((task, pieces)))
         number = self._submitted(batch, count)
         futures: list[Future[None]] = [Future() for _ in pieces]
         with self._lock:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 import uuid
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -86,7 +86,7 @@ class Encoding:
 
     Args:
         folder: of the shards; what lies before the place in its manifest is not made again.
-        threads: of SentencePiece, within the one process.
+        threads: batches encoded at the same time, within the one process.
         removals: what ``dedup.removals`` wrote.
         block_bytes: text in a block, at least (BLOCK_BYTES, whatever it is where the task is made).
     """
@@ -122,11 +122,15 @@ class Encoding:
                 return
             known += 1
         tokenizer = _tokenizer(self.tokenizer, self.tokenizer_sha256)
-        with closing(_read_ahead(self._batches(number, piece))) as batches:
-            for index, batch in enumerate(batches):
-                path = self.path(number, index)
-                if index >= known and Block.read(path) is None:
-                    self._block(tokenizer, batch).write(path)
+        batches = self._batches(number, piece)
+        turns = _Turns(enumerate(batches), threading.Lock(), threading.Semaphore(self.threads))
+        with ThreadPoolExecutor(self.threads + 1) as pool:
+            try:
+                for each in [pool.submit(self._encode, number, known, tokenizer, turns) for _ in range(self.threads + 1)]:
+                    each.result()
+            finally:
+                with turns.reading:
+                    batches.close()
 
     def discard_before(self, place: Place) -> None:
         """Remove the blocks before ``place``, finished or not."""
@@ -134,6 +138,21 @@ class Encoding:
             named = re.match(r"(\d+)-(\d+)\.", path.name)  # file systems have names of their own for files they cannot yet remove
             if named and (int(named[1]), int(named[2])) < (place.piece, place.block):
                 path.unlink(missing_ok=True)
+
+    def _encode(self, number: int, known: int, tokenizer: Tokenizer, turns: _Turns) -> None:
+        """Make blocks until no batch is left: one thread reads while others encode, for which SentencePiece lets go of the interpreter."""
+        while True:
+            with turns.reading:
+                index, batch = next(turns.batches, (0, None))
+                if batch is None:
+                    return
+                turns.encoding.acquire()  # before another can read, so that blocks are begun in their order
+            try:
+                path = self.path(number, index)
+                if index >= known and Block.read(path) is None:
+                    self._block(tokenizer, batch).write(path)
+            finally:
+                turns.encoding.release()
 
     def _batches(self, number: int, piece: Piece) -> Generator[_Batch, None, None]:
         """Yield the documents of the piece by ``block_bytes`` of text; one batch at least."""
@@ -167,7 +186,7 @@ class Encoding:
                 yield text
 
     def _block(self, tokenizer: Tokenizer, batch: _Batch) -> Block:
-        encoded = tokenizer.encode_documents(batch.texts, self.threads)
+        encoded = tokenizer.encode_documents(batch.texts)
         held_out = [is_held_out(raw, self.config.held_out) for raw in batch.raws]
         return Block(
             train=self._joined(ids for ids, held in zip(encoded, held_out, strict=True) if not held),
@@ -191,6 +210,14 @@ class _Batch(NamedTuple):
     """The same in UTF-8."""
     skipped: dict[str, int]
     last: bool
+
+
+class _Turns(NamedTuple):
+    """What the threads of a task share."""
+
+    batches: Iterator[tuple[int, _Batch]]
+    reading: threading.Lock
+    encoding: threading.Semaphore
 
 
 def kept_documents(piece: Piece, config: DataConfig, skipped: Counter[str]) -> Iterator[str]:
@@ -226,12 +253,3 @@ def _tokenizer(path: Path, sha256: str) -> Tokenizer:
     if tokenizer.sha256 != sha256:
         raise UserError(str(path), "was replaced while shards were made with it", "run the same line again")
     return tokenizer
-
-
-def _read_ahead(batches: Generator[_Batch, None, None]) -> Generator[_Batch, None, None]:
-    """Yield the batches, each read in a thread while the one before it is worked on; SentencePiece lets go of the interpreter."""
-    with closing(batches), ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = reader.submit(next, batches, None)
-            yield batch

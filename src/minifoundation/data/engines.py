@@ -6,14 +6,14 @@ import multiprocessing
 import os
 import queue
 import signal
+import subprocess
+import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future
 from contextlib import closing, contextmanager
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -26,7 +26,8 @@ Task = Callable[[int, Piece], None]
 ATTEMPTS = 3
 """A piece whose process dies is tried again; one that has done so this often is an error."""
 
-_SPAWN = multiprocessing.get_context("spawn")
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+"""For a worker's environment: starting the threads of a BLAS that it never uses takes numpy longer than all the rest of its import."""
 
 
 class Engine(Protocol):
@@ -35,8 +36,8 @@ class Engine(Protocol):
     ahead: int
     """Pieces worth having in work at once."""
 
-    def submit(self, task: Task, pieces: Sequence[tuple[int, Piece]]) -> list[Future[None]]:
-        """Return a future for each piece, which holds the task's error when it fails."""
+    def submit(self, task: Task, pieces: Iterable[tuple[int, Piece]]) -> list[Future[None]]:
+        """Return a future for each piece, which holds the task's error when it fails; a piece may begin before the next is listed."""
 
     def close(self) -> None:
         """Stop at once, whatever is still in work."""
@@ -87,7 +88,7 @@ def in_process() -> Engine:
 def local(workers: int) -> Engine:
     """Return an engine of ``workers`` processes of this machine.
 
-    They are spawned when there is work for them, end with this process however it ends, and leave Ctrl-C to it. The piece of
+    They are started when there is work for them, end with this process however it ends, and leave Ctrl-C to it. The piece of
     one that dies is done again by a new one.
     """
     return _Local(workers)
@@ -96,7 +97,7 @@ def local(workers: int) -> Engine:
 class _InProcess:
     ahead = 1
 
-    def submit(self, task: Task, pieces: Sequence[tuple[int, Piece]]) -> list[Future[None]]:
+    def submit(self, task: Task, pieces: Iterable[tuple[int, Piece]]) -> list[Future[None]]:
         return [_done(task, number, piece) for number, piece in pieces]
 
     def close(self) -> None:
@@ -125,13 +126,12 @@ class _Local:
         self._jobs: queue.SimpleQueue[tuple[Future[None], Task, int, Piece] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
-        self._processes: set[SpawnProcess] = set()
-        resource_tracker.ensure_running()  # the first spawn would start it, and unblock Ctrl-C in the thread that spawns
+        self._workers: list[_Worker] = []
         self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(workers)]
         for thread in self._threads:
             thread.start()
 
-    def submit(self, task: Task, pieces: Sequence[tuple[int, Piece]]) -> list[Future[None]]:
+    def submit(self, task: Task, pieces: Iterable[tuple[int, Piece]]) -> list[Future[None]]:
         futures: list[Future[None]] = []
         for number, piece in pieces:
             futures.append(Future())
@@ -141,14 +141,14 @@ class _Local:
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            for process in self._processes:
-                process.kill()
+            for worker in self._workers:
+                worker.kill()
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
             thread.join()
-        for process in self._processes:
-            process.join()
+        for worker in self._workers:
+            worker.close()
 
     def _serve(self) -> None:
         # The mask is inherited: Ctrl-C in a terminal goes to a worker as well, even while it is still starting.
@@ -167,7 +167,7 @@ class _Local:
                     error = worker.done(task, number, piece)
                     break
                 except _Died as death:
-                    worker, error = None, _deadly(piece, death)
+                    worker, error = None, _deadly(task, number, piece, death)
                 except Exception as failure:  # the task cannot be pickled, or no process can be started
                     error = failure
                     break
@@ -181,7 +181,7 @@ class _Local:
             if self._closed:
                 raise _Died("the engine is closed")
             worker = _Worker()
-            self._processes = {process for process in self._processes if process.is_alive()} | {worker.process}
+            self._workers.append(worker)
             return worker
 
 
@@ -190,12 +190,20 @@ class _Died(BrokenExecutor):
 
 
 class _Worker:
-    """A process and the pipe to it."""
+    """A process and the pipe to it.
+
+    It is not spawned by multiprocessing, which imports the parent's main module again in each: seconds, where that imports torch.
+    """
 
     def __init__(self) -> None:
-        self._pipe, other_end = _SPAWN.Pipe()
-        self.process = _SPAWN.Process(target=_work, args=(other_end,), daemon=True)
-        self.process.start()
+        self._pipe, other_end = multiprocessing.Pipe()
+        paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"from minifoundation.data.engines import work; work({other_end.fileno()})"],
+            stdin=subprocess.PIPE,  # nothing is written to it, and it ends with this process
+            pass_fds=[other_end.fileno()],
+            env={**os.environ, **ONE_THREAD, "PYTHONPATH": paths},
+        )
         other_end.close()  # or the death of the process would not be seen as the end of the pipe
 
     def done(self, task: Task, number: int, piece: Piece) -> Exception | None:
@@ -204,33 +212,45 @@ class _Worker:
             self._pipe.send((task, number, piece))
             error: Exception | None = self._pipe.recv()
         except (EOFError, ConnectionError):
-            self._pipe.close()
-            self.process.join()
-            code = self.process.exitcode or 0
+            code = self.close()
             raise _Died(f"killed by signal {-code}" if code < 0 else f"exit code {code}") from None
         return error
 
+    def kill(self) -> None:
+        self._process.kill()
 
-def _work(pipe: Connection) -> None:
-    """Do what comes through the pipe, in a process of its own, for as long as its parent lives."""
+    def close(self) -> int:
+        """Let go of a process that is ending, and return its exit code."""
+        self._pipe.close()
+        code = self._process.wait()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        return code
+
+
+def work(pipe: int) -> None:
+    """Do what comes through the pipe for as long as the parent lives; the entry of a worker process.
+
+    Args:
+        pipe: its file descriptor.
+    """
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    while True:
-        try:
-            task, number, piece = pipe.recv()
-        except EOFError:
-            return
-        try:
-            task(number, piece)
-        except Exception as error:
-            pipe.send(portable(error))
-        else:
-            pipe.send(None)
+    with Connection(pipe) as jobs:
+        while True:
+            try:
+                task, number, piece = jobs.recv()
+            except EOFError:
+                return
+            try:
+                task(number, piece)
+            except Exception as error:
+                jobs.send(portable(error))
+            else:
+                jobs.send(None)
 
 
 def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+    os.read(0, 1)  # not through sys.stdin, whose lock the interpreter waits for when it ends
     os._exit(1)
 
 
@@ -245,10 +265,11 @@ def portable(error: Exception) -> Exception:
     return error
 
 
-def _deadly(piece: Piece, death: _Died) -> UserError:
+def _deadly(task: Task, number: int, piece: Piece, death: _Died) -> UserError:
     names = ", ".join(dict.fromkeys(span.file.url for span in piece))
+    where = names or f"task {number} of {type(task).__name__}"
     return UserError(
-        names, f"ended its worker process {ATTEMPTS} times ({death})", "give the machine more memory, or set data.workers lower"
+        where, f"ended its worker process {ATTEMPTS} times ({death})", "give the machine more memory, or set data.workers lower"
     )
 
 

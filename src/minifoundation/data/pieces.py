@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain
 
 from minifoundation.config import DataConfig
 from minifoundation.data.sources import Corpus, File
 from minifoundation.data.streams import file_bytes, parquet, unreadable
 
-PIECE_BYTES = 32 * 1024 * 1024
-"""Text in a piece: seconds of work, so that little is lost with a worker, and much more than it costs to hand out."""
+PIECE_BYTES = 8 * 1024 * 1024
+"""Text in a piece: about half a second of work, so that workers end together, and much more than it costs to hand out."""
 EXPANSION = 4
 """Text in a compressed file, over its size: about what zstd makes of English."""
 FILE_BYTES = 4096
@@ -30,16 +30,31 @@ class Span:
 Piece = tuple[Span, ...]
 
 
-def pieces(corpus: Corpus, config: DataConfig, *, first: int = 0) -> Iterator[Piece]:
-    """Yield the pieces of the corpus in order, from number ``first`` on; a file is not looked into before its turn.
+def pieces(corpus: Corpus, config: DataConfig, *, file: int = 0, start: int = 0) -> Iterator[Piece]:
+    """Yield the pieces of the corpus in order; a file is not looked into before its turn.
 
     Spans are put together until they would hold more than PIECE_BYTES of text. A single row group or compressed file is never
     cut, whatever it holds.
 
+    Args:
+        file, start: what ``after`` says of a piece; those after it are yielded, and no file before is looked into.
+
     Raises:
         UserError: a file is damaged or cannot be reached.
     """
-    return islice(_packed(_spans(corpus, config)), first, None)
+    rest = (each for each in _spans(corpus.files[file : file + 1], config) if each[0].start >= start)
+    return _packed(chain(rest, _spans(corpus.files[file + 1 :], config)))
+
+
+def after(piece: Piece, numbers: Mapping[str, int]) -> tuple[int, int]:
+    """Return where the piece after this one begins: the number of a file, and the byte or row group in it.
+
+    Args:
+        numbers: of the corpus's files, by their URLs.
+    """
+    last = piece[-1]
+    number = numbers[last.file.url]
+    return (number, last.stop) if last.stop else (number + 1, 0)  # an empty file stops at 0
 
 
 def _packed(spans: Iterator[tuple[Span, int]]) -> Iterator[Piece]:
@@ -58,9 +73,9 @@ def _packed(spans: Iterator[tuple[Span, int]]) -> Iterator[Piece]:
         yield tuple(piece)
 
 
-def _spans(corpus: Corpus, config: DataConfig) -> Iterator[tuple[Span, int]]:
-    """Yield the smallest parts the corpus is cut into, each with about the bytes of text in it."""
-    for file in corpus.files:
+def _spans(files: Sequence[File], config: DataConfig) -> Iterator[tuple[Span, int]]:
+    """Yield the smallest parts the files are cut into, each with about the bytes of text in it."""
+    for file in files:
         kind, compression = file.form
         size = file_bytes(file)
         file = replace(file, size=size)  # so that a worker need not ask again

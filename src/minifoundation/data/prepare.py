@@ -264,7 +264,7 @@ class _Preparation:
         workers = self.config.workers or cores()
         engine = self.engine or (in_process() if _is_small(corpus) else local(workers))
         try:
-            following = pieces(corpus, self.config, first=manifest.place.piece)
+            following = pieces(corpus, self.config, file=manifest.place.file, start=manifest.place.start)
             # Fewer pieces than workers can only be when there are fewer files, or they are small.
             some = list(islice(following, workers)) if len(corpus.files) < workers else []
             encoding = Encoding(
@@ -274,11 +274,11 @@ class _Preparation:
                 self.tokenizer.sha256,
                 manifest.dtype,
                 threads=max(1, workers // max(1, len(some))) if some else 1,
-                removals=self._removals(corpus, engine),
+                removals=self._removals(corpus, engine, show_progress=not bar.disable),
                 block_bytes=BLOCK_BYTES,
             )
             encoding.work.mkdir(exist_ok=True)
-            encoded = blocks(encoding, chain(some, following), manifest.place, engine, bar)
+            encoded = blocks(encoding, chain(some, following), manifest.place, corpus.files, engine, bar)
             for grown in manifests(folder, manifest, encoded, corpus, self.config, bar):
                 encoding.discard_before(grown.place)
                 if grown.complete:
@@ -288,7 +288,7 @@ class _Preparation:
             if self.engine is None:
                 engine.close()
 
-    def _removals(self, corpus: Corpus, engine: Engine) -> Path | None:
+    def _removals(self, corpus: Corpus, engine: Engine, *, show_progress: bool) -> Path | None:
         if self.config.dedup == "none":
             return None
         if any(file.remote for file in corpus.files):
@@ -299,7 +299,7 @@ class _Preparation:
             )
         from minifoundation.data.dedup import removals
 
-        return removals(corpus, self.config, engine, self.folder / ".dedup")
+        return removals(corpus, self.config, engine, self.folder / ".dedup", show_progress=show_progress)
 
     @property
     def _settings(self) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import IO, NamedTuple
 
+from pydantic_core import from_json
+
 from minifoundation.config import DataConfig
 from minifoundation.data.pieces import Piece, Span, pieces
 from minifoundation.data.sources import Corpus, find_corpus
@@ -190,13 +192,25 @@ def _json_rows(lines: Iterable[bytes], column: str) -> Iterator[str | Bad]:
         if line.isspace():
             continue
         try:
-            row = json.loads(line.decode())
+            row = _parsed(line)
         except UnicodeDecodeError:
             yield Bad("not UTF-8")
         except (ValueError, RecursionError):  # ValueError: broken, or a number of more digits than Python reads
             yield Bad("broken JSON")
         else:
             yield _field(row, column) if isinstance(row, dict) else Bad("broken JSON")
+
+
+def _parsed(line: bytes) -> object:
+    """Return the value of a line of JSON as Python's own parser has it, in less than half the time.
+
+    Raises:
+        ValueError, RecursionError: it is not UTF-8 or no JSON.
+    """
+    try:
+        return from_json(line, cache_strings="keys")
+    except ValueError:  # also for what Python accepts: half of a surrogate pair, lists within lists within 200 more
+        return json.loads(line.decode())
 
 
 def _field(row: Mapping[str, object], column: str) -> str | Bad:

@@ -34,6 +34,10 @@ class Place(_Model):
     """A place in a corpus: the document that comes next, counted within its piece and block."""
 
     piece: int = 0
+    file: int = 0
+    """In which the piece begins, counted in the order of the corpus."""
+    start: int = 0
+    """Where in the file: a byte or a row group, so that the pieces can be listed from here on."""
     block: int = 0
     document: int = 0
 

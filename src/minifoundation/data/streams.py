@@ -17,8 +17,7 @@ from minifoundation.data import remote
 from minifoundation.data.sources import File
 from minifoundation.errors import UserError
 
-BUFFER_BYTES = 1024 * 1024
-BUFFER_BYTES = 1024 * 1024
+BUFFER_BYTES = 256 * 1024
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -31,7 +30,7 @@ def plain(file: File, start: int, stop: int | None) -> IO[bytes]:
     """Return a buffered stream of an uncompressed file that stands at ``start``; it goes on beyond ``stop``, but slower."""
     if file.remote:
         return remote.opened(file.url, file_bytes(file), start=start, stop=stop)
-    stream = open(file.url, "rb")  # noqa: PTH123, SIM115
+    stream = open(file.url, "rb", BUFFER_BYTES)  # noqa: PTH123, SIM115
     stream.seek(start)
     return stream
 

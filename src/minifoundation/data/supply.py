@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -16,6 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from minifoundation.config import DataConfig
+from minifoundation.data.engines import Engine, cores, local
 from minifoundation.data.prepare import prepare_shards, shards_folder
 from minifoundation.data.samples import samples_from
 from minifoundation.data.shards import MANIFEST, Shards
@@ -52,7 +54,9 @@ class Want:
         return shards.complete or samples_from(shards, self.first_shard, self.seq_len) >= min(samples, self.samples)
 
 
-def prepared(want: Want, samples: int, config: DataConfig, tokenizer: Tokenizer, *, show_progress: bool = True) -> Shards:
+def prepared(
+    want: Want, samples: int, config: DataConfig, tokenizer: Tokenizer, *, engine: Engine | None = None, show_progress: bool = True
+) -> Shards:
     """Return the source's shards, with at least the first ``samples`` of the samples wanted, or the whole corpus.
 
     No more shards are made than that takes. What another process is making in the folder is waited for.
@@ -61,7 +65,7 @@ def prepared(want: Want, samples: int, config: DataConfig, tokenizer: Tokenizer,
         UserError, OSError: as ``prepare_shards``.
     """
     samples = min(samples, want.samples)
-    make = partial(prepare_shards, want.source, config, tokenizer, wait_for_lock=True, show_progress=show_progress)
+    make = partial(prepare_shards, want.source, config, tokenizer, engine=engine, wait_for_lock=True, show_progress=show_progress)
 
     # A shard's last tokens may be too few for a sample, so as many tokens as the samples take can fall short of them, by a shard or two.
     begun = (shards_folder(want.source, config, tokenizer) / MANIFEST).exists()
@@ -140,8 +144,9 @@ def _make(pipe: Connection, wants: Sequence[Want], config: DataConfig, tokenizer
     os.nice(NICENESS)
     try:
         loaded = Tokenizer.load(tokenizer)
-        for want, samples in rounds(wants):
-            prepared(want, samples, config, loaded, show_progress=False)
+        with closing(local(config.workers or cores())) as engine:  # one for all the rounds
+            for want, samples in rounds(wants):
+                prepared(want, samples, config, loaded, engine=engine, show_progress=False)
     except (UserError, OSError) as error:
         pipe.send(error)
         sys.exit(GAVE_A_REASON)

@@ -9,6 +9,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,7 +60,6 @@ class Tokenizer:
     Attributes:
         vocab_size: pieces, special and byte pieces included.
         sha256: of the file.
-        pieces: (text with raw spaces, score, is it an ordinary piece) by id.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,8 +80,7 @@ class Tokenizer:
         for piece in model.pieces:
             piece.piece = piece.piece.replace(SPACE, " ")
         model.normalizer_spec.escape_whitespaces = False
-        self.pieces: tuple[tuple[str, float, bool], ...] = tuple((p.piece, p.score, p.type == _NORMAL) for p in model.pieces)
-        self._bytes = [_surface(p) for p in model.pieces]
+        self._model = model
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
     @classmethod
@@ -93,19 +92,28 @@ class Tokenizer:
         """
         return cls(path)
 
+    @cached_property
+    def pieces(self) -> tuple[tuple[str, float, bool], ...]:
+        """(Text with raw spaces, score, is it an ordinary piece) by id."""
+        return tuple((p.piece, p.score, p.type == _NORMAL) for p in self._model.pieces)
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        return [_surface(p) for p in self._model.pieces]
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``, without bos and eos; special tokens spelled in the text are text."""
         encoded: list[list[int]] = self._processor.encode(chunks(text), num_threads=1)
         return [token for part in encoded for token in part]
 
-    def encode_documents(self, texts: Sequence[str], threads: int) -> list[npt.NDArray[np.int32]]:
-        """Return ``bos text eos`` for each text, encoded by ``threads`` threads of SentencePiece."""
+    def encode_documents(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        """Return ``bos text eos`` for each text; other threads of this process run meanwhile."""
         parts: list[str] = []
         ends = []
         for text in texts:
             parts += chunks(text)
             ends.append(len(parts))
-        encoded = self._processor.encode(parts, out_type="numpy", num_threads=threads)
+        encoded = self._processor.encode(parts, out_type="numpy", num_threads=1)
         bos, eos = np.array([BOS], np.int32), np.array([EOS], np.int32)
         return [np.concatenate((bos, *encoded[start:end], eos)) for start, end in zip([0, *ends], ends, strict=False)]
 

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Backend = Literal["auto", "flash", "cudnn", "efficient", "math"]
+from minifoundation.model.kernels import flash4
+
+Backend = Literal["auto", "flash4", "flash", "cudnn", "efficient", "math"]
 aten = torch.ops.aten
 
 KERNEL_OPERATORS = frozenset(
@@ -24,6 +26,7 @@ KERNEL_OPERATORS = frozenset(
         aten._scaled_dot_product_cudnn_attention.default,
         aten._scaled_dot_product_efficient_attention.default,
         aten._flash_attention_forward.default,
+        torch.ops.minifoundation.flash4.default,
     }
 )
 """The operators whose outputs selective activation checkpointing keeps."""
@@ -53,7 +56,8 @@ def resolve(
     if device_type != "cuda":
         return "auto", None if backend == "auto" else f"{backend} needs a CUDA GPU and this is {device_type}; using torch's own choice"
     # Fastest first: cuDNN is ahead of FlashAttention 2 on Hopper and later, and not before (docs/numerics.md).
-    order: tuple[Backend, ...] = ("cudnn", "flash", "efficient", "math") if capability >= (9, 0) else ("flash", "efficient", "math")
+    hopper: tuple[Backend, ...] = ("flash4", "cudnn") if capability >= (9, 0) else ()
+    order: tuple[Backend, ...] = (*hopper, "flash", "efficient", "math")
     usable = next(kernel for kernel in order if _obstacle(kernel, dtype, head_dim, capability, masked) is None)
     if backend == "auto":
         return usable, None
@@ -73,9 +77,13 @@ def _obstacle(kernel: Backend, dtype: torch.dtype, head_dim: int, capability: tu
         return None if head_dim % 8 == 0 else f"needs a head width that is a multiple of 8, not {head_dim}"
     if not half:
         return f"needs bf16 or fp16, not {dtype}"
+    if kernel == "flash4" and not flash4.INSTALLED:
+        return "needs the package flash-attn-4"
+    if kernel == "flash4" and capability[0] not in (9, 10):
+        return f"needs compute capability 9.x or 10.x, not {capability[0]}.{capability[1]}"
     if capability < (8, 0):
         return f"needs compute capability 8.0, not {capability[0]}.{capability[1]}"
-    widest = 128 if kernel == "cudnn" else 256
+    widest = 256 if kernel == "flash" else 128
     if head_dim % 8 or head_dim > widest:
         return f"needs a head width that is a multiple of 8 up to {widest}, not {head_dim}"
     return None
@@ -113,6 +121,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, kernel: Backend, documents: Tensor |
         longest = q.shape[1]
         varlen: Tensor = aten._flash_attention_forward.default(*flat, documents, documents, longest, longest, 0.0, True, False)[0]
         return varlen.view_as(q)
+    if kernel == "flash4":
+        out: Tensor = flash4.flash4(q, k, v)[0]
+        return out
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, h)
     causal = documents is None  # the mask of documents is causal itself
     match kernel:

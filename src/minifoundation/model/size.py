@@ -56,9 +56,9 @@ def memory_bytes(
 ) -> dict[str, int]:
     """Return the predicted peak of allocated device memory by what it holds, in bytes; the sum is the prediction.
 
-    The larger of two moments: the loss of the last micro-batch, when all saved activations exist (and gradients, if a micro-batch went
-    before); and the backward of the first block, when all gradients exist. Blocks and loss are taken as compiled. Against measurements:
-    docs/numerics.md.
+    The largest of three moments of the last micro-batch: its loss and the backward of its last block, when all saved activations exist
+    (and gradients, if a micro-batch went before); and the backward of its first block, when all gradients exist. Blocks are taken as
+    compiled, the loss as Triton's. Against measurements: docs/numerics.md.
 
     Args:
         grad_accum: micro-batches in a step.
@@ -69,43 +69,45 @@ def memory_bytes(
     """
     parameters, N, V, D = n_parameters(config), batch_size * seq_len, config.vocab_size, config.d_model
     item = 4 if precision == "fp32" else 2
-    half = item == 2
     checkpointed = 0 if config.checkpointing == "none" else -(-config.n_layer // config.checkpoint_every)
-    kept = config.n_layer - checkpointed
     of_checkpointed = {"none": 0, "attention": _attention_kept(config, item) + D * item, "full": D * item}[config.checkpointing]
     of_block = N * _saved_by_block(config, item)
-    copy_of_block = item * _block_matrices(config) if half else 0
+    activations = (config.n_layer - checkpointed) * of_block + checkpointed * N * of_checkpointed
+    # The widest gradients of a block: of gate, up and their product; in half precision the product again.
+    block_workspace = N * item * (4 if item == 2 else 3) * config.d_ff
+    head_gradient = 4 * V * D
     always = {
         "weights": 4 * parameters,
+        "weight_copies": 2 * n_matmul_parameters(config) if item == 2 else 0,
         "optimizer": round(MOMENT_BYTES[optimizer_states] * parameters),
         "ema": 4 * parameters if ema else 0,
     }
+    earlier_gradients = 4 * parameters if grad_accum > 1 else 0
     at_loss = {
         **always,
-        "gradients": 4 * parameters if grad_accum > 1 else 0,
-        # Half-precision copies that multiply activations: alive from forward to backward, except where a block is recomputed.
-        "weight_copies": kept * copy_of_block,
-        "activations": kept * of_block + checkpointed * N * of_checkpointed + N * D * item,
-        # The head's copy, its gradient and (in half precision) the product added to it; the hidden states' gradient; a chunk of logits
-        # and its gradient.
-        "loss": (item + 8 if half else 4) * V * D + N * D * item + min(loss_chunk, N) * V * 2 * item,
+        "gradients": earlier_gradients,
+        "activations": activations + N * D * item,
+        # The head's gradient, that of the hidden states, and a chunk of logits, which their gradient overwrites.
+        "loss": head_gradient + N * D * item + min(loss_chunk, N) * V * item,
     }
-    at_first_block = {
+    at_last_block = {
         **always,
-        "gradients": 4 * parameters,
-        "weight_copies": copy_of_block,
-        "activations": of_block,
-        "block_workspace": N * item * 3 * config.d_ff,  # about as many gradients as the widest activations
+        "gradients": earlier_gradients,
+        "activations": activations + (of_block if checkpointed else 0),
+        "loss": head_gradient + N * D * item,
+        "block_workspace": block_workspace,
     }
-    return max(at_loss, at_first_block, key=lambda parts: sum(parts.values()))
+    at_first_block = {**always, "gradients": 4 * parameters, "activations": of_block, "block_workspace": block_workspace}
+    return max(at_loss, at_last_block, at_first_block, key=lambda parts: sum(parts.values()))
 
 
 def _saved_by_block(config: ModelConfig, item: int) -> int:
     """Return the bytes a token that a block saves for its backward."""
     D, h, H, K = config.d_model, config.head_dim, config.n_head, config.n_kv_head
-    # Two inputs of norms, two normed copies; q k v as projected (v is read there), q and k as rotated, the attention output; gate, up and
-    # their product.
-    return item * (4 * D + (H + 2 * K) * h + (H + K) * h + H * h + 3 * config.d_ff) + 4 * (H + 2)  # logsumexp of attention, two norms
+    # Two inputs of norms, two normed copies; q, k and v as attention reads them and its output; gate and up. Their product is made again
+    # in half precision.
+    feed_forward = (2 if item == 2 else 3) * config.d_ff
+    return item * (4 * D + (H + 2 * K) * h + H * h + feed_forward) + 4 * (H + 2)  # logsumexp of attention, two norms
 
 
 def _attention_kept(config: ModelConfig, item: int) -> int:

@@ -21,15 +21,9 @@ class TrainingModel(nn.Module):
         self.transformer = transformer
         self.z_loss = z_loss
         self.chunk = chunk
-        self.compiled = False
 
     def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> LossSums:
         """Return the losses summed over ``targets`` (B, T) given ``tokens`` (B, T) and, as ``Transformer`` takes them, the documents."""
         hidden = self.transformer(tokens, cu_seqlens).flatten(0, 1)
-        head = self.transformer.head_weight
-        return token_losses(hidden, head, targets.flatten(), z_loss=self.z_loss, chunk=self.chunk, compiled=self.compiled)
-
-    def compile_blocks(self) -> None:
-        """Compile each block and the element-wise part of the loss, in place."""
-        self.transformer.compile_blocks()
-        self.compiled = True
+        head = self.transformer.output
+        return token_losses(hidden, head.weight, targets.flatten(), z_loss=self.z_loss, chunk=self.chunk, head_copy=head.copy)

@@ -14,18 +14,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from minifoundation.config import ModelConfig
 from minifoundation.model.attention import KERNEL_OPERATORS, Backend, attend, documents_for, resolve
+from minifoundation.model.kernels import swiglu
+from minifoundation.model.matrix import Matrix, refresh
 from minifoundation.model.rope import apply_rope, positions_within, rope_frequencies, rotary_tables
-
-
-class Matrix(nn.Module):
-    """A linear map without bias; the float32 weight is cast to the dtype of what it multiplies."""
-
-    def __init__(self, d_in: int, d_out: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_out, d_in))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -43,22 +34,27 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU, each normed before and added to the residual stream after."""
+    """Attention and SwiGLU, each normed before and added to the residual stream after.
 
-    def __init__(self, config: ModelConfig, *, checkpointing: str) -> None:
+    Args:
+        dtype: of activations.
+        checkpointing: what this block does of ``config.checkpointing``.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, checkpointing: str) -> None:
         super().__init__()
         D, h = config.d_model, config.head_dim
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, h
         self.dropout = config.dropout
         self.checkpointing = checkpointing
         self.attention_norm = RMSNorm(D, config.norm_eps)
-        self.qkv = Matrix(D, (config.n_head + 2 * config.n_kv_head) * h)
+        self.qkv = Matrix(D, (config.n_head + 2 * config.n_kv_head) * h, dtype)
         self.q_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
-        self.out = Matrix(D, D)
+        self.out = Matrix(D, D, dtype)
         self.mlp_norm = RMSNorm(D, config.norm_eps)
-        self.gate_up = Matrix(D, 2 * config.d_ff)
-        self.down = Matrix(config.d_ff, D)
+        self.gate_up = Matrix(D, 2 * config.d_ff, dtype)
+        self.down = Matrix(config.d_ff, D, dtype)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Tensor | None) -> Tensor:  # (B, T, D)
         if self.checkpointing == "none" or not torch.is_grad_enabled():
@@ -87,12 +83,17 @@ class Block(nn.Module):
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=-2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        mixed = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, kernel, documents)  # (B, T, H, h)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        # Attention keeps what it reads for its backward: a slice would keep all of ``heads`` with it.
+        mixed = attend(q, k, v.contiguous(), kernel, documents)  # (B, T, H, h)
         result: Tensor = self.out(mixed.flatten(-2))
         return result
 
     def mlp(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, T, F) each
+        gate_up = self.gate_up(x)  # (B, T, 2F)
+        if self.down.copy is not None:
+            return swiglu.gated_product(gate_up, self.down.weight, self.down.copy)
+        gate, up = gate_up.chunk(2, dim=-1)
         result: Tensor = self.down(F.silu(gate) * up)
         return result
 
@@ -109,7 +110,7 @@ class Transformer(nn.Module):
     """The decoder; its float32 weights are unset until ``initialise`` or ``load_state_dict``.
 
     Args:
-        dtype: of activations and of the weights' copies that multiply them.
+        dtype: of activations.
     """
 
     frequencies: Tensor
@@ -118,19 +119,27 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = dtype
-        self.embedding = Matrix(config.d_model, config.vocab_size)
+        # Looking up rows needs no copy of the matrix; only as a head does it multiply.
+        self.embedding = Matrix(config.d_model, config.vocab_size, dtype if config.tie_embeddings else torch.float32)
         self.blocks = nn.ModuleList(
-            Block(config, checkpointing="none" if i % config.checkpoint_every else config.checkpointing) for i in range(config.n_layer)
+            Block(config, dtype=dtype, checkpointing="none" if i % config.checkpoint_every else config.checkpointing)
+            for i in range(config.n_layer)
         )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = None if config.tie_embeddings else Matrix(config.d_model, config.vocab_size)
+        self.head = None if config.tie_embeddings else Matrix(config.d_model, config.vocab_size, dtype)
         frequencies, self.gain = rope_frequencies(config.rope, config.head_dim, config.original_seq_len)
         self.register_buffer("frequencies", frequencies, persistent=False)
+        self.matrices = [module for module in self.modules() if isinstance(module, Matrix)]
+
+    @property
+    def output(self) -> Matrix:
+        """The (V, D) matrix of the output head: the embedding when tied."""
+        return self.embedding if self.head is None else self.head
 
     @property
     def head_weight(self) -> Tensor:
-        """The (V, D) matrix of the output head: the embedding when tied."""
-        return self.embedding.weight if self.head is None else self.head.weight
+        """The float32 weight of ``output``."""
+        return self.output.weight
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Return the hidden states (B, T, D) after the final norm of token ids (B, T).
@@ -139,6 +148,7 @@ class Transformer(nn.Module):
             cu_seqlens: where each document begins in the flattened tokens, each row beginning one, and B * T at the end, (documents + 1,)
                 int32: attention stays within documents and positions restart in each, as if each were a row of its own. None: a row is one.
         """
+        refresh(self.matrices)
         x = F.embedding(tokens, self.embedding.weight).to(self.dtype)
         cos, sin = rotary_tables(self.frequencies, self.gain, tokens.shape[1])
         kernel = self.kernel(tokens.device, masked=cu_seqlens is not None)
@@ -154,8 +164,8 @@ class Transformer(nn.Module):
 
     def logits(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Return the logits (B, T, V), float32 (float64 when the model computes in it)."""
-        hidden = self(tokens, cu_seqlens)
-        return F.linear(hidden, self.head_weight.to(hidden.dtype)).to(torch.promote_types(hidden.dtype, torch.float32))
+        logits: Tensor = self.output(self(tokens, cu_seqlens))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def kernel(self, device: torch.device, *, masked: bool = False) -> Backend:
         """Return the attention kernel that runs on ``device``, within rows or (``masked``) within documents."""
@@ -181,7 +191,7 @@ class Transformer(nn.Module):
         self.frequencies.copy_(rope_frequencies(self.config.rope, self.config.head_dim, self.config.original_seq_len)[0])
 
     def compile_blocks(self) -> None:
-        """Compile each block in place; all share one graph, and the names in the state dict stay as they are."""
-        for block in self.blocks:
+        """Compile each block and the final norm in place; blocks share one graph, and the names in the state dict stay as they are."""
+        for module in (*self.blocks, self.norm):
             # Static shapes: with automatic dynamic ones, which of two graphs runs would depend on the history of the process.
-            block.compile(dynamic=False)
+            module.compile(dynamic=False)

@@ -32,15 +32,33 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
         UserError: int8 moments without torchao.
     """
     groups = parameter_groups(model, config.weight_decay)
-    betas = (config.beta1, config.beta2)
+    made: Any = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    optimizer: torch.optim.Optimizer
     if config.optimizer_states == "fp32":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError:
-        raise UserError("train.optimizer_states", "int8 needs torchao", "pip install 'minifoundation[gpu]', or use fp32") from None
-    optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=config.lr, betas=betas, eps=config.eps)
+        optimizer = torch.optim.AdamW(groups, **made, fused=True)
+    else:
+        try:
+            from torchao.optim import AdamW8bit
+        except ImportError:
+            raise UserError("train.optimizer_states", "int8 needs torchao", "pip install 'minifoundation[gpu]', or use fp32") from None
+        optimizer = AdamW8bit(groups, **made)
+    # Fused kernels do not count their changes, and the half-precision copies are made again by that count (model/matrix.py).
+    weights = [weight for group in groups for weight in group["params"]]
+    optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(weights))
     return optimizer
+
+
+def clip(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], largest: float | None) -> Tensor:
+    """Return the norm of the gradients, and see to it that the next step of ``optimizer`` uses them scaled down to norm ``largest``."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if largest is None:
+        return norm
+    if optimizer.defaults.get("fused"):
+        # torch's fused kernel divides gradients by this in its own pass over them.
+        optimizer.grad_scale = ((norm + 1e-6) / largest).clamp(min=1.0)  # type: ignore[attr-defined]
+    else:
+        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return norm
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -158,7 +158,7 @@ def _built(
     transformer.to(machine.device)
     training_model = TrainingModel(transformer, z_loss=config.train.z_loss, chunk=config.train.loss_chunk)
     if config.train.compile:
-        training_model.compile_blocks()
+        transformer.compile_blocks()
     model = spread(training_model, world)
     optimizer = adamw(transformer, config.train)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=config.train.precision == "fp16")

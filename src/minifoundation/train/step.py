@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minifoundation.data.batch import Batch
 from minifoundation.distributed import World, local_gradients
-from minifoundation.train.optimizer import set_learning_rate
+from minifoundation.train.optimizer import clip, set_learning_rate
 
 
 class StepStats:
@@ -76,21 +76,13 @@ def train_step(
             scaler.scale(losses.total * (world.size / tokens)).backward()  # DDP takes the mean over the processes
         sums.append(torch.stack([losses.cross_entropy, losses.z_loss]))
     scaler.unscale_(optimizer)
-    grad_norm = _clip([p for p in model.parameters() if p.grad is not None], grad_clip)
+    grad_norm = clip(optimizer, [p for p in model.parameters() if p.grad is not None], grad_clip)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     mine = torch.stack(sums).sum(0)
     total = world.total(torch.cat([mine, mine.new_full((1,), float(stop))]))
     return StepStats(total[:2] / tokens, grad_norm, total[2], attended_length=fmean(batch.attended_length for batch in batches))
-
-
-def _clip(parameters: list[nn.Parameter], largest: float | None) -> Tensor:
-    """Scale the gradients down to norm ``largest`` and return their norm before that."""
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if largest is not None:
-        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
-    return norm
 
 
 @torch.no_grad()

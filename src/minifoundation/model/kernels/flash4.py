@@ -1,0 +1,56 @@
+"""FlashAttention-4 (package flash-attn-4, kernels for Hopper and later) as an operator that torch.compile keeps whole.
+
+Letters: B rows, T tokens a row, H query heads, K key/value heads, h head width.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INSTALLED = find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None
+
+
+@torch.library.custom_op("minifoundation::flash4", mutates_args=(), device_types="cuda")
+def flash4(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return causal attention (B, T, H, h) of q (B, T, H, h) over k and v (B, T, K, h), and its log-sum-exp (B, H, T) float32."""
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    out, log_sum_exp, *_ = _flash_attn_fwd(q, k, v, causal=True, return_lse=True)
+    return out, log_sum_exp
+
+
+@torch.library.custom_op("minifoundation::flash4_gradients", mutates_args=(), device_types="cuda")
+def flash4_gradients(q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v."""
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    d_q, d_k, d_v = _flash_attn_bwd(q, k, v, out, d_out.contiguous(), log_sum_exp, causal=True)
+    return d_q, d_k, d_v
+
+
+@flash4.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    B, T, H, _h = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
+
+
+@flash4_gradients.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, d_out: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    gradients: tuple[Tensor, Tensor, Tensor] = flash4_gradients(*ctx.saved_tensors, d_out)
+    return gradients
+
+
+flash4.register_autograd(_backward, setup_context=_keep)
