@@ -1,0 +1,50 @@
+"""Every setting: its type, bounds, default and where the default comes from. Imports no torch.
+
+A setting is reached by its dotted name in YAML and on the command line (``train.lr``, ``--train.lr``); the few that
+have a short flag name it in ``flag=``. Precedence: defaults < checkpoint (longft) < YAML < command line.
+"""
+
+from minifoundation.config.options import (
+    REPOSITORY,
+    EvalOptions,
+    ExportOptions,
+    GenerateOptions,
+    InspectOptions,
+    LongftOptions,
+    PrepareConfig,
+    PrepareOptions,
+    PretrainOptions,
+)
+from minifoundation.config.reading import build, changed, dotted_names, fields, flags, merged, nearest, read_yaml, to_yaml
+from minifoundation.config.run import DataConfig, ModelConfig, QualityFilter, RopeConfig, RunConfig, TokenizerConfig, TrainConfig
+from minifoundation.config.setting import Settings, setting
+
+__all__ = [
+    "REPOSITORY",
+    "DataConfig",
+    "EvalOptions",
+    "ExportOptions",
+    "GenerateOptions",
+    "InspectOptions",
+    "LongftOptions",
+    "ModelConfig",
+    "PrepareConfig",
+    "PrepareOptions",
+    "PretrainOptions",
+    "QualityFilter",
+    "RopeConfig",
+    "RunConfig",
+    "Settings",
+    "TokenizerConfig",
+    "TrainConfig",
+    "build",
+    "changed",
+    "dotted_names",
+    "fields",
+    "flags",
+    "merged",
+    "nearest",
+    "read_yaml",
+    "setting",
+    "to_yaml",
+]

@@ -1,0 +1,105 @@
+"""What each command takes beside the settings of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from minifoundation.config.run import DataConfig, TokenizerConfig
+from minifoundation.config.setting import Settings, setting
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+"""The clone this package is installed from; ``configs/`` lies here."""
+
+
+class PretrainOptions(Settings):
+    """What ``pretrain`` and ``longft`` take beside the settings of the run."""
+
+    config: Path | None = setting(None, flag="config", help="YAML file with settings")
+    amp: bool = setting(False, flag="amp", help="mixed precision: fp16 with loss scaling, or bf16 with --bf16")
+    bf16: bool = setting(False, flag="bf16", help="bf16 compute over fp32 weights; means --amp --bf16")
+    resume: str | None = setting(None, flag="resume", help="auto: go on from the latest good checkpoint in out_dir; or the path of one")
+    dry_run: bool = setting(False, flag="dry_run", help="print the plan (steps, parameters, FLOPs, memory, time) and stop")
+
+
+class LongftOptions(PretrainOptions):
+    """``longft``: the same, and the model to begin from."""
+
+    ckpt_in: Path = setting(help="final.pth (or a step folder) of the run whose context is extended", flag="ckpt_in")
+
+
+class PrepareOptions(Settings):
+    """``prepare``: corpus to token shards, by hand."""
+
+    config: Path | None = setting(None, flag="config", help="YAML file with settings (data, tokenizer)")
+    tokens: int | None = setting(None, ge=1, flag="tokens", help="stop after this many training tokens; none reads the whole corpus")
+    tokenizer_out: Path = setting(Path("outputs/tokenizer"), flag="tokenizer_out", help="where a newly trained tokenizer is written")
+    engine: Literal["local", "ray", "slurm"] = setting(
+        "local", flag="engine", help="where the work is done: processes of this machine, a Ray cluster, or Slurm jobs"
+    )
+    slurm: str | None = setting(
+        None, flag="slurm", help="what sbatch needs, for --engine slurm: partition=cpu,time=04:00:00 (any long option of sbatch)"
+    )
+    rebuild: bool = setting(
+        False, flag="rebuild", help="first check every shard by its sha256, and make those again that are damaged or missing"
+    )
+
+
+class PrepareConfig(Settings):
+    """The part of a run that ``prepare`` needs."""
+
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig
+
+
+class InspectOptions(Settings):
+    """``inspect``: what is in token shards, and what a checkpoint has read."""
+
+    shards: Path | None = setting(None, flag="shards", help="a folder of token shards (prepare prints it)")
+    checkpoint: Path | None = setting(None, flag="checkpoint", help="final.pth or a step folder: print how far it is and where in the data")
+    tokenizer: Path | None = setting(None, flag="tokenizer", help="the SentencePiece .model of the shards: print decoded samples")
+    samples: int = setting(3, ge=1, flag="samples", help="how many samples")
+    plot: Path | None = setting(None, flag="plot", help="write a histogram of document lengths to this .png")
+    verify: bool = setting(False, flag="verify", help="read every file again and compare its sha256")
+
+
+class ExportOptions(Settings):
+    """``export_hf``: checkpoint to Hugging Face folder, with proof of parity."""
+
+    ckpt: Path = setting(help="final.pth or a step folder", flag="ckpt")
+    out_dir: Path = setting(Path("outputs/hf_export"), flag="out_dir", help="folder to write")
+    dtype: Literal["fp32", "bf16", "fp16"] = setting("bf16", flag="dtype", help="dtype of the exported weights")
+    ema: bool = setting(False, flag="ema", help="export the averaged weights instead")
+
+
+class EvalOptions(Settings):
+    """``eval``: benchmarks of a Hugging Face folder through lm-eval."""
+
+    model_path: str = setting(help="folder in Hugging Face form, ours or any other", flag="model_path")
+    tasks: str = setting(
+        str(REPOSITORY / "configs" / "tasks.txt"), flag="tasks", help="file with one task a line, or names separated by commas"
+    )
+    limit: int = setting(0, ge=0, flag="limit", help="documents of each task, 0 means all")
+    batch_size: int | None = setting(None, ge=1, flag="batch_size", help="rows in a batch; default: by memory")
+    data_dir: Path | None = setting(
+        None, flag="data_dir", help="mirror folder <org>/<name>/<config>/<split>.parquet to read benchmarks from instead of the hub"
+    )
+    out_dir: Path | None = setting(None, flag="out_dir", help="where results.json and report.md go; default <model_path>/eval")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto", flag="dtype", help="dtype of the weights in memory; auto: as stored, fp32 on a CPU"
+    )
+    device: str | None = setting(None, flag="device", help="cuda, cpu; default: cuda where there is one")
+    allow_code_exec: bool = setting(
+        False, flag="allow_code_exec", help="run programs written by the model (HumanEval, MBPP) in a sandboxed process"
+    )
+
+
+class GenerateOptions(Settings):
+    """``generate``: a prompt in, text out."""
+
+    model: Path = setting(help="a checkpoint (final.pth, step folder) or an exported folder", flag="model")
+    prompt: str = setting(help="the text to go on from", flag="prompt")
+    max_new_tokens: int = setting(128, ge=1, flag="max_new_tokens", help="tokens to add at most")
+    temperature: float = setting(0.8, ge=0, flag="temperature", help="0 is greedy")
+    top_p: float = setting(0.95, gt=0, le=1, flag="top_p", help="nucleus sampling (arXiv:1904.09751)")
+    seed: int = setting(1234, ge=0, flag="seed", help="of the sampling")

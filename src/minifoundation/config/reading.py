@@ -1,0 +1,151 @@
+"""Values to settings and back: YAML files, layers over one another, and the first fault as one line."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from minifoundation.errors import UserError
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def build(kind: type[S], values: dict[str, Any], sources: str, *, section: str = "") -> S:
+    """Return ``kind`` made from nested ``values``; the first fault becomes a one-line UserError.
+
+    Args:
+        sources: where the values came from, for the message (``configs/x.yaml, command line``).
+        section: put before the names of settings in the message (``train.``).
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as invalid:
+        fault = _readable(kind, invalid, sources)
+        raise UserError(section + fault.where, fault.problem, fault.remedy) from None
+
+
+def _readable(kind: type[BaseModel], invalid: ValidationError, sources: str) -> UserError:
+    faults = invalid.errors(include_url=False)
+    fault = next((one for one in faults if one["type"] == "extra_forbidden"), faults[0])  # a slip in a name also leaves another one unset
+    path = [str(part) for part in fault["loc"] if part not in ("int", "literal['auto']")]
+    name = ".".join(path) or sources
+    match fault["type"]:
+        case "extra_forbidden":
+            leaves = dotted_names(kind)
+            near = nearest(name, [*leaves, *dict.fromkeys(leaf.rsplit(".", 1)[0] for leaf in leaves if "." in leaf)])
+            return UserError(name, f"unknown setting (in {sources})", f"did you mean {near}?" if near else "--help lists the settings")
+        case "missing":
+            inside = [(leaf, field) for leaf, field in fields(kind) if leaf.startswith(f"{name}.")]
+            needed = [leaf for leaf, field in inside if field.is_required()] + [leaf for leaf, _ in inside if leaf in flags(kind)]
+            name = (needed or [name])[0]
+            flag = flags(kind).get(name)
+            spelled = f"--{flag} or --{name}" if flag and flag != name else f"--{name}"
+            how = "give it with" if sources == "command line" else "set it in the YAML or with"
+            return UserError(name, f"required and not set (in {sources})", f"{how} {spelled}")
+        case "value_error":
+            problem, _, remedy = str(fault["ctx"]["error"]).partition("; ")
+            return UserError(name, problem, remedy or "correct it")
+        case _:
+            alternatives = [
+                other["msg"] for other in invalid.errors(include_url=False) if other["loc"][: len(path)] == fault["loc"][: len(path)]
+            ]
+            remedy = ", or ".join(message[0].lower() + message[1:] for message in alternatives)
+            return UserError(name, f"{fault['input']!r} is not valid", remedy)
+
+
+def nearest(name: str, known: list[str]) -> str | None:
+    """Return the known dotted name most like ``name``: the same last part in another section first."""
+    leaf = name.rsplit(".", 1)[-1]
+    same_leaf = [other for other in known if other.rsplit(".", 1)[-1] == leaf]
+    close = same_leaf or get_close_matches(name, known, n=1, cutoff=0.6)
+    close = close or [k for k in known if k.rsplit(".", 1)[-1] in get_close_matches(leaf, [k.rsplit(".", 1)[-1] for k in known], n=1)]
+    return close[0] if close else None
+
+
+def fields(kind: type[BaseModel], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return (dotted name, pydantic field) of every leaf setting of ``kind``, in order."""
+    found: list[tuple[str, Any]] = []
+    for name, field in kind.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            found += fields(inner, f"{prefix}{name}.")
+        else:
+            found.append((prefix + name, field))
+    return found
+
+
+def dotted_names(kind: type[BaseModel]) -> list[str]:
+    """Return the dotted name of every leaf setting of ``kind``."""
+    return [name for name, _ in fields(kind)]
+
+
+def flags(kind: type[BaseModel]) -> dict[str, str]:
+    """Return the short flag (without dashes) of each setting of ``kind`` that has one, by dotted name."""
+    return {name: field.json_schema_extra["flag"] for name, field in fields(kind) if field.json_schema_extra}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the nested settings in a YAML file; a line ``base: other.yaml`` puts them over those of a file beside it.
+
+    Raises:
+        UserError: the file is missing, not YAML, or not a mapping.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        raise UserError(
+            str(path), "no such file", f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(str(path), f"cannot be read ({error})", "give the path of a YAML file") from None
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        line = f" at line {place.line + 1}" if place else ""
+        raise UserError(str(path), f"not YAML{line}", "indent with spaces, one 'name: value' a line") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(str(path), "holds no settings", "write 'section:' lines with 'name: value' below them")
+    base = values.pop("base", None)
+    return merged(read_yaml(path.parent / str(base)), values) if base is not None else values
+
+
+ALTERNATIVES = (("source", "mix"),)
+"""Settings of one section of which one is given: ``--data`` on the command line puts aside the ``data.mix`` of a YAML file."""
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Return ``below`` overlaid by ``above``, section by section; a setting also replaces the one it is an alternative to."""
+    result = dict(below)
+    for name, other in (*ALTERNATIVES, *((b, a) for a, b in ALTERNATIVES)):
+        if above.get(name) is not None:
+            result.pop(other, None)
+    for name, value in above.items():
+        inner = result.get(name)
+        result[name] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return result
+
+
+def changed(settings: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """Return the settings that are not at their default, by dotted name."""
+    found: dict[str, Any] = {}
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, BaseModel):
+            found |= changed(value, f"{prefix}{name}.")
+        elif field.is_required() or value != field.default:
+            found[prefix + name] = value
+    return found
+
+
+def to_yaml(settings: BaseModel) -> str:
+    """Return ``settings`` as YAML that reads back equal."""
+    import yaml
+
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

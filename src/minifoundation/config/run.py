@@ -1,0 +1,238 @@
+"""The settings of a run: model, tokenizer, data, training; each with its bounds, its default and where that comes from."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import field_validator, model_validator
+
+from minifoundation.config.setting import Settings, setting
+
+
+class RopeConfig(Settings):
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and its scaling to longer contexts."""
+
+    theta: float = setting(10_000.0, gt=1, help="base of the frequencies [RoFormer, Llama 2: 10,000]")
+    scaling: Literal["none", "linear", "ntk", "yarn"] = setting(
+        "none",
+        help="linear: position interpolation (arXiv:2306.15595); ntk: static NTK-aware base change; yarn: arXiv:2309.00071",
+    )
+    factor: float = setting(1.0, ge=1, help="how many times longer the context becomes, from the original length")
+    beta_fast: float = setting(32.0, gt=0, help="YaRN: rotations over the original length above which nothing is scaled")
+    beta_slow: float = setting(1.0, gt=0, help="YaRN: rotations below which a frequency is fully interpolated")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.scaling == "none" and self.factor != 1.0:
+            raise ValueError(f"factor {self.factor:g} has no effect with scaling none; set rope.scaling to yarn, ntk or linear")
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(f"beta_fast {self.beta_fast:g} must be larger than beta_slow {self.beta_slow:g}")
+        return self
+
+
+class ModelConfig(Settings):
+    """A dense decoder in the layout of Llama (or Qwen3 when ``qk_norm`` is on)."""
+
+    vocab_size: int = setting(59_392, ge=8, multiple_of=8, help="rows of the embedding; the tokenizer's size padded to a multiple of 128")
+    d_model: int = setting(help="width of the residual stream", ge=8)
+    n_layer: int = setting(help="number of blocks", ge=1)
+    n_head: int = setting(help="query heads", ge=1)
+    n_kv_head: int = setting(help="key/value heads; fewer than n_head is grouped-query attention (arXiv:2305.13245)", ge=1)
+    d_ff: int = setting(help="inner width of SwiGLU (arXiv:2002.05202); 8/3 d_model keeps the size of a 4 d_model MLP", ge=8)
+    original_seq_len: int = setting(4096, ge=8, help="context length before any RoPE scaling: the one pretraining uses")
+    rope: RopeConfig = RopeConfig()
+    qk_norm: bool = setting(False, help="RMSNorm on queries and keys, per head (arXiv:2302.05442; Qwen3)")
+    norm_eps: float = setting(1e-5, gt=0, help="epsilon of RMSNorm [Llama 2: 1e-5]")
+    tie_embeddings: bool = setting(True, help="one matrix for the embedding and the output head (arXiv:1608.05859)")
+    dropout: float = setting(0.0, ge=0, lt=1, help="dropout on the residual branches [Llama, PaLM: 0 in pretraining]")
+    init_std: float | None = setting(
+        None,
+        gt=0,
+        help="standard deviation of the initial weights; default 0.3/sqrt(d_model), so that a tied head begins within 1% of ln V "
+        "[DeepSeek LLM, arXiv:2401.02954: 0.006 at 4096 = 0.38/sqrt], "
+        "the branch outputs smaller by sqrt(2 n_layer) [GPT-2]",
+    )
+    attention: Literal["auto", "flash4", "cudnn", "flash", "efficient", "math"] = setting(
+        "auto", help="kernel of scaled dot-product attention; flash4 is FlashAttention-4 (pip install flash-attn-4)"
+    )
+    checkpointing: Literal["none", "attention", "full"] = setting(
+        "none",
+        help="activation checkpointing of a block: attention keeps the attention outputs and recomputes the rest, full recomputes all",
+    )
+    checkpoint_every: int = setting(1, ge=1, help="apply checkpointing to every k-th block")
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_head
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens of context the RoPE settings reach."""
+        return math.floor(self.original_seq_len * self.rope.factor)
+
+    @property
+    def weight_std(self) -> float:
+        return self.init_std if self.init_std is not None else 0.3 / math.sqrt(self.d_model)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.d_model % self.n_head:
+            raise ValueError(f"d_model {self.d_model} is not divisible by n_head {self.n_head}; choose n_head among its divisors")
+        if self.head_dim % 2:
+            raise ValueError(f"head width d_model/n_head = {self.head_dim} is odd; RoPE needs an even width")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}; choose n_kv_head among its divisors")
+        return self
+
+
+class TokenizerConfig(Settings):
+    """The tokenizer: a given SentencePiece model, or one trained on a sample of the corpus."""
+
+    path: Path | None = setting(None, flag="tokenizer", help="a SentencePiece .model to use; none trains one on the corpus")
+    kind: Literal["unigram", "bpe"] = setting(
+        "unigram", help="Unigram (arXiv:1804.10959) or BPE (arXiv:1508.07909), both with byte fallback"
+    )
+    vocab_size: int = setting(59_392, ge=512, le=1_000_000, help="pieces to train; reduced with a warning where the text supports fewer")
+    sample_bytes: int = setting(100_000_000, ge=1_000, help="bytes of text the tokenizer is trained on at most")
+
+
+QualityFilter = Literal["gopher-quality", "gopher-repetition", "c4", "fineweb"]
+
+
+class DataConfig(Settings):
+    """Where the text comes from and how it becomes token shards."""
+
+    source: str | None = setting(
+        None,
+        help="fineweb, fineweb-edu, slimpajama, org/name[:subset] of the Hugging Face Hub, or a path, glob or URL (hf://, s3://, https://) "
+        "of .txt, .jsonl, .parquet, plain or .gz/.zst/.xz",
+        flag="data",
+    )
+    mix: dict[str, float] | None = setting(
+        None, help="several sources by weight, instead of one: {fineweb-edu: 0.8, path/to/code: 0.2}; here fineweb-edu=0.8,path/to/code=0.2"
+    )
+    text_column: str = setting("text", help="the column or JSON key that holds the text")
+    filters: tuple[QualityFilter, ...] = setting(
+        (),
+        help="quality filters for raw English text, in this order: Gopher (arXiv:2112.11446), C4 (arXiv:1910.10683), "
+        "FineWeb (arXiv:2406.17557)",
+    )
+    dedup: Literal["none", "exact", "minhash"] = setting(
+        "none", help="drop documents equal to an earlier one, or (minhash, arXiv:2107.06499) much like it; reads the whole corpus first"
+    )
+    mask_documents: bool = setting(False, help="attention stays within a document and positions restart in each")
+    shards_dir: Path = setting(Path("outputs/shards"), help="token shards are kept here, one folder for each corpus and tokenizer")
+    shard_tokens: int = setting(16_777_216, ge=1_024, help="tokens in a shard; samples are shuffled within a shard")
+    held_out: float = setting(0.002, ge=0, le=0.5, help="share of the documents, chosen by hash, that is never trained on")
+    held_out_tokens: int = setting(2_000_000, ge=1_024, help="tokens of the held-out split that are kept at most")
+    max_document_bytes: int = setting(4_194_304, ge=256, help="a longer document is cut at line ends into documents of this size")
+    workers: int | None = setting(None, ge=1, help="processes that make shards; default: all cores")
+
+    @field_validator("mix", mode="before")
+    @classmethod
+    def _mix_in_words(cls, value: Any) -> Any:
+        """``a=0.8,b=0.2`` of a command line is YAML's ``{a: 0.8, b: 0.2}``."""
+        if not isinstance(value, str):
+            return value
+        parts = [part.rpartition("=") for part in value.split(",")]
+        if not all(name and weight for name, _, weight in parts):
+            raise ValueError(f"{value!r} is no mixture; write source=weight,source=weight")
+        return {name.strip(): weight for name, _, weight in parts}
+
+    @field_validator("filters", mode="before")
+    @classmethod
+    def _filters_in_words(cls, value: Any) -> Any:
+        return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_corpus(self) -> Self:
+        if self.source is None and self.mix is None:
+            raise ValueError("neither data.source nor data.mix is set; give --data, or a mixture in the YAML")
+        if self.source is not None and self.mix is not None:
+            raise ValueError(f"data.source is {self.source}, and data.mix is set too; give one of them, and none for the other")
+        for name, weight in (self.mix or {}).items():
+            if weight <= 0:
+                raise ValueError(f"the weight of {name} in data.mix is {weight:g}; give a number above 0, or leave it out")
+        if self.mix == {}:
+            raise ValueError("data.mix is empty; name a source and its weight")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The share of each source in the training tokens, summing to 1; one source has all."""
+        if self.source is not None:
+            return {self.source: 1.0}
+        assert self.mix is not None
+        total = sum(self.mix.values())
+        return {name: weight / total for name, weight in self.mix.items()}
+
+
+class TrainConfig(Settings):
+    """One phase of training: pretraining or context extension."""
+
+    tokens: int = setting(help="training tokens in all", flag="tokens", ge=1)
+    seq_len: int = setting(4096, ge=8, flag="seq_len", help="tokens in a row")
+    batch_size: int | Literal["auto"] = setting(
+        1, flag="batch_size", help="rows in a micro-batch on each device; auto finds the largest that fits"
+    )
+    grad_accum: int = setting(1, ge=1, flag="grad_accum", help="micro-batches summed into one step on each device")
+    precision: Literal["fp32", "bf16", "fp16"] = setting(
+        "fp32",
+        help="dtype of compute; weights, gradients and optimizer stay fp32 (--amp --bf16: bf16; --amp alone: fp16 with loss scaling)",
+    )
+    compile: bool = setting(False, flag="compile", help="torch.compile for each block")
+    lr: float = setting(
+        6e-4, gt=0, flag="lr", help="peak learning rate [GPT-3 125M-350M, arXiv:2005.14165: 6e-4 to 3e-4; see docs/numerics.md]"
+    )
+    schedule: Literal["cosine", "constant", "wsd"] = setting(
+        "cosine", help="cosine [Llama 2], constant, or warm-up-stable-decay (arXiv:2404.06395)"
+    )
+    warmup: float = setting(0.05, ge=0, lt=1, help="share of the steps with linearly rising rate [arXiv:2309.14322: 5%, for stability]")
+    decay: float = setting(0.1, gt=0, le=1, help="wsd: share of the steps, at the end, with falling rate [MiniCPM: 10%]")
+    min_lr: float = setting(0.1, ge=0, le=1, help="final rate as a share of the peak [Llama 2, arXiv:2307.09288: 10%]")
+    weight_decay: float = setting(
+        0.1, ge=0, help="AdamW decay of matrices; embeddings, norms and biases have none [Llama 2: 0.1; OLMo 2: none on embeddings]"
+    )
+    beta1: float = setting(0.9, ge=0, lt=1, help="AdamW (arXiv:1711.05101) [GPT-3, Llama 2: 0.9]")
+    beta2: float = setting(0.95, ge=0, lt=1, help="[GPT-3, Llama 2: 0.95]")
+    eps: float = setting(1e-8, gt=0, help="[GPT-3, Pythia: 1e-8]")
+    optimizer_states: Literal["fp32", "int8"] = setting("fp32", help="dtype of the moments of AdamW; int8 (arXiv:2110.02861) needs torchao")
+    grad_clip: float | None = setting(1.0, gt=0, help="largest gradient norm; none is off [GPT-3, Llama 2: 1.0]")
+    z_loss: float = setting(1e-4, ge=0, help="weight of log(Z)^2, 0 is off [PaLM, arXiv:2204.02311: 1e-4]")
+    loss_chunk: int = setting(8192, ge=1, help="tokens whose logits are held at once by the loss")
+    ema: float | None = setting(None, gt=0, lt=1, help="decay of an exponential moving average of the weights; none is off")
+    seed: int = setting(1234, ge=0, flag="seed", help="of the weights, the order of samples and dropout")
+    log_every: int = setting(1, ge=1, help="steps between lines of metrics.csv")
+    eval_every: int = setting(250, ge=1, help="steps between evaluations on the held-out split")
+    eval_tokens: int = setting(262_144, ge=1, help="held-out tokens read at an evaluation")
+    save_every: int = setting(500, ge=1, help="steps between checkpoints")
+    keep: int = setting(2, ge=1, help="step checkpoints kept; older ones are removed")
+    tensorboard: bool = setting(False, help="also write TensorBoard events to <out_dir>/tensorboard")
+
+    @field_validator("batch_size")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be at least 1, or auto")
+        return value
+
+
+class RunConfig(Settings):
+    """Everything a run is made of; written to ``<out_dir>/config.yaml`` and stored in each checkpoint."""
+
+    out_dir: Path = setting(Path("outputs/pretrain"), flag="out_dir", help="folder of the run")
+    model: ModelConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig
+    train: TrainConfig
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.train.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"train.seq_len {self.train.seq_len} is longer than the model's {self.model.max_seq_len} "
+                "(model.original_seq_len x model.rope.factor); shorten it, or extend the model with longft"
+            )
+        return self
