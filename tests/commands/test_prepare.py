@@ -24,7 +24,12 @@ from minifoundation.data.shards import Shards
 from tests.commands.conftest import EXAMPLE
 
 Capture = pytest.CaptureFixture[str]
-COMMAND = [sys.executable, "-c", "import sys; from minifoundation.cli import main; sys.exit(main(sys.argv[1:]))", "prepare"]
+# A shell that starts its jobs in the background has them ignore Ctrl-C, which a child inherits.
+PROGRAM = """import signal, sys
+from minifoundation.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main(sys.argv[1:]))"""
+COMMAND = [sys.executable, "-c", PROGRAM, "prepare"]
 
 
 @pytest.fixture(scope="module")
