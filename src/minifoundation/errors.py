@@ -26,4 +26,8 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """A run that was told to stop (Ctrl-C, SIGTERM) and saved itself; carries the line that says how to go on."""
+    """Work that was broken off by hand, with what is complete kept; carries the line that says how to go on."""
+
+
+class Stopped(Exception):
+    """A training run that was told to stop (a signal, a time limit) and saved itself; carries the line that goes on with it."""
