@@ -142,6 +142,7 @@ def program() -> Commands:
         _command("export_hf", "export_hf.export_hf", "Write a Hugging Face folder and prove it equal.", config.ExportOptions),
         _command("eval", "eval.evaluate", "Run benchmarks on a Hugging Face folder.", config.EvalOptions),
         _command("generate", "generate.generate", "Continue a prompt.", config.GenerateOptions),
+        _command("doctor", "doctor.doctor", "Check this machine, and the folder of a run.", config.DoctorOptions),
     ):
         group.add_command(command)
     return group

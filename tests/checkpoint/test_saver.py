@@ -101,7 +101,7 @@ def folder_gone(_monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fail", "message"),
     [
-        (full_disk, r"a checkpoint takes 0\.00 GiB, and 0\.00 GiB are free on its disk; free some space and go on with --resume auto"),
+        (full_disk, r"a checkpoint takes 1\.0 MiB, and 0\.0 MiB are free on its disk; free some space and go on with --resume auto"),
         (failing_write, r"No space left on device|outputs/x: no space left on device"),
         (folder_gone, r"the folder of the run is gone"),
     ],

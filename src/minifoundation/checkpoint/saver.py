@@ -68,7 +68,7 @@ class Saver:
         step = checkpoint.progress["step"]
         if step == self._saved:
             return
-        if self._writing is not None and not self._writing.done():
+        if not self.idle:
             began = time.perf_counter()
             self.finish()
             self._say(f"step {step:,}: waited {time.perf_counter() - began:.1f} s for the checkpoint before to be written")
@@ -100,8 +100,13 @@ class Saver:
 
     def check(self) -> None:
         """Raise what a save in the background has failed with, if one has."""
-        if self._writing is not None and self._writing.done():
+        if self.idle:
             self.finish()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being written."""
+        return self._writing is None or self._writing.done()
 
     def finish(self) -> None:
         """Return when nothing is being written any more.
@@ -139,7 +144,7 @@ class Saver:
         if needed > free:
             raise UserError(
                 str(self.out_dir),
-                f"a checkpoint takes {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free on its disk",
+                f"a checkpoint takes {size(needed)}, and {size(free)} are free on its disk",
                 "free some space and go on with --resume auto",
             )
 
@@ -154,7 +159,7 @@ class Saver:
         free = free_memory_bytes()
         try:
             if layout.n_bytes > SPARE * free:
-                raise MemoryError(f"{layout.n_bytes / 2**30:.1f} GiB would be needed, and {free / 2**30:.1f} GiB are free")
+                raise MemoryError(f"{size(layout.n_bytes)} would be needed, and {size(free)} are free")
             self._copy = HostCopy(layout, device)
         except MemoryError as error:
             self._say(f"warning: train.async_save: too little host memory ({error}); training waits for each checkpoint")
@@ -169,6 +174,11 @@ class Saver:
             writing.set_exception(error)
         else:
             writing.set_result(None)
+
+
+def size(n_bytes: int) -> str:
+    """Return a number of bytes for a person."""
+    return f"{n_bytes / 2**30:,.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:,.1f} MiB"
 
 
 def free_memory_bytes() -> int:

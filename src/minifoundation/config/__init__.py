@@ -6,6 +6,7 @@ have a short flag name it in ``flag=``. Precedence: defaults < checkpoint (longf
 
 from minifoundation.config.options import (
     REPOSITORY,
+    DoctorOptions,
     EvalOptions,
     ExportOptions,
     GenerateOptions,
@@ -22,6 +23,7 @@ from minifoundation.config.setting import Settings, setting
 __all__ = [
     "REPOSITORY",
     "DataConfig",
+    "DoctorOptions",
     "EvalOptions",
     "ExportOptions",
     "GenerateOptions",

@@ -130,3 +130,10 @@ class GenerateOptions(Settings):
     temperature: float = setting(0.8, ge=0, flag="temperature", help="0 is greedy")
     top_p: float = setting(0.95, gt=0, le=1, flag="top_p", help="nucleus sampling (arXiv:1904.09751)")
     seed: int = setting(1234, ge=0, flag="seed", help="of the sampling")
+
+
+class DoctorOptions(Settings):
+    """``doctor``: whether this machine is fit to train, and a run's folder whole."""
+
+    run: Path | None = setting(None, flag="run", help="folder of a run: verify its checkpoints, metrics.csv and token shards as well")
+    network: bool = setting(True, flag="network", help="also ask whether the Hugging Face Hub answers")

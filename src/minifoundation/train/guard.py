@@ -45,6 +45,7 @@ class Guard:
         self.size = size
         self._values = torch.full((2, size), float("inf"), device=device)
         self._count = torch.zeros((), dtype=torch.int64, device=device)
+        self._places = torch.arange(size, device=device)
         self._floor = torch.tensor(FLOOR, device=device)
         if state:
             self._values.copy_(state["values"])
@@ -80,7 +81,7 @@ class Guard:
         verdict = torch.where(finite[1], verdict, torch.where(overflow, OVERFLOW, 2))
         verdict = torch.where(finite[0], verdict, 1)
         good = verdict == GOOD
-        place = (self._count % self.size).expand(2, 1)
-        self._values.scatter_(1, place, torch.where(good, values[:, None], self._values.gather(1, place)))
+        place = self._places == self._count % self.size
+        self._values.copy_(torch.where(place & good, values[:, None], self._values))
         self._count += good
         return torch.cat([verdict.float()[None], z])

@@ -154,6 +154,8 @@ def _supported(config: RunConfig, machine: Machine, say: Printer) -> RunConfig:
         say(f"warning: model.attention: {warning}")
     if config.train.deterministic:
         runtime.make_deterministic()
+        if machine.is_cuda and config.model.attention == "auto":  # of the fast kernels, the one whose backward follows torch's switch
+            config = config.model_copy(update={"model": config.model.model_copy(update={"attention": "flash"})})
     compiled = config.train.compile
     if compiled and (reason := runtime.can_compile(machine)):
         say(f"warning: --compile: {reason}; running without it")
