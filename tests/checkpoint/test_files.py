@@ -22,7 +22,7 @@ def test_the_hash_is_that_of_the_file(tmp_path: Path, size: int) -> None:
         out.write(content)
     assert (tmp_path / "x").read_bytes() == b"head" + content
     assert out.record == files.Record(size + 4, hashlib.sha256(b"head" + content).hexdigest())
-    assert files.sha256_of(tmp_path / "x") == out.record.sha256
+    assert files.record_of(tmp_path / "x") == out.record
 
 
 def test_any_buffer_is_written_byte_for_byte(tmp_path: Path) -> None:

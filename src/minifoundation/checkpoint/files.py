@@ -110,10 +110,10 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal digits."""
+def record_of(path: Path) -> Record:
+    """Return the record of a file that is there; reads all of it."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return Record(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def _fsync(descriptor: int, path: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minifoundation import config
-from minifoundation.checkpoint.files import HashedFile, Record, put, sha256_of, sync_folder, write_whole
+from minifoundation.checkpoint.files import HashedFile, Record, put, record_of, sync_folder, write_whole
 from minifoundation.checkpoint.tensors import Layout, raw
 from minifoundation.config import RunConfig
 from minifoundation.errors import UserError
@@ -115,8 +115,7 @@ def write_step(state: Mapping[str, Any], layout: Layout, body: Iterable[memoryvi
             STATE: _written(part / STATE, [json.dumps(state, indent=1).encode()]),
             TOKENIZER: _written(part / TOKENIZER, [tokenizer_model]),
         }
-        manifest = {"format": FORMAT, "step": step, "files": {name: asdict(record) for name, record in files.items()}}
-        write_whole(part / MANIFEST, _sealed(manifest))
+        write_whole(part / MANIFEST, sealed(step, files))
         if folder.exists():
             set_aside(folder)
         put(part, folder)
@@ -196,16 +195,19 @@ def save_final(checkpoint: Checkpoint, out_dir: Path) -> Path:
         assert out.record is not None
         manifest.unlink(missing_ok=True)  # the hash of the former file does not outlive it
         put(part, path)
-        record = {"format": FORMAT, "step": checkpoint.progress["step"], "files": {FINAL: asdict(out.record)}}
-        write_whole(manifest, _sealed(record))
+        write_whole(manifest, sealed(checkpoint.progress["step"], {FINAL: out.record}))
     except BaseException:
         part.unlink(missing_ok=True)
         raise
     return path
 
 
-def _sealed(manifest: dict[str, Any]) -> bytes:
+def sealed(step: int, files: Mapping[str, Record]) -> bytes:
     """Return the text of a manifest, which carries a hash of itself: no byte of a checkpoint is without one."""
+    return _sealed({"format": FORMAT, "step": step, "files": {name: asdict(record) for name, record in files.items()}})
+
+
+def _sealed(manifest: dict[str, Any]) -> bytes:
     seal = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
     return json.dumps({**manifest, "seal": seal}, indent=1).encode()
 
@@ -261,7 +263,7 @@ def _difference(path: Path, record: Record) -> str | None:
         return f"{path.name} is missing"
     if path.stat().st_size != record.bytes:
         return f"{path.name} has {path.stat().st_size:,} bytes instead of {record.bytes:,}"
-    return None if sha256_of(path) == record.sha256 else f"{path.name} does not match its sha256"
+    return None if record_of(path) == record else f"{path.name} does not match its sha256"
 
 
 def latest_good(out_dir: Path, say: Callable[[str], None], *, before: int | None = None) -> Path | None:

@@ -16,7 +16,7 @@ from minifoundation.config.options import (
     PrepareOptions,
     PretrainOptions,
 )
-from minifoundation.config.reading import build, changed, dotted_names, fields, flags, merged, nearest, read_yaml, to_yaml
+from minifoundation.config.reading import build, changed, dotted_names, fields, flags, merged, nearest, read_yaml, to_yaml, yaml_values
 from minifoundation.config.run import DataConfig, ModelConfig, QualityFilter, RopeConfig, RunConfig, TokenizerConfig, TrainConfig
 from minifoundation.config.setting import Settings, setting
 
@@ -49,4 +49,5 @@ __all__ = [
     "read_yaml",
     "setting",
     "to_yaml",
+    "yaml_values",
 ]
