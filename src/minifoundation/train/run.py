@@ -33,7 +33,7 @@ from minifoundation.train.out_of_memory import is_out_of_memory, too_large
 from minifoundation.train.plan import Plan, describe, plan, with_batch_size
 from minifoundation.train.provenance import record_start, typed
 from minifoundation.train.resume import checkpoint_to_resume, set_later_aside
-from minifoundation.train.rollback import Bad, go_back, stepped_over
+from minifoundation.train.rollback import Bad, checkpoint_before, record_rollback, stepped_over
 from minifoundation.train.state import Start, Training
 from minifoundation.train.stop import Stop, stop_on_signals
 
@@ -118,8 +118,11 @@ def _trained(
         if isinstance(outcome, Path):
             return outcome
         world.wait()
-        folder = go_back(outcome, config.out_dir, most=config.train.max_rollbacks, write=world.is_first, say=say)
+        folder = checkpoint_before(outcome, config.out_dir, most=config.train.max_rollbacks, say=say)
         say(f"going back to {folder or 'the beginning'}, and over what was skipped: {outcome}")
+        world.wait()  # all have looked before the first one changes anything
+        if world.is_first:
+            record_rollback(outcome, folder, config.out_dir)
         world.wait()
         resumed = load_checkpoint(folder, verified=True) if folder else None
         torch.compiler.reset()
