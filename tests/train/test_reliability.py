@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from minifoundation.checkpoint import Checkpoint, load_checkpoint, saver, step_folders
+from minifoundation.cli import main
 from minifoundation.config import RunConfig
 from minifoundation.data.loader import Loader
 from minifoundation.errors import Stopped, UserError
@@ -210,6 +211,9 @@ def test_after_a_row_of_them_the_run_goes_back_and_steps_over(settings: Make, mo
     assert [int(row["step"]) for row in rows(config)] == list(range(1, 21))
     kept = json.loads((config.out_dir / "rollbacks.json").read_text())
     assert [(one["to"], one["first_sample"], one["end"]) for one in kept] == [(8, 40, 52)]
+    assert main(["inspect", "--checkpoint", str(config.out_dir / "final.pth")]) == 0
+    shown = capsys.readouterr().out
+    assert "skipped   2 steps, the last 13: loss not finite" in shown and "left out  samples 40 to 51, at which" in shown
 
     monkeypatch.undo()
     other = settings("without", **sections)

@@ -61,12 +61,12 @@ def run(config: RunConfig, *, resume: str | None, dry_run: bool, allowed: tuple[
             if world.is_first:
                 print(f"plan of {config.out_dir}:\n{describe(config, planned, machine, world.size)}\nnothing was started (--dry_run)")
             return None
-        resumed = checkpoint_to_resume(config, resume, allowed, planned, say)
-        final = config.out_dir / FINAL
-        if resumed is not None and resumed.progress["step"] >= planned.steps and not resumed.optimizer:
-            say(f"{final} is finished: {planned.steps:,} of {planned.steps:,} steps")
-            return final
         try:
+            resumed = checkpoint_to_resume(config, resume, allowed, planned, say)
+            final = config.out_dir / FINAL
+            if resumed is not None and resumed.progress["step"] >= planned.steps and not resumed.optimizer:
+                say(f"{final} is finished: {planned.steps:,} of {planned.steps:,} steps")
+                return final
             with _owned(config.out_dir, world):
                 if world.is_first:
                     set_later_aside(config.out_dir, resumed.progress["step"] if resumed else 0, say)
