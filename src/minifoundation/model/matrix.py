@@ -148,7 +148,8 @@ def small_product(
         return result
     exact: Tensor = (left.float() @ right.float().T) * (left_inverse * right_inverse)
     if out is None:
-        return exact.to(dtype)
+        rounded: Tensor = exact.to(dtype)
+        return rounded
     out.copy_(exact)
     return out
 
