@@ -16,6 +16,7 @@ COMMANDS = {
     "export_hf": ("minifoundation.commands.export_hf", "export_hf"),
     "eval": ("minifoundation.commands.eval", "evaluate"),
     "generate": ("minifoundation.commands.generate", "generate"),
+    "doctor": ("minifoundation.commands.doctor", "doctor"),
 }
 
 

@@ -6,6 +6,7 @@ have a short flag name it in ``flag=``. Precedence: defaults < checkpoint (longf
 
 from minifoundation.config.options import (
     REPOSITORY,
+    DoctorOptions,
     EvalOptions,
     ExportOptions,
     GenerateOptions,
@@ -15,13 +16,14 @@ from minifoundation.config.options import (
     PrepareOptions,
     PretrainOptions,
 )
-from minifoundation.config.reading import build, changed, dotted_names, fields, flags, merged, nearest, read_yaml, to_yaml
+from minifoundation.config.reading import build, changed, dotted_names, fields, flags, merged, nearest, read_yaml, to_yaml, yaml_values
 from minifoundation.config.run import DataConfig, ModelConfig, QualityFilter, RopeConfig, RunConfig, TokenizerConfig, TrainConfig
 from minifoundation.config.setting import Settings, setting
 
 __all__ = [
     "REPOSITORY",
     "DataConfig",
+    "DoctorOptions",
     "EvalOptions",
     "ExportOptions",
     "GenerateOptions",
@@ -47,4 +49,5 @@ __all__ = [
     "read_yaml",
     "setting",
     "to_yaml",
+    "yaml_values",
 ]
