@@ -28,13 +28,18 @@ def made(step: int = 3, **changes: Any) -> Checkpoint:
 
 
 def test_step_and_final_give_back_what_was_saved(tmp_path: Path) -> None:
-    one = made(ema={"a": torch.ones(2)}, ledger=[{"source": "x"}], optimizer={"adamw": {"state": {0: {"m": torch.ones(1)}}}, "scaler": {}})
+    one = made(
+        ema={"a": torch.ones(2)},
+        ledger=[{"source": "x"}],
+        optimizer={"adamw": {"state": {0: {"m": torch.ones(1)}}}, "scaler": {}},
+        kernels={"attention": "cudnn"},
+    )
     for path in (save_step(one, tmp_path, keep=2), save_final(one, tmp_path)):
         two = load_checkpoint(path)
         assert two.config == one.config and two.progress == one.progress and two.ledger == one.ledger and two.tokenizer_model == b"spm"
         assert all(torch.equal(two.model[name], one.model[name]) for name in one.model)
         assert two.ema is not None and torch.equal(two.ema["a"], torch.ones(2))
-        assert torch.equal(two.optimizer["adamw"]["state"][0]["m"], torch.ones(1))
+        assert torch.equal(two.optimizer["adamw"]["state"][0]["m"], torch.ones(1)) and two.kernels == one.kernels
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:

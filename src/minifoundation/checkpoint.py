@@ -44,6 +44,8 @@ class Checkpoint:
     ema: dict[str, Tensor] | None = None
     optimizer: dict[str, Any] = field(default_factory=dict)
     """State of the optimizer and the loss scaler; empty in ``final.pth``."""
+    kernels: dict[str, str] = field(default_factory=dict)
+    """The kernels that were chosen by measurement, by what they compute: a resumed run repeats them."""
 
 
 def save_step(checkpoint: Checkpoint, out_dir: Path, *, keep: int) -> Path:
@@ -95,6 +97,7 @@ def _write(checkpoint: Checkpoint, path: Path) -> None:
         "ledger": checkpoint.ledger,
         "ema": checkpoint.ema,
         "optimizer": checkpoint.optimizer,
+        "kernels": checkpoint.kernels,
     }
     with path.open("wb") as out:
         try:
@@ -200,4 +203,5 @@ def load_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> Checkp
         ledger=payload["ledger"],
         ema=payload["ema"],
         optimizer=payload["optimizer"],
+        kernels=payload.get("kernels", {}),
     )

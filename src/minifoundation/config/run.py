@@ -54,8 +54,10 @@ class ModelConfig(Settings):
         "[DeepSeek LLM, arXiv:2401.02954: 0.006 at 4096 = 0.38/sqrt], "
         "the branch outputs smaller by sqrt(2 n_layer) [GPT-2]",
     )
-    attention: Literal["auto", "flash4", "cudnn", "flash", "efficient", "math"] = setting(
-        "auto", help="kernel of scaled dot-product attention; flash4 is FlashAttention-4 (pip install flash-attn-4)"
+    attention: Literal["auto", "flash4", "cudnn", "flash", "flex", "efficient", "math"] = setting(
+        "auto",
+        help="kernel of scaled dot-product attention; auto times those that can run at the first start and keeps the fastest; "
+        "flash4 is FlashAttention-4 (pip install flash-attn-4)",
     )
     checkpointing: Literal["none", "attention", "full"] = setting(
         "none",

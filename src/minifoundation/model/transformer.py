@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from minifoundation.config import ModelConfig
-from minifoundation.model.attention import KERNEL_OPERATORS, Backend, attend, documents_for, resolve
+from minifoundation.model.attention import KERNEL_OPERATORS, Backend, Mask, attend, documents_for, resolve, rows_for
 from minifoundation.model.kernels import swiglu
 from minifoundation.model.matrix import Matrix, refresh
 from minifoundation.model.rope import apply_rope, positions_within, rope_frequencies, rotary_tables
@@ -56,7 +56,7 @@ class Block(nn.Module):
         self.gate_up = Matrix(D, 2 * config.d_ff, dtype)
         self.down = Matrix(config.d_ff, D, dtype)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Tensor | None) -> Tensor:  # (B, T, D)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Mask | None) -> Tensor:  # (B, T, D)
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self.branches(x, cos, sin, kernel, documents)
         # Inside forward, so that a compiled block sees it; a selective policy around compiled code would see no operators.
@@ -74,11 +74,11 @@ class Block(nn.Module):
         )
         return result
 
-    def branches(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Tensor | None) -> Tensor:
+    def branches(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Mask | None) -> Tensor:
         x = x + F.dropout(self.attention(self.attention_norm(x), cos, sin, kernel, documents), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
-    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Tensor | None) -> Tensor:
+    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Mask | None) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2K, h)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=-2)
         if self.q_norm is not None and self.k_norm is not None:
@@ -152,7 +152,7 @@ class Transformer(nn.Module):
         x = F.embedding(tokens, self.embedding.weight).to(self.dtype)
         cos, sin = rotary_tables(self.frequencies, self.gain, tokens.shape[1])
         kernel = self.kernel(tokens.device, masked=cu_seqlens is not None)
-        documents = None
+        documents = rows_for(kernel, tokens)
         if cu_seqlens is not None:
             positions = positions_within(cu_seqlens, *tokens.shape)
             cos, sin = cos[positions], sin[positions]  # (B, T, h/2)

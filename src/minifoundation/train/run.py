@@ -16,12 +16,13 @@ from minifoundation.data.supply import Supply
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.distributed import World, join, spread
 from minifoundation.errors import Interrupted, UserError
-from minifoundation.model.attention import resolve
+from minifoundation.model.attention import Backend, resolve
 from minifoundation.model.training import TrainingModel
 from minifoundation.model.transformer import Transformer
 from minifoundation.runtime import Machine
 from minifoundation.train.corpus import TrainingData, described, training_data
 from minifoundation.train.ema import Average
+from minifoundation.train.kernels import attention_kernel
 from minifoundation.train.loop import fit, stop_on_signals
 from minifoundation.train.metrics import MetricsLog
 from minifoundation.train.optimizer import adamw
@@ -108,6 +109,9 @@ def _train(
     say(f"{out_dir}:\n{describe(config, planned, machine, world.size)}\n  settings {settings}")
     for line in described(data, planned):
         say(line)
+    kernel, choice = attention_kernel(config, machine, world, resumed.kernels.get("attention") if resumed else None)
+    if choice:
+        say(choice)
     if machine.is_cuda and planned.memory_total > machine.memory_bytes:
         say(f"warning: train.batch_size: more memory is predicted than {machine.name} has; {LESS_MEMORY}")
     if planned.disk_bytes > runtime.free_disk_bytes(out_dir):
@@ -117,7 +121,7 @@ def _train(
 
     background = Supply(data.to_make, config.data, data.tokenizer.path) if data.to_make and world.is_first else nullcontext()
     with background as supply:
-        training = _built(config, planned, machine, world, data, supply, resumed=resumed, start=start)
+        training = _built(config, planned, machine, world, data, supply, kernel=kernel, resumed=resumed, start=start)
         if world.is_first:
             write_whole(out_dir / "config.yaml", to_yaml(config).encode())
         with (
@@ -145,12 +149,14 @@ def _built(
     data: TrainingData,
     supply: Supply | None,
     *,
+    kernel: Backend,
     resumed: Checkpoint | None,
     start: Start | None,
 ) -> Training:
     """Return the model, optimizer and the rest in the state in which the phase begins or goes on."""
     before = resumed or (start.checkpoint if start else None)
-    transformer = Transformer(config.model, dtype=runtime.compute_dtype(config.train.precision, machine))
+    model_config = config.model.model_copy(update={"attention": kernel})
+    transformer = Transformer(model_config, dtype=runtime.compute_dtype(config.train.precision, machine))
     if before is None:
         transformer.initialise(config.train.seed)
     else:
@@ -187,6 +193,7 @@ def _built(
         progress=data.progress,
         tokenizer_model=data.tokenizer.path.read_bytes(),
         earlier=earlier,
+        kernels={"attention": kernel},
     )
 
 
