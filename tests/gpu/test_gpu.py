@@ -15,6 +15,7 @@ from minifoundation.checkpoint import load_checkpoint
 from minifoundation.config import ModelConfig, RunConfig, TrainConfig
 from minifoundation.data.batch import Batch
 from minifoundation.distributed import World
+from minifoundation.errors import Interrupted
 from minifoundation.model.attention import Backend, attend, documents_for, resolve
 from minifoundation.model.loss import token_losses
 from minifoundation.model.matrix import weight_gradient
@@ -22,6 +23,7 @@ from minifoundation.model.rope import positions_within
 from minifoundation.model.size import memory_bytes
 from minifoundation.model.training import TrainingModel
 from minifoundation.model.transformer import Transformer
+from minifoundation.train import loop, step
 from minifoundation.train.kernels import milliseconds, usable_kernels
 from minifoundation.train.optimizer import adamw
 from minifoundation.train.run import run
@@ -157,8 +159,8 @@ def losses(
     optimizer = adamw(transformer, TrainConfig.model_validate({"tokens": 1, "optimizer_states": states}))
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
     found = []
-    for step in range(steps):
-        rows = torch.randint(100, (4, 257), generator=torch.Generator().manual_seed(step))
+    for seed in range(steps):
+        rows = torch.randint(100, (4, 257), generator=torch.Generator().manual_seed(seed))
         micro = [Batch.of_rows(part.numpy(), mask_documents=masked).to(torch.device(device)) for part in rows.chunk(2)]
         stats = train_step(model, optimizer, scaler, micro, lr=1e-3, grad_clip=1.0, tokens=1024, world=World())
         found.append(stats.read()[0])
@@ -279,11 +281,30 @@ def test_a_resumed_run_repeats_the_choice_of_kernel(
     assert f"attention: {chosen}, as in the checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_steady_steps_never_wait_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, masked: bool) -> None:
+    """A whole run, of which steps 5 to 14 fail at anything that has Python wait for the GPU: step, feed and figures."""
+    real, steps = step.train_step, 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps in (5, 15):
+            torch.cuda.set_sync_debug_mode("error" if steps == 5 else "default")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", counted)
+    train = {"precision": precision, "save_every": 1000, "grad_accum": 2, "batch_size": 2}
+    try:
+        run(run_config(tmp_path, train=train, data={"mask_documents": masked}), resume=None, dry_run=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert steps == 20
+
+
 def test_a_run_with_8_bit_moments_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchao")
-    from minifoundation.errors import Interrupted
-    from minifoundation.train import loop, step
-
     interrupted = run_config(tmp_path, train={"optimizer_states": "int8"})
     real, steps = step.train_step, 0
 

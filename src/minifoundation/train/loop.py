@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from minifoundation.data.batch import Batch
 from minifoundation.errors import UserError
 from minifoundation.model.size import flops_per_token
-from minifoundation.runtime import Moment
+from minifoundation.runtime import Moment, collector_held, compiled_graphs
 from minifoundation.train.feed import Feed, NoData
 from minifoundation.train.metrics import MetricsLog, Row, bits_per_byte, model_flops_utilisation
 from minifoundation.train.schedule import learning_rate
@@ -71,10 +72,10 @@ def fit(training: Training, log: MetricsLog, stop: Stop) -> bool:
     """
     report = _Report(training, log)
     feed = Feed(training, lambda: stop.asked, report.bar)
-    with report.bar:
+    with report.bar, collector_held() as collect:
         try:
             with feed.open() as steps:
-                return _train(training, feed, steps, report, stop)
+                return _train(training, feed, steps, report, stop, collect)
         except NoData as lack:
             report.catch_up()
             training.save()
@@ -85,15 +86,17 @@ def fit(training: Training, log: MetricsLog, stop: Stop) -> bool:
             return False
 
 
-def _train(training: Training, feed: Feed, steps: Iterator[list[Batch]], report: _Report, stop: Stop) -> bool:
+def _train(training: Training, feed: Feed, steps: Iterator[list[Batch]], report: _Report, stop: Stop, collect: Callable[[], None]) -> bool:
     config, plan, progress = training.config.train, training.plan, training.progress
     world, machine = training.world, training.machine
+    first = progress.step + 1
     while progress.step < plan.steps:
         started = time.perf_counter()
-        micro = [batch.to(machine.device) for batch in next(steps)]
+        micro = next(steps)
         waited = time.perf_counter() - started
         rate = learning_rate(progress.step, plan.steps, config)
         torch.manual_seed(_dropout_seed(config.seed, progress.step, world.rank))
+        graphs = compiled_graphs()
         stats = train_step(
             training.model,
             training.optimizer,
@@ -110,6 +113,13 @@ def _train(training: Training, feed: Feed, steps: Iterator[list[Batch]], report:
         progress.tokens += plan.tokens_per_step
         if training.average is not None:
             training.average.update(progress.step)
+        if progress.step == first:
+            collect()  # all that compiling has left
+        elif compiled_graphs() > graphs and world.is_first:
+            warning = (
+                f"warning: train.compile: step {progress.step} was compiled again, which costs seconds; TORCH_LOGS=recompiles says why"
+            )
+            tqdm.write(warning, file=sys.stderr)
         before = report.catch_up()
         now = report.pending = _Pending(progress.step, rate, stats, waited, Moment(machine))
         known = before if machine.is_cuda else now  # the newest step whose figures can be read without waiting
@@ -129,6 +139,8 @@ def _train(training: Training, feed: Feed, steps: Iterator[list[Batch]], report:
             if saving or stopping:
                 training.save()
                 world.wait()  # so that none leaves while the first one writes
+            if evaluating or saving:
+                collect()
             report.resume_clock()
         if stopping:
             return False

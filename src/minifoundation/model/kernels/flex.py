@@ -5,15 +5,22 @@ Letters: B rows, T tokens a row, H query heads, K key/value heads, h head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-# Not written out in Python for each call: uncompiled it holds every score. Static shapes, as in ``Transformer.compile_blocks``.
-_compiled = torch.compile(flex_attention, dynamic=False)
-_compiled_mask = torch.compile(create_block_mask, dynamic=False)
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function`` compiled for static shapes: uncompiled, attention holds every score, and making a mask every place of it.
+
+    Not when this module is imported, since that would import the compiler into runs that do without.
+    """
+    return torch.compile(function, dynamic=False)
 
 
 @cache
@@ -32,7 +39,7 @@ def within_documents(positions: Tensor) -> BlockMask:
         return (query >= key) & (query - key <= positions[row, query])
 
     n_rows, seq_len = positions.shape
-    make = _compiled_mask if positions.is_cuda else create_block_mask  # uncompiled it holds B x T x T truth values
+    make = _compiled(create_block_mask) if positions.is_cuda else create_block_mask
     mask: BlockMask = make(seen, n_rows, None, seq_len, seq_len, device=positions.device)
     return mask
 
@@ -42,6 +49,8 @@ def flex(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Tensor:
 
     Off CUDA the mask is applied to all scores, uncompiled and without gradients: what the kernel is compared with.
     """
-    run = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else _compiled
+    run: Any = flex_attention
+    if q.is_cuda and not torch.compiler.is_compiling():  # a block that is compiled compiles it too
+        run = _compiled(flex_attention)
     out: Tensor = run(q, k, v, block_mask=blocks, enable_gqa=True)
     return out
