@@ -58,8 +58,15 @@ class Machine:
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
 
+    def forget(self) -> None:
+        """Give back the device memory that nothing holds any more, and count its peak anew."""
+        gc.collect()
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
     def peak_memory_bytes(self) -> int:
-        """Return the most device memory allocated so far; on a CPU the largest resident size of the process."""
+        """Return the most device memory allocated so far, or since ``forget``; on a CPU the largest resident size of the process."""
         if self.is_cuda:
             return torch.cuda.max_memory_allocated(self.device)
         import resource

@@ -113,7 +113,7 @@ def test_predicted_memory_is_within_a_tenth_of_the_measured(row: dict[str, Any])
         seq_len=row["seq_len"],
         grad_accum=row["grad_accum"],
         precision=row["precision"],
-        optimizer_states="fp32",
+        optimizer_states=row.get("optimizer_states", "fp32"),
         ema=False,
         loss_chunk=row["loss_chunk"],
     )

@@ -6,6 +6,7 @@ have a short flag name it in ``flag=``. Precedence: defaults < checkpoint (longf
 
 from minifoundation.config.options import (
     REPOSITORY,
+    BenchOptions,
     EvalOptions,
     ExportOptions,
     GenerateOptions,
@@ -14,6 +15,7 @@ from minifoundation.config.options import (
     PrepareConfig,
     PrepareOptions,
     PretrainOptions,
+    RunOptions,
 )
 from minifoundation.config.reading import build, changed, dotted_names, fields, flags, merged, nearest, read_yaml, to_yaml
 from minifoundation.config.run import DataConfig, ModelConfig, QualityFilter, RopeConfig, RunConfig, TokenizerConfig, TrainConfig
@@ -21,6 +23,7 @@ from minifoundation.config.setting import Settings, setting
 
 __all__ = [
     "REPOSITORY",
+    "BenchOptions",
     "DataConfig",
     "EvalOptions",
     "ExportOptions",
@@ -34,6 +37,7 @@ __all__ = [
     "QualityFilter",
     "RopeConfig",
     "RunConfig",
+    "RunOptions",
     "Settings",
     "TokenizerConfig",
     "TrainConfig",

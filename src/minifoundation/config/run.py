@@ -176,10 +176,13 @@ class TrainConfig(Settings):
 
     tokens: int = setting(help="training tokens in all", flag="tokens", ge=1)
     seq_len: int = setting(4096, ge=8, flag="seq_len", help="tokens in a row")
-    batch_size: int | Literal["auto"] = setting(
-        1, flag="batch_size", help="rows in a micro-batch on each device; auto finds the largest that fits"
+    batch_size: int | Literal["auto"] = setting(1, flag="batch_size", help="rows in a micro-batch on each device; auto: the most that fit")
+    grad_accum: int = setting(
+        1,
+        ge=1,
+        flag="grad_accum",
+        help="micro-batches summed into one step on each device; beside --batch_size auto: the rows of a step, split as they fit",
     )
-    grad_accum: int = setting(1, ge=1, flag="grad_accum", help="micro-batches summed into one step on each device")
     precision: Literal["fp32", "bf16", "fp16"] = setting(
         "fp32",
         help="dtype of compute; weights, gradients and optimizer stay fp32 (--amp --bf16: bf16; --amp alone: fp16 with loss scaling)",

@@ -22,11 +22,12 @@ from minifoundation.model.transformer import Transformer
 from minifoundation.runtime import Machine
 from minifoundation.train.corpus import TrainingData, described, training_data
 from minifoundation.train.ema import Average
+from minifoundation.train.finder import steps_fit, with_batch_size
 from minifoundation.train.kernels import attention_kernel
 from minifoundation.train.loop import fit, stop_on_signals
 from minifoundation.train.metrics import MetricsLog
 from minifoundation.train.optimizer import adamw
-from minifoundation.train.plan import Plan, describe, plan, with_batch_size
+from minifoundation.train.plan import Plan, describe, plan
 from minifoundation.train.resume import checkpoint_to_resume
 from minifoundation.train.state import Start, Training
 
@@ -47,7 +48,8 @@ def run(config: RunConfig, *, resume: str | None, dry_run: bool, start: Start | 
     with join() as world:
         machine = runtime.machine(world.local_rank)
         say = Printer(world)
-        config = with_batch_size(_supported(config, machine, say), machine)
+        asked = _supported(config, machine, say)
+        config = with_batch_size(asked, machine)
         planned = plan(config, world.size)
         if dry_run:
             if world.is_first:
@@ -58,10 +60,22 @@ def run(config: RunConfig, *, resume: str | None, dry_run: bool, start: Start | 
             say(f"{config.out_dir / FINAL} is finished: {planned.steps:,} of {planned.steps:,} steps")
             return config.out_dir / FINAL
         try:
+            if asked.train.batch_size == "auto":
+                config = _fitting(asked, planned, machine, world, say, resumed)
+                planned = plan(config, world.size)
             return _train(config, planned, machine, world, say, resumed=resumed, start=start)
         except torch.OutOfMemoryError:
             rows = f"{config.train.batch_size} rows of {config.train.seq_len} tokens"
             raise UserError("train.batch_size", f"{rows} do not fit the memory of {machine.name}", LESS_MEMORY) from None
+
+
+def _fitting(asked: RunConfig, planned: Plan, machine: Machine, world: World, say: Printer, resumed: Checkpoint | None) -> RunConfig:
+    """Return ``asked`` with the batch size that real steps show to fit; a resumed run stays at the rows of its steps."""
+    if resumed is not None:
+        asked = asked.model_copy(update={"train": asked.train.model_copy(update={"grad_accum": planned.samples_per_step // world.size})})
+    config = with_batch_size(asked, machine, lambda one: steps_fit(one, machine, world, say))
+    say(f"train.batch_size: auto is {config.train.batch_size} rows x {config.train.grad_accum} micro-batches")
+    return config
 
 
 class Printer:
