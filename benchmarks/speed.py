@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import re
 import time
-from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.apart import apart, context
 from benchmarks.record import ROOT, finish
 from minifoundation import config, runtime
 from minifoundation.config import RunConfig
@@ -113,28 +112,6 @@ def measured(row: Row, steps: int) -> dict[str, Any]:
     return trial(run, machine, steps=steps, profiled=row.profiled).figures()
 
 
-def _child(pipe: Connection, row: Row, steps: int) -> None:
-    try:
-        pipe.send(measured(row, steps))
-    except Exception as error:  # a row says what failed, and the next one runs
-        pipe.send({"failed": f"{type(error).__name__}: {str(error)[:600]}"})
-
-
-def apart(context: Any, row: Row, steps: int, *, seconds: float) -> dict[str, Any]:
-    """Return the figures of ``row``, measured in a process of its own, or what became of it."""
-    mine, theirs = context.Pipe()
-    process = context.Process(target=_child, args=(theirs, row, steps))
-    process.start()
-    theirs.close()
-    try:
-        result: dict[str, Any] = mine.recv() if mine.poll(seconds) else {"failed": f"took longer than {seconds:.0f} s"}
-    except EOFError:
-        result = {"failed": "the process died"}
-    process.kill()
-    process.join()
-    return result
-
-
 def main() -> None:
     """Measure every row that fits the time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -150,15 +127,14 @@ def main() -> None:
         print("\n".join(row.name for row in rows))
         return
     began = time.monotonic()
-    context = multiprocessing.get_context("forkserver")  # it imports torch once and never opens CUDA
-    context.set_forkserver_preload(["torch"])
+    where = context()
     results: list[dict[str, Any]] = []
     for row in rows:
         left = options.seconds - (time.monotonic() - began)
         if left < 25:
             print(f"not run, out of time: {row.name}", flush=True)
             continue
-        figures = apart(context, row, 2 if options.quick else options.steps, seconds=min(left, SECONDS_A_ROW))
+        figures = apart(where, measured, row, 2 if options.quick else options.steps, seconds=min(left, SECONDS_A_ROW))
         results.append({**row._asdict(), **figures})
         profiled = figures.pop("profile", None)
         print(f"{time.monotonic() - began:6.1f} s  {row.name}: {figures}", flush=True)

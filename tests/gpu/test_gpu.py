@@ -173,6 +173,7 @@ def test_training_in_half_precision_follows_fp32_on_the_cpu() -> None:
     for dtype, compile, checkpointing in (
         (torch.float32, False, "none"),
         (torch.bfloat16, True, "none"),
+        (torch.bfloat16, True, "matmul"),
         (torch.bfloat16, True, "attention"),
         (torch.bfloat16, True, "full"),
         (torch.bfloat16, False, "attention"),
@@ -198,9 +199,10 @@ def test_every_layout_of_the_model_trains_like_fp32_on_the_cpu(changes: dict[str
         assert found[-1] == pytest.approx(exact[-1], abs=0.03), checkpointing
 
 
-def test_a_compiled_block_keeps_what_the_prediction_counts() -> None:
+@pytest.mark.parametrize("checkpointing", ["none", "matmul"])
+def test_a_compiled_block_keeps_what_the_prediction_counts(checkpointing: str) -> None:
     """Bytes alive after the forward of 16 blocks, less those of 8, against ``memory_bytes``; activations prevail in both."""
-    sizes = {**SMALL, "d_model": 512, "n_head": 8, "d_ff": 1536}
+    sizes = {**SMALL, "d_model": 512, "n_head": 8, "d_ff": 1536, "checkpointing": checkpointing}
     tokens, alive = torch.zeros(4, 1024, dtype=torch.int64, device="cuda"), []
     for n_layer in (8, 16):
         torch._dynamo.reset()

@@ -24,7 +24,7 @@ from minifoundation.train.finder import USABLE_MEMORY, predicted_to_fit, with_ba
 from minifoundation.train.kernels import attention_kernel, milliseconds, usable_kernels
 from minifoundation.train.trial import WARM_UP, Trial, trial
 
-CHECKPOINTING = ("none", "attention", "full")
+CHECKPOINTING = ("none", "matmul", "attention", "full")
 """From the most memory to the least."""
 
 STEP_TOKENS = 262_144

@@ -59,9 +59,10 @@ class ModelConfig(Settings):
         help="kernel of scaled dot-product attention; auto times those that can run at the first start and keeps the fastest; "
         "flash4 is FlashAttention-4 (pip install flash-attn-4)",
     )
-    checkpointing: Literal["none", "attention", "full"] = setting(
+    checkpointing: Literal["none", "matmul", "attention", "full"] = setting(
         "none",
-        help="activation checkpointing of a block: attention keeps the attention outputs and recomputes the rest, full recomputes all",
+        help="activation checkpointing of a block: matmul keeps the outputs of matrix products and attention and recomputes the rest, "
+        "attention keeps the attention outputs alone, full recomputes all",
     )
     checkpoint_every: int = setting(1, ge=1, help="apply checkpointing to every k-th block")
 

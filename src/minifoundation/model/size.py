@@ -70,9 +70,10 @@ def memory_bytes(
     parameters, N, V, D = n_parameters(config), batch_size * seq_len, config.vocab_size, config.d_model
     item = 4 if precision == "fp32" else 2
     checkpointed = 0 if config.checkpointing == "none" else -(-config.n_layer // config.checkpoint_every)
-    of_checkpointed = {"none": 0, "attention": _attention_kept(config, item) + D * item, "full": D * item}[config.checkpointing]
+    of_checkpointed = {"none": 0, "matmul": _products_kept(config, item), "attention": _attention_kept(config, item), "full": 0}
+    kept = N * (of_checkpointed[config.checkpointing] + D * item)  # with the input of the block
     of_block = N * _saved_by_block(config, item)
-    activations = (config.n_layer - checkpointed) * of_block + checkpointed * N * of_checkpointed
+    activations = (config.n_layer - checkpointed) * of_block + checkpointed * kept
     # The widest gradients of a block: of gate, up and their product; in half precision the product again.
     block_workspace = N * item * (4 if item == 2 else 3) * config.d_ff
     head_gradient = 4 * V * D
@@ -108,6 +109,12 @@ def _saved_by_block(config: ModelConfig, item: int) -> int:
     # in half precision.
     feed_forward = (2 if item == 2 else 3) * config.d_ff
     return item * (4 * D + (H + 2 * K) * h + H * h + feed_forward) + 4 * (H + 2)  # logsumexp of attention, two norms
+
+
+def _products_kept(config: ModelConfig, item: int) -> int:
+    """Return the bytes a token that ``matmul`` checkpointing keeps: what attention does, q, k and v, the first branch, gate and up."""
+    heads = (config.n_head + 2 * config.n_kv_head) * config.head_dim
+    return _attention_kept(config, item) + item * (heads + config.d_model + 2 * config.d_ff)
 
 
 def _attention_kept(config: ModelConfig, item: int) -> int:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from minifoundation.config import ModelConfig
 from minifoundation.model.attention import KERNEL_OPERATORS, Backend, Mask, attend, documents_for, resolve, rows_for
+from minifoundation.model.initial import draw_normals
 from minifoundation.model.kernels import swiglu
 from minifoundation.model.matrix import Matrix, refresh
 from minifoundation.model.rope import apply_rope, positions_within, rope_frequencies, rotary_tables
@@ -60,7 +61,7 @@ class Block(nn.Module):
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self.branches(x, cos, sin, kernel, documents)
         # Inside forward, so that a compiled block sees it; a selective policy around compiled code would see no operators.
-        extra: dict[str, Any] = {"context_fn": _keep_attention} if self.checkpointing == "attention" else {}
+        extra: dict[str, Any] = {} if self.checkpointing == "full" else {"context_fn": KEEPING[self.checkpointing]}
         result: Tensor = checkpoint(
             self.branches,
             x,
@@ -99,11 +100,26 @@ class Block(nn.Module):
 
 
 def _keep_attention() -> Any:
-    return create_selective_checkpoint_contexts(_policy)
+    return create_selective_checkpoint_contexts(_attention_policy)
 
 
-def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+def _keep_products() -> Any:
+    return create_selective_checkpoint_contexts(_products_policy)
+
+
+KEEPING = {"attention": _keep_attention, "matmul": _keep_products}
+"""What ``config.checkpointing`` keeps of a block, as the context that ``checkpoint`` takes."""
+
+PRODUCT_OPERATORS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default})
+
+
+def _attention_policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operator in KERNEL_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _products_policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    kept = operator in PRODUCT_OPERATORS or operator in KERNEL_OPERATORS
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Transformer(nn.Module):
@@ -180,14 +196,14 @@ class Transformer(nn.Module):
         Normal with ``config.weight_std``; the matrices that write to the residual stream smaller by sqrt(2 n_layer) (GPT-2), so that its
         variance does not grow with depth; norms are one.
         """
-        generator = torch.Generator("cpu").manual_seed(seed)
+        matrices = []
         for name, weight in self.named_parameters():
             if weight.ndim == 1:
                 weight.fill_(1.0)
                 continue
             residual = name.endswith((".out.weight", ".down.weight"))
-            std = self.config.weight_std / (2 * self.config.n_layer) ** 0.5 if residual else self.config.weight_std
-            weight.copy_(torch.empty(weight.shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator))
+            matrices.append((weight, self.config.weight_std / (2 * self.config.n_layer) ** 0.5 if residual else self.config.weight_std))
+        draw_normals(matrices, seed)
         self.frequencies.copy_(rope_frequencies(self.config.rope, self.config.head_dim, self.config.original_seq_len)[0])
 
     def compile_blocks(self) -> None:

@@ -170,12 +170,13 @@ def _built(
     """Return the model, optimizer and the rest in the state in which the phase begins or goes on."""
     before = resumed or (start.checkpoint if start else None)
     model_config = config.model.model_copy(update={"attention": kernel})
-    transformer = Transformer(model_config, dtype=runtime.compute_dtype(config.train.precision, machine))
+    with torch.device(machine.device):  # where its weights are drawn or read to: never all of them on the CPU first
+        transformer = Transformer(model_config, dtype=runtime.compute_dtype(config.train.precision, machine))
+    transformer.to(machine.device)  # the frequencies of RoPE are made on the CPU
     if before is None:
         transformer.initialise(config.train.seed)
     else:
         transformer.load_state_dict(before.model)
-    transformer.to(machine.device)
     training_model = TrainingModel(transformer, z_loss=config.train.z_loss, chunk=config.train.loss_chunk)
     if config.train.compile:
         transformer.compile_blocks()
