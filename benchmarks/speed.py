@@ -13,7 +13,6 @@ tokens; its losses show a step that computes something else.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import time
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.apart import apart, context
-from benchmarks.record import ROOT, finish
+from benchmarks.record import ROOT, finish, with_kept
 from minifoundation import config, runtime
 from minifoundation.config import RunConfig
 from minifoundation.train.trial import trial
@@ -143,9 +142,7 @@ def main() -> None:
             for name, (ms, count) in profiled["kernels"].items():
                 print(f"          {ms:8.2f} {count:5.0f}  {name}", flush=True)
     if options.keep:
-        names = {row["name"] for row in results}
-        before = json.loads((ROOT / "docs" / "data" / "speed.json").read_text(encoding="utf-8"))
-        results = [{"command": before["machine"]["command"], **row} for row in before["results"] if row["name"] not in names] + results
+        results = with_kept("speed", results, alike=["name"])
     best = {row["name"]: row.get("tokens_per_second", row.get("failed")) for row in results}
     finish("speed", {"tokens_per_second": best}, results=results, quick=options.quick)
 

@@ -48,3 +48,23 @@ def test_a_scaled_model_keeps_its_proportions() -> None:
     twice = scaled(model, 2 * model.n_kv_head)
     assert (twice.d_model, twice.n_layer, twice.d_ff, twice.head_dim) == (3072, 32, 8192, 64)
     config.build(config.ModelConfig, twice.model_dump(), "a scaled model is one that can be trained")
+
+
+def test_the_table_in_the_docs_is_what_is_predicted() -> None:
+    table = (REPOSITORY / "docs" / "speed.md").read_text(encoding="utf-8").split("## What fits")[1].split("\n\n| GiB |")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert len(rows) == 12
+    size = 0.0
+    for gib, way, *shown, largest in rows:
+        size = float(gib or size)
+        runs = [half_billion(checkpointing=way), half_billion(**billion(), checkpointing=way)]
+        found = [f"{most(run, size * GIB):,}" for run in runs for most in (most_rows, longest_row)]
+        assert shown == found, (size, way)
+        if largest:
+            model = largest_model(runs[0], size * GIB)
+            assert model is not None and largest == f"{billions(model):.2f}B"
+
+
+def billion() -> dict[str, Any]:
+    sizes: dict[str, Any] = config.read_yaml(REPOSITORY / "configs" / "model_1b.yaml")["model"]
+    return sizes

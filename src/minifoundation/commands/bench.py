@@ -20,8 +20,9 @@ from minifoundation.errors import UserError
 from minifoundation.runtime import Machine
 from minifoundation.train import capacity
 from minifoundation.train.ceilings import copy_bandwidth, matrix_products
-from minifoundation.train.finder import USABLE_MEMORY, predicted_to_fit, with_batch_size
+from minifoundation.train.finder import predicted_to_fit, with_batch_size
 from minifoundation.train.kernels import attention_kernel, milliseconds, usable_kernels
+from minifoundation.train.plan import USABLE_MEMORY
 from minifoundation.train.trial import WARM_UP, Trial, trial
 
 CHECKPOINTING = ("none", "matmul", "attention", "full")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 2**22
-"""Numbers drawn by one generator: one generator for all is one core for all, 20 s of a start for 0.5 billion (docs/speed.md)."""
+"""Numbers drawn by one generator: one generator for all would be one core for all."""
 
 
 @torch.no_grad()

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable
 
 from minifoundation.config import ModelConfig, RunConfig
 from minifoundation.model.size import n_parameters
-from minifoundation.train.finder import USABLE_MEMORY
-from minifoundation.train.plan import predicted_memory
+from minifoundation.train.plan import USABLE_MEMORY, predicted_memory
 
 LENGTH_STEP = 1024
 

@@ -10,11 +10,8 @@ from minifoundation.config import RunConfig
 from minifoundation.distributed import World
 from minifoundation.errors import UserError
 from minifoundation.runtime import Machine
-from minifoundation.train.plan import predicted_memory
+from minifoundation.train.plan import USABLE_MEMORY, predicted_memory
 from minifoundation.train.trial import trial
-
-USABLE_MEMORY = 0.92
-"""Share of the device's memory that may be predicted to be taken; the rest is the context and fragmentation."""
 
 MOST_ROWS = 64
 """More rows at once are no faster: the products are large by then."""

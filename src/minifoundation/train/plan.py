@@ -10,6 +10,9 @@ from minifoundation.model.size import flops_per_token, memory_bytes, n_parameter
 from minifoundation.runtime import PEAK_TFLOPS, Machine, free_disk_bytes
 from minifoundation.train.schedule import warmup_steps
 
+USABLE_MEMORY = 0.92
+"""Share of the device's memory that may be predicted to be taken; the rest is the context and fragmentation."""
+
 USUAL = "H100"
 """The GPU whose hours are told where this machine's peak rate is not known."""
 
