@@ -32,12 +32,14 @@ from benchmarks.apart import apart, context
 from benchmarks.record import ROOT, finish, with_kept
 from minifoundation import config, runtime
 from minifoundation.config import ModelConfig, RunConfig
+from minifoundation.distributed import World
 from minifoundation.export.weights import hf_config, to_hf
 from minifoundation.model.loss import IGNORED
 from minifoundation.model.size import flops_per_token
 from minifoundation.model.training import TrainingModel
 from minifoundation.model.transformer import Transformer
 from minifoundation.runtime import Machine, Moment
+from minifoundation.train.kernels import attention_kernel
 from minifoundation.train.metrics import model_flops_utilisation
 from minifoundation.train.trial import WARM_UP, trial
 
@@ -199,7 +201,8 @@ def measured(row: Row, name: str, batch_size: int, precision: str, steps: int) -
     machine = runtime.machine()
     run = settings(name, batch_size, precision)
     if row.name == "ours":
-        found = trial(run, machine, steps=steps)
+        kernel, _ = attention_kernel(run, machine, World(), None)
+        found = trial(run.model_copy(update={"model": run.model.model_copy(update={"attention": kernel})}), machine, steps=steps)
         shown = found.figures()
         return {
             name: shown[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import accumulate, pairwise, product
 from pathlib import Path
 from typing import Any, get_args
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minifoundation import config, runtime
+from minifoundation import cli, config, runtime
 from minifoundation.checkpoint import load_checkpoint
 from minifoundation.config import ModelConfig, RunConfig, TrainConfig
 from minifoundation.data.batch import Batch
@@ -24,10 +25,12 @@ from minifoundation.model.size import memory_bytes
 from minifoundation.model.training import TrainingModel
 from minifoundation.model.transformer import Transformer
 from minifoundation.train import loop, step
+from minifoundation.train.finder import steps_fit, with_batch_size
 from minifoundation.train.kernels import milliseconds, usable_kernels
 from minifoundation.train.optimizer import adamw
 from minifoundation.train.run import run
 from minifoundation.train.step import train_step
+from minifoundation.train.trial import trial
 
 # Triton, torch.compile and flash-attn-4 warn about themselves, each version differently; a GPU's tests are about numbers.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -303,6 +306,40 @@ def test_steady_steps_never_wait_for_the_device(tmp_path: Path, monkeypatch: pyt
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert steps == 20
+
+
+def test_auto_goes_down_when_real_steps_run_out_of_memory(tmp_path: Path) -> None:
+    """On a GPU that gives this process less than it says it has."""
+    machine, said = runtime.machine(), list[str]()
+    sizes = {"d_model": 512, "n_head": 8, "n_layer": 8, "d_ff": 1536, "original_seq_len": 1024}
+    asked = run_config(tmp_path, model=sizes, train={"batch_size": "auto", "grad_accum": 64, "seq_len": 1024, "compile": True})
+    torch.cuda.set_per_process_memory_fraction(3 * 2**30 / machine.memory_bytes)
+    try:
+        chosen = with_batch_size(asked, machine, lambda one: steps_fit(one, machine, World(), said.append))
+        again = trial(chosen, machine, steps=1)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        machine.forget()
+    rows = chosen.train.batch_size
+    assert isinstance(rows, int) and 1 <= rows < 64 and rows * chosen.train.grad_accum == 64
+    assert said[0] == f"train.batch_size: 64 rows were predicted to fit {machine.name}, and do not; trying fewer"
+    assert again.peak_bytes < 3 * 2**30
+
+
+def test_bench_measures_and_recommends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    yaml, path = tmp_path / "small.yaml", tmp_path / "bench.json"
+    yaml.write_text(
+        json.dumps({"model": {**SMALL, "d_model": 512, "n_head": 8, "d_ff": 1536}, "train": {"seq_len": 256}}), encoding="utf-8"
+    )
+    assert cli.main(["bench", "--config", str(yaml), "--steps", "3", "--grad_accum", "32", "--json", str(path)]) == 0
+    said, figures = capsys.readouterr().out, json.loads(path.read_text(encoding="utf-8"))
+    assert figures["settings"]["recommended"] in said
+    assert set(figures["settings"]["tried"]) == {"none", "matmul", "attention", "full"}
+    assert {"flash", "flex", "efficient", "math"} <= set(figures["attention_ms"])
+    step = figures["step"]
+    assert step["graphs_after_warm_up"] == 0 and step["batch_size"] * step["grad_accum"] == 32
+    assert {"matrix products", "attention", "optimizer", "loss", "norms"} <= set(step["profile"]["ms"])
+    assert sum(step["profile"]["ms"].values()) == pytest.approx(step["ms_per_step"], rel=0.5)
 
 
 def test_a_run_with_8_bit_moments_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

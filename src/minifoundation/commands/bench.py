@@ -92,6 +92,7 @@ def _largest(asked: RunConfig, machine: Machine, *, steps: int, warm_up: int, pr
     found: list[Trial] = []
 
     def fits(one: RunConfig) -> bool:
+        torch.compiler.reset()  # it compiles a limited number of shapes, and then runs without
         try:
             found.append(trial(one, machine, steps=steps, warm_up=warm_up, profiled=profiled))
         except torch.OutOfMemoryError:

@@ -67,5 +67,6 @@ def steps_fit(config: RunConfig, machine: Machine, world: World, say: Callable[[
     machine.forget()
     fit = bool(world.least(torch.tensor([int(fit)], device=machine.device)).item())
     if not fit:
+        torch.compiler.reset()  # it keeps a limited number of shapes, and these are of no use
         say(f"train.batch_size: {config.train.batch_size} rows were predicted to fit {machine.name}, and do not; trying fewer")
     return fit

@@ -72,6 +72,7 @@ def milliseconds(kernels: Iterable[Backend], config: RunConfig, machine: Machine
             times[kernel] = _milliseconds(kernel, config, machine)
         except Exception:  # kernels of five libraries fail in ways of their own, and another one will do
             times[kernel] = math.inf
+    machine.forget()
     return times
 
 
