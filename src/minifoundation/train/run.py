@@ -208,7 +208,6 @@ def _built(
         progress=data.progress,
         tokenizer_model=data.tokenizer.path.read_bytes(),
         earlier=earlier,
-        kernels={"attention": kernel},
     )
 
 

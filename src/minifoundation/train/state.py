@@ -68,8 +68,6 @@ class Training:
     tokenizer_model: bytes
     earlier: list[dict[str, Any]]
     """The ledger of the phases before."""
-    kernels: dict[str, str]
-    """The kernels that the model runs on, by what they compute."""
 
     def checkpoint(self, *, with_optimizer: bool) -> Checkpoint:
         """Return the run as it stands."""
@@ -83,7 +81,7 @@ class Training:
             ledger=[*self.earlier, *(entry.as_dict() for entry in read)],
             ema=self.average.state() if self.average else None,
             optimizer=states,
-            kernels=self.kernels,
+            kernels={"attention": self.transformer.kernel(self.machine.device, masked=self.config.data.mask_documents)},
         )
 
     def save(self) -> None:
