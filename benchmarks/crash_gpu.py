@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
+from benchmarks import speed
 from benchmarks.life import Life
 from benchmarks.record import ROOT, finish
-from benchmarks.training import random_model, settings
 from minifoundation import config, runtime
 from minifoundation.checkpoint import TENSORS, Checkpoint, Saver, load_checkpoint, step_folders
 from minifoundation.config import RunConfig
@@ -31,6 +31,7 @@ from minifoundation.runtime import Moment
 from minifoundation.train.guard import Guard
 from minifoundation.train.optimizer import adamw, optimizer_state
 from minifoundation.train.step import StepStats, train_step
+from minifoundation.train.trial import random_model
 
 SMALL = {"vocab_size": 1024, "d_model": 256, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "d_ff": 768, "original_seq_len": 256}
 TINY = {"d_model": 64, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_ff": 128, "vocab_size": 512, "original_seq_len": 64}
@@ -122,8 +123,10 @@ def _step(run_config: RunConfig) -> int:
 def saves(size: str, work: Path, *, quick: bool) -> dict[str, Any]:
     """Time training steps of 131,072 tokens without a save, with one that begins, and while one is written."""
     rows, micro = (8, 4) if size == "model_0p5b" else (4, 8)
-    train: dict[str, Any] = {"batch_size": 2, "grad_accum": 2, "seq_len": 64, "compile": False} if quick else {}
-    run = settings("tiny" if quick else size, {"train": train or {"batch_size": rows, "grad_accum": micro, "seq_len": 4096}})
+    if quick:
+        run = speed.settings(speed.Row("tiny", "tiny", 2, 2, attention="auto", compile=False, loss_chunk=48, seq_len=64))
+    else:
+        run = speed.settings(speed.Row(size, size, rows, micro, attention="auto"))
     assert isinstance(run.train.batch_size, int)
     where = runtime.machine()
     torch._dynamo.reset()

@@ -92,7 +92,10 @@ def test_every_setting_is_an_option_of_its_commands() -> None:
     ("line", "message"),
     [
         ("pretrian", "error: pretrian: no such command; did you mean pretrain?"),
-        ("nonsense", "error: nonsense: no such command; choose from prepare, inspect, pretrain, longft, export_hf, eval, generate, doctor"),
+        (
+            "nonsense",
+            "error: nonsense: no such command; choose from prepare, inspect, pretrain, longft, bench, export_hf, eval, generate, doctor",
+        ),
         ("pretrain --lrr 3", "error: --lrr: no such option; did you mean --lr?"),
         ("pretrain --grad-accum 2", "error: --grad-accum: no such option; did you mean --grad_accum?"),
         ("pretrain --model.lr 2", "error: --model.lr: no such option; did you mean --lr?"),

@@ -6,6 +6,7 @@ have a short flag name it in ``flag=``. Precedence: defaults < checkpoint (longf
 
 from minifoundation.config.options import (
     REPOSITORY,
+    BenchOptions,
     DoctorOptions,
     EvalOptions,
     ExportOptions,
@@ -15,6 +16,7 @@ from minifoundation.config.options import (
     PrepareConfig,
     PrepareOptions,
     PretrainOptions,
+    RunOptions,
 )
 from minifoundation.config.reading import build, changed, dotted_names, fields, flags, merged, nearest, read_yaml, to_yaml, yaml_values
 from minifoundation.config.run import DataConfig, ModelConfig, QualityFilter, RopeConfig, RunConfig, TokenizerConfig, TrainConfig
@@ -22,6 +24,7 @@ from minifoundation.config.setting import Settings, setting
 
 __all__ = [
     "REPOSITORY",
+    "BenchOptions",
     "DataConfig",
     "DoctorOptions",
     "EvalOptions",
@@ -36,6 +39,7 @@ __all__ = [
     "QualityFilter",
     "RopeConfig",
     "RunConfig",
+    "RunOptions",
     "Settings",
     "TokenizerConfig",
     "TrainConfig",

@@ -5,6 +5,7 @@ Letters: B rows, T tokens a row, D model width, H query heads, K key/value heads
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from minifoundation.config import ModelConfig
-from minifoundation.model.attention import KERNEL_OPERATORS, Backend, attend, documents_for, resolve
-from minifoundation.model.kernels import swiglu
+from minifoundation.model.attention import KERNEL_OPERATORS, Backend, Mask, attend, documents_for, resolve, rows_for
+from minifoundation.model.fp8 import Scales, Sites
+from minifoundation.model.fused import AfterAttention, AttentionInputs, Norm
+from minifoundation.model.initial import draw_normals
+from minifoundation.model.kernels.language import runs_on
+from minifoundation.model.kernels.quantise import Rounded, Site
 from minifoundation.model.matrix import Matrix, refresh
 from minifoundation.model.rope import apply_rope, positions_within, rope_frequencies, rotary_tables
 
@@ -41,28 +46,35 @@ class Block(nn.Module):
         checkpointing: what this block does of ``config.checkpointing``.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, checkpointing: str) -> None:
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, checkpointing: str, fp8: bool = False, in_epilogue: bool = False
+    ) -> None:
         super().__init__()
         D, h = config.d_model, config.head_dim
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, h
         self.dropout = config.dropout
         self.checkpointing = checkpointing
         self.attention_norm = RMSNorm(D, config.norm_eps)
-        self.qkv = Matrix(D, (config.n_head + 2 * config.n_kv_head) * h, dtype)
+        self.qkv = Matrix(D, (config.n_head + 2 * config.n_kv_head) * h, dtype, small=fp8, half=not fp8)
         self.q_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
-        self.out = Matrix(D, D, dtype)
+        self.out = Matrix(D, D, dtype, small=fp8, half=not fp8)
         self.mlp_norm = RMSNorm(D, config.norm_eps)
-        self.gate_up = Matrix(D, 2 * config.d_ff, dtype)
-        self.down = Matrix(config.d_ff, D, dtype)
+        self.gate_up = Matrix(D, 2 * config.d_ff, dtype, small=fp8, half=not fp8, interleaved=in_epilogue)
+        self.in_epilogue = in_epilogue
+        self.down = Matrix(config.d_ff, D, dtype, small=fp8, half=not fp8)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Tensor | None) -> Tensor:  # (B, T, D)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Mask | None, sites: Sites | None = None
+    ) -> Tensor:  # (B, T, D)
+        """Return the block's output (B, T, D); by hand (``fused``) with ``sites``, which say what of it is in 8 bits."""
+        whole = self.branches if sites is None else partial(self.fused, sites=sites)
         if self.checkpointing == "none" or not torch.is_grad_enabled():
-            return self.branches(x, cos, sin, kernel, documents)
+            return whole(x, cos, sin, kernel, documents)
         # Inside forward, so that a compiled block sees it; a selective policy around compiled code would see no operators.
-        extra: dict[str, Any] = {"context_fn": _keep_attention} if self.checkpointing == "attention" else {}
+        extra: dict[str, Any] = {} if self.checkpointing == "full" else {"context_fn": KEEPING[self.checkpointing]}
         result: Tensor = checkpoint(
-            self.branches,
+            whole,
             x,
             cos,
             sin,
@@ -74,11 +86,31 @@ class Block(nn.Module):
         )
         return result
 
-    def branches(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Tensor | None) -> Tensor:
+    def branches(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Mask | None) -> Tensor:
         x = x + F.dropout(self.attention(self.attention_norm(x), cos, sin, kernel, documents), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
-    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Tensor | None) -> Tensor:
+    def fused(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Mask | None, *, sites: Sites) -> Tensor:
+        """Return what ``branches`` does, by the functions of ``model/fused.py``."""
+        B, T, _ = x.shape
+        turned_inside = self.q_norm is None
+        tables = (cos.flatten(0, -2), sin.flatten(0, -2)) if turned_inside else None
+        shape = B, T, self.n_head, self.n_kv_head, self.head_dim
+        eps = self.attention_norm.eps
+        q, k, v, flat = AttentionInputs.apply(  # type: ignore[no-untyped-call]
+            x.flatten(0, 1), self.attention_norm.weight, self.qkv.weight, self.qkv.operand, eps, tables, shape, sites
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin)
+        mixed = attend(q, k, v, kernel, documents).reshape(B * T, -1)
+        weights = self.out.weight, self.mlp_norm.weight, self.gate_up.weight, self.down.weight
+        operands = self.out.operand, self.gate_up.operand, self.down.operand
+        result: Tensor = AfterAttention.apply(  # type: ignore[no-untyped-call]
+            mixed, flat, *weights, operands, eps, sites, self.in_epilogue
+        )
+        return result.view_as(x)
+
+    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Mask | None) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2K, h)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=-2)
         if self.q_norm is not None and self.k_norm is not None:
@@ -90,20 +122,34 @@ class Block(nn.Module):
         return result
 
     def mlp(self, x: Tensor) -> Tensor:
-        gate_up = self.gate_up(x)  # (B, T, 2F)
-        if self.down.copy is not None:
-            return swiglu.gated_product(gate_up, self.down.weight, self.down.copy)
-        gate, up = gate_up.chunk(2, dim=-1)
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, T, F) each
         result: Tensor = self.down(F.silu(gate) * up)
         return result
 
 
 def _keep_attention() -> Any:
-    return create_selective_checkpoint_contexts(_policy)
+    return create_selective_checkpoint_contexts(_attention_policy)
 
 
-def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+def _keep_products() -> Any:
+    return create_selective_checkpoint_contexts(_products_policy)
+
+
+KEEPING = {"attention": _keep_attention, "matmul": _keep_products}
+"""What ``config.checkpointing`` keeps of a block, as the context that ``checkpoint`` takes."""
+
+PRODUCT_OPERATORS = frozenset(
+    {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default, torch.ops.aten._scaled_mm.default}
+)
+
+
+def _attention_policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operator in KERNEL_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _products_policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    kept = operator in PRODUCT_OPERATORS or operator in KERNEL_OPERATORS
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Transformer(nn.Module):
@@ -111,22 +157,37 @@ class Transformer(nn.Module):
 
     Args:
         dtype: of activations.
+        fp8: factors of the blocks' products are in 8 bits, and of two of the head's three.
+        in_epilogue: SwiGLU is computed in the products beside it, by QuACK.
     """
 
     frequencies: Tensor
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32, fp8: bool = False, in_epilogue: bool = False) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
+        self.by_hand, self.in_epilogue = True, in_epilogue
+        self.scales = Scales(config.n_layer) if fp8 else None
         # Looking up rows needs no copy of the matrix; only as a head does it multiply.
-        self.embedding = Matrix(config.d_model, config.vocab_size, dtype if config.tie_embeddings else torch.float32)
+        self.embedding = Matrix(
+            config.d_model,
+            config.vocab_size,
+            dtype if config.tie_embeddings else torch.float32,
+            small=fp8 and config.tie_embeddings,
+        )
         self.blocks = nn.ModuleList(
-            Block(config, dtype=dtype, checkpointing="none" if i % config.checkpoint_every else config.checkpointing)
+            Block(
+                config,
+                dtype=dtype,
+                fp8=fp8,
+                in_epilogue=in_epilogue,
+                checkpointing="none" if i % config.checkpoint_every else config.checkpointing,
+            )
             for i in range(config.n_layer)
         )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = None if config.tie_embeddings else Matrix(config.d_model, config.vocab_size, dtype)
+        self.head = None if config.tie_embeddings else Matrix(config.d_model, config.vocab_size, dtype, small=fp8)
         frequencies, self.gain = rope_frequencies(config.rope, config.head_dim, config.original_seq_len)
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.matrices = [module for module in self.modules() if isinstance(module, Matrix)]
@@ -141,6 +202,12 @@ class Transformer(nn.Module):
         """The float32 weight of ``output``."""
         return self.output.weight
 
+    def head_in_8_bits(self) -> tuple[Site, Rounded] | None:
+        """Return how hidden states are rounded for the head, and the head itself, in 8 bits; None without them."""
+        if self.scales is None:
+            return None
+        return self.scales.head(watched=torch.is_grad_enabled()), self.output.small
+
     def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Return the hidden states (B, T, D) after the final norm of token ids (B, T).
 
@@ -152,20 +219,31 @@ class Transformer(nn.Module):
         x = F.embedding(tokens, self.embedding.weight).to(self.dtype)
         cos, sin = rotary_tables(self.frequencies, self.gain, tokens.shape[1])
         kernel = self.kernel(tokens.device, masked=cu_seqlens is not None)
-        documents = None
+        documents = rows_for(kernel, tokens)
         if cu_seqlens is not None:
             positions = positions_within(cu_seqlens, *tokens.shape)
             cos, sin = cos[positions], sin[positions]  # (B, T, h/2)
             documents = documents_for(kernel, cu_seqlens, positions, self.dtype)
-        for block in self.blocks:
-            x = block(x, cos, sin, kernel, documents)
-        result: Tensor = self.norm(x)
-        return result
+        if not self.by_hand_on(x):
+            for block in self.blocks:
+                x = block(x, cos, sin, kernel, documents)
+            plain: Tensor = self.norm(x)
+            return plain
+        for number, block in enumerate(self.blocks):
+            sites = Sites() if self.scales is None else self.scales.sites(number, watched=torch.is_grad_enabled())
+            x = block(x, cos, sin, kernel, documents, sites)
+        result: Tensor = Norm.apply(x.flatten(0, 1), self.norm.weight, self.norm.eps)  # type: ignore[no-untyped-call]
+        return result.view_as(x)
 
     def logits(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Return the logits (B, T, V), float32 (float64 when the model computes in it)."""
         logits: Tensor = self.output(self(tokens, cu_seqlens))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def by_hand_on(self, x: Tensor) -> bool:
+        """Return whether the blocks for activations like ``x`` are those of ``model/fused.py``."""
+        must = self.scales is not None or self.in_epilogue
+        return must or (self.by_hand and x.dtype.itemsize == 2 and runs_on(x) and self.config.dropout == 0)
 
     def kernel(self, device: torch.device, *, masked: bool = False) -> Backend:
         """Return the attention kernel that runs on ``device``, within rows or (``masked``) within documents."""
@@ -180,18 +258,23 @@ class Transformer(nn.Module):
         Normal with ``config.weight_std``; the matrices that write to the residual stream smaller by sqrt(2 n_layer) (GPT-2), so that its
         variance does not grow with depth; norms are one.
         """
-        generator = torch.Generator("cpu").manual_seed(seed)
+        matrices = []
         for name, weight in self.named_parameters():
             if weight.ndim == 1:
                 weight.fill_(1.0)
                 continue
             residual = name.endswith((".out.weight", ".down.weight"))
-            std = self.config.weight_std / (2 * self.config.n_layer) ** 0.5 if residual else self.config.weight_std
-            weight.copy_(torch.empty(weight.shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator))
+            matrices.append((weight, self.config.weight_std / (2 * self.config.n_layer) ** 0.5 if residual else self.config.weight_std))
+        draw_normals(matrices, seed)
         self.frequencies.copy_(rope_frequencies(self.config.rope, self.config.head_dim, self.config.original_seq_len)[0])
 
     def compile_blocks(self) -> None:
-        """Compile each block and the final norm in place; blocks share one graph, and the names in the state dict stay as they are."""
+        """Compile each block and the final norm in place; blocks share one graph, and the names in the state dict stay as they are.
+
+        Blocks by hand are left as they are: theirs are kernels already.
+        """
+        if self.by_hand_on(torch.empty(0, dtype=self.dtype, device=self.embedding.weight.device)):
+            return
         for module in (*self.blocks, self.norm):
             # Static shapes: with automatic dynamic ones, which of two graphs runs would depend on the history of the process.
             module.compile(dynamic=False)
