@@ -46,7 +46,13 @@ def test_the_machine(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_whole_run(trained: Path, capsys: Capture) -> None:
     shown = told(capsys, "--run", str(trained / "run"))
     assert "wrong" not in shown
-    for line in ("config.yaml: valid", "run.json: 1 starts", "step_00000008: whole", "final.pth: whole", "metrics.csv: 12 rows in order"):
+    for line in (
+        "config.yaml: valid",
+        "run.json: 1 start, the last",
+        "step_00000008: whole",
+        "final.pth: whole",
+        "metrics.csv: 12 rows in order",
+    ):
         assert line in shown
     assert "token shards " in shown and "whole (every byte compared)" in shown
 

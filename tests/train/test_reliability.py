@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from minifoundation.checkpoint import Checkpoint, load_checkpoint, saver, step_folders
+from minifoundation.checkpoint import TENSORS, Checkpoint, load_checkpoint, saver, step_folders, step_of
 from minifoundation.cli import main
 from minifoundation.config import RunConfig
 from minifoundation.data.loader import Loader
 from minifoundation.errors import Stopped, UserError
 from minifoundation.lock import held
 from minifoundation.train import loop, step
+from minifoundation.train.plan import plan
 from minifoundation.train.run import run
 from minifoundation.train.state import Progress, beyond
 from minifoundation.train.stop import Stop
@@ -328,3 +329,13 @@ def test_told_to_stop() -> None:
     assert stop.asked and stop.reason == "SIGUSR1"
     with pytest.raises(KeyboardInterrupt):
         stop(signal.SIGTERM, None)
+
+
+def test_the_disk_that_is_planned_is_what_checkpoints_take(settings: Make) -> None:
+    config = settings(train={"keep": 1, "keep_every": 4})
+    trained(config)
+    sizes = [(folder / TENSORS).stat().st_size for folder in step_folders(config.out_dir)]
+    assert [step_of(folder) for folder in step_folders(config.out_dir)] == [4, 8]
+    planned, without = (plan(settings(train={"keep": 1, "keep_every": every}), 1) for every in (4, None))
+    assert planned.disk_bytes - without.disk_bytes == pytest.approx(3 * sizes[0], rel=0.05)
+    assert without.disk_bytes == pytest.approx(2 * sizes[0] + planned.memory["weights"], rel=0.05)

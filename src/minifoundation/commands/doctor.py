@@ -155,7 +155,9 @@ def _settings(folder: Path) -> Iterator[Finding]:
         yield Finding("wrong", f"config.yaml: {error.where}: {error.problem}")
     try:
         starts = json.loads((folder / RUN).read_text(encoding="utf-8"))["starts"]
-        yield Finding("ok", f"{RUN}: {len(starts)} starts, the last {starts[-1]['time']} with: {starts[-1]['command']}")
+        yield Finding(
+            "ok", f"{RUN}: {len(starts)} start{'s' if len(starts) > 1 else ''}, the last {starts[-1]['time']} with: {starts[-1]['command']}"
+        )
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         yield Finding("note", f"{RUN}: missing or damaged; the next start writes it anew")
 

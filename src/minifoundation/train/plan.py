@@ -70,7 +70,7 @@ def plan(config: RunConfig, world_size: int) -> Plan:
         parameters=n_parameters(config.model),
         flops_per_token=flops_per_token(config.model, train.seq_len),
         memory=memory,
-        disk_bytes=(train.keep + 1) * (final + memory["optimizer"]) + final,
+        disk_bytes=(train.keep + 1 + (steps // train.keep_every if train.keep_every else 0)) * (final + memory["optimizer"]) + final,
     )
 
 
