@@ -249,7 +249,7 @@ def test_training_within_documents_follows_fp32_on_the_cpu_and_compiles_once() -
         counters.clear()
         found = losses("cuda", torch.bfloat16, compile=compile, checkpointing=checkpointing, masked=True, attention=attention)
         assert found[-1] == pytest.approx(exact[-1], abs=0.03), (attention, compile, checkpointing)
-        assert counters["stats"]["unique_graphs"] == graphs, "the number of documents differs from step to step, the graphs do not"
+        assert counters["stats"]["unique_graphs"] <= graphs, "the number of documents differs from step to step, the graphs do not"
 
 
 def test_8_bit_moments_train_and_come_back_from_a_checkpoint(tmp_path: Path) -> None:

@@ -26,15 +26,17 @@ def made(**sections: dict[str, Any]) -> RunConfig:
 
 
 def test_fewer_rows_and_as_many_tokens() -> None:
-    run = made(train={"batch_size": 32, "grad_accum": 2})
+    run = made(train={"batch_size": 64, "grad_accum": 2})
     assert plan(run, 1).memory_total > 80 * GIB
     options, needed = remedy(run, H100, World())
-    assert options == {"batch_size": 16, "grad_accum": 4}
+    assert options in ({"batch_size": 32, "grad_accum": 4}, {"batch_size": 16, "grad_accum": 8})
     assert needed == plan(made(train=options), 1).memory_total < 0.92 * 80 * GIB
 
 
-def test_one_row_that_does_not_fit_is_recomputed() -> None:
-    run = made(train={"batch_size": 1, "seq_len": 32_768}, model={"rope": {"scaling": "yarn", "factor": 8}})
+@pytest.mark.parametrize("checkpointing", ["none", "matmul"])
+def test_one_row_that_does_not_fit_is_recomputed(checkpointing: str) -> None:
+    model = {"rope": {"scaling": "yarn", "factor": 8}, "checkpointing": checkpointing}
+    run = made(train={"batch_size": 1, "seq_len": 32_768}, model=model)
     small = replace(H100, memory_bytes=24 * GIB)
     options, needed = remedy(run, small, World())
     assert options["model.checkpointing"] in ("attention", "full") and "batch_size" not in options

@@ -186,7 +186,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool], value:
 def test_a_bad_step_is_skipped_and_told_with_its_samples(
     settings: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture, value: float, reason: str
 ) -> None:
-    config = settings(train={"tokens": 32 * 4 * 20, "spike_window": 16})
+    config = settings(train={"tokens": 32 * 4 * 20, "spike_window": 16, "lr": 1e-3})  # slow enough that no other step is a spike
     poisoned(monkeypatch, lambda sample: sample == 41, value)
     final = trained(config)
     assert f"step 11 skipped: {reason} (loss " in (said := capsys.readouterr().err) and "samples 40 to 43" in said
