@@ -55,7 +55,7 @@ def _changes(config: RunConfig) -> list[dict[str, Any]]:
     splits = [{"batch_size": rows // part, "grad_accum": micro * part} for part in range(2, rows + 1) if rows % part == 0]
     one_row = splits[-1] if splits else {}
     smaller = {"train.loss_chunk": max(1, train.loss_chunk // 4)}
-    kinds = {"none": ("attention", "full"), "matmul": ("attention", "full"), "attention": ("full",), "full": ()}[model.checkpointing]
+    kinds = {"none": ("attention", "full"), "attention": ("full",), "full": ()}[model.checkpointing]
     recomputed = [{**one_row, "model.checkpointing": kind} for kind in kinds]
     least: dict[str, Any] = {**one_row, "model.checkpointing": "full", **smaller}
     return [*splits, *recomputed, {**one_row, **smaller}, least, {**least, "train.optimizer_states": "int8"}]
