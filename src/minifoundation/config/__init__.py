@@ -6,6 +6,7 @@ have a short flag name it in ``flag=``. Precedence: defaults < checkpoint (longf
 
 from minifoundation.config.options import (
     REPOSITORY,
+    CheckOptions,
     EvalOptions,
     ExportOptions,
     GenerateOptions,
@@ -14,6 +15,7 @@ from minifoundation.config.options import (
     PrepareConfig,
     PrepareOptions,
     PretrainOptions,
+    PullOptions,
 )
 from minifoundation.config.reading import build, changed, dotted_names, fields, flags, merged, nearest, read_yaml, to_yaml
 from minifoundation.config.run import DataConfig, ModelConfig, QualityFilter, RopeConfig, RunConfig, TokenizerConfig, TrainConfig
@@ -21,6 +23,7 @@ from minifoundation.config.setting import Settings, setting
 
 __all__ = [
     "REPOSITORY",
+    "CheckOptions",
     "DataConfig",
     "EvalOptions",
     "ExportOptions",
@@ -31,6 +34,7 @@ __all__ = [
     "PrepareConfig",
     "PrepareOptions",
     "PretrainOptions",
+    "PullOptions",
     "QualityFilter",
     "RopeConfig",
     "RunConfig",

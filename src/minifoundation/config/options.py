@@ -73,25 +73,50 @@ class ExportOptions(Settings):
 
 
 class EvalOptions(Settings):
-    """``eval``: benchmarks of a Hugging Face folder through lm-eval."""
+    """``eval``: benchmarks of a model through lm-eval."""
 
-    model_path: str = setting(help="folder in Hugging Face form, ours or any other", flag="model_path")
+    model_path: str = setting(
+        help="folder in Hugging Face form, ours or any other; final.pth or a step folder of a run; org/name of the hub", flag="model_path"
+    )
     tasks: str = setting(
-        str(REPOSITORY / "configs" / "tasks.txt"), flag="tasks", help="file with one task a line, or names separated by commas"
+        str(REPOSITORY / "configs" / "tasks.txt"),
+        flag="tasks",
+        help="a suite (quick, paper, code, long), names separated by commas, or a file with one task a line",
     )
     limit: int = setting(0, ge=0, flag="limit", help="documents of each task, 0 means all")
     batch_size: int | None = setting(None, ge=1, flag="batch_size", help="rows in a batch; default: by memory")
     data_dir: Path | None = setting(
         None, flag="data_dir", help="mirror folder <org>/<name>/<config>/<split>.parquet to read benchmarks from instead of the hub"
     )
-    out_dir: Path | None = setting(None, flag="out_dir", help="where results.json and report.md go; default <model_path>/eval")
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
-        "auto", flag="dtype", help="dtype of the weights in memory; auto: as stored, fp32 on a CPU"
+    out_dir: Path | None = setting(
+        None,
+        flag="out_dir",
+        help="where results.json and report.md go; default <model_path>/eval, beside a checkpoint, or outputs/eval/<name>",
     )
+    beside: tuple[Path, ...] = setting((), flag="beside", help="folders that eval wrote for other models: their scores become columns")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto", flag="dtype", help="dtype of the weights in memory; auto: as stored (of a checkpoint bf16), fp32 on a CPU"
+    )
+    ema: bool = setting(False, flag="ema", help="evaluate the averaged weights of a checkpoint")
     device: str | None = setting(None, flag="device", help="cuda, cpu; default: cuda where there is one")
     allow_code_exec: bool = setting(
         False, flag="allow_code_exec", help="run programs written by the model (HumanEval, MBPP) in a sandboxed process"
     )
+
+
+class PullOptions(Settings):
+    """``eval-data pull``: benchmark data from the hub to a mirror folder."""
+
+    data_dir: Path = setting(help="mirror folder to write: <org>/<name>/<config>/<split>.parquet and manifest.json", flag="data_dir")
+    tasks: str = setting("paper", flag="tasks", help="whose data: a suite, names separated by commas, or a file, as for eval")
+
+
+class CheckOptions(Settings):
+    """``eval-data check``: whether a mirror folder is whole."""
+
+    data_dir: Path = setting(help="mirror folder to read", flag="data_dir")
+    tasks: str = setting("paper", flag="tasks", help="whose data should be there: a suite, names separated by commas, or a file")
+    seal: bool = setting(False, flag="seal", help="write the manifest anew: the files are right as they are")
 
 
 class GenerateOptions(Settings):
