@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": ("minifoundation.commands.eval", "evaluate"),
     "eval-data pull": ("minifoundation.commands.eval_data", "pull"),
     "eval-data check": ("minifoundation.commands.eval_data", "check"),
+    "contamination": ("minifoundation.commands.contamination", "contamination"),
     "generate": ("minifoundation.commands.generate", "generate"),
 }
 

@@ -94,7 +94,8 @@ def test_every_setting_is_an_option_of_its_commands() -> None:
         ("pretrian", "error: pretrian: no such command; did you mean pretrain?"),
         (
             "nonsense",
-            "error: nonsense: no such command; choose from prepare, inspect, pretrain, longft, export_hf, eval, eval-data, generate",
+            "error: nonsense: no such command; choose from prepare, inspect, pretrain, longft, export_hf, eval, eval-data, "
+            "contamination, generate",
         ),
         ("pretrain --lrr 3", "error: --lrr: no such option; did you mean --lr?"),
         ("pretrain --grad-accum 2", "error: --grad-accum: no such option; did you mean --grad_accum?"),

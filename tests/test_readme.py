@@ -21,7 +21,8 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 LINE = re.compile(
-    r"(?:-m src\.cli|\$\(RUN\)|^[ `$]*minifoundation)\s+((?:prepare|pretrain|longft|export_hf|eval|eval-data \w+|generate)\s+-[^\n`]*)",
+    r"(?:-m src\.cli|\$\(RUN\)|^[ `$]*minifoundation)\s+"
+    r"((?:prepare|pretrain|longft|export_hf|eval|eval-data \w+|contamination|generate)\s+-[^\n`]*)",
     re.MULTILINE,
 )
 SESSION = re.compile(r"^\$ python -m src\.cli (.*)\n(error: .*)$", re.MULTILINE)
@@ -70,7 +71,16 @@ def test_a_documented_line_is_accepted(calls: Calls, monkeypatch: pytest.MonkeyP
 def test_lines_were_found_in_every_kind_of_document() -> None:
     found = {document for document, _ in documented()}
     assert {"README.md", "Makefile", "after_the_demo.txt"} <= found
-    assert {line.split()[0] for _, line in documented()} == {"prepare", "pretrain", "longft", "export_hf", "eval", "eval-data", "generate"}
+    assert {line.split()[0] for _, line in documented()} == {
+        "prepare",
+        "pretrain",
+        "longft",
+        "export_hf",
+        "eval",
+        "eval-data",
+        "contamination",
+        "generate",
+    }
 
 
 @pytest.mark.parametrize(("line", "message"), SESSION.findall(joined(README)))

@@ -147,6 +147,7 @@ def program() -> Commands:
         _command("export_hf", "export_hf.export_hf", "Write a Hugging Face folder and prove it equal.", config.ExportOptions),
         _command("eval", "eval.evaluate", "Run benchmarks on a model.", config.EvalOptions),
         mirror,
+        _command("contamination", "contamination.contamination", "Find test items in the training text.", config.ContaminationOptions),
         _command("generate", "generate.generate", "Continue a prompt.", config.GenerateOptions),
     )
     for command in commands:

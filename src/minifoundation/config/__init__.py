@@ -7,6 +7,7 @@ have a short flag name it in ``flag=``. Precedence: defaults < checkpoint (longf
 from minifoundation.config.options import (
     REPOSITORY,
     CheckOptions,
+    ContaminationOptions,
     EvalOptions,
     ExportOptions,
     GenerateOptions,
@@ -24,6 +25,7 @@ from minifoundation.config.setting import Settings, setting
 __all__ = [
     "REPOSITORY",
     "CheckOptions",
+    "ContaminationOptions",
     "DataConfig",
     "EvalOptions",
     "ExportOptions",

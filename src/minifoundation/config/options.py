@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
 
 from minifoundation.config.run import DataConfig, TokenizerConfig
 from minifoundation.config.setting import Settings, setting
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 """The clone this package is installed from; ``configs/`` lies here."""
+
+
+Folders = Annotated[
+    tuple[Path, ...], BeforeValidator(lambda value: [part.strip() for part in value.split(",")] if isinstance(value, str) else value)
+]
+"""``a,b`` on a command line."""
 
 
 class PretrainOptions(Settings):
@@ -93,7 +101,7 @@ class EvalOptions(Settings):
         flag="out_dir",
         help="where results.json and report.md go; default <model_path>/eval, beside a checkpoint, or outputs/eval/<name>",
     )
-    beside: tuple[Path, ...] = setting((), flag="beside", help="folders that eval wrote for other models: their scores become columns")
+    beside: Folders = setting((), flag="beside", help="folders that eval wrote for other models: their scores become columns")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
         "auto", flag="dtype", help="dtype of the weights in memory; auto: as stored (of a checkpoint bf16), fp32 on a CPU"
     )
@@ -117,6 +125,19 @@ class CheckOptions(Settings):
     data_dir: Path = setting(help="mirror folder to read", flag="data_dir")
     tasks: str = setting("paper", flag="tasks", help="whose data should be there: a suite, names separated by commas, or a file")
     seal: bool = setting(False, flag="seal", help="write the manifest anew: the files are right as they are")
+
+
+class ContaminationOptions(Settings):
+    """``contamination``: test items in the training text."""
+
+    ckpt: Path | None = setting(None, flag="ckpt", help="final.pth or a step folder: the shards its ledger names, its tokenizer")
+    shards: Path | None = setting(None, flag="shards", help="a folder of token shards instead, with --tokenizer")
+    tokenizer: Path | None = setting(None, flag="tokenizer", help="the SentencePiece .model of --shards")
+    tasks: str = setting("paper", flag="tasks", help="whose items: a suite, names separated by commas, or a file, as for eval")
+    data_dir: Path | None = setting(None, flag="data_dir", help="mirror folder to read benchmarks from instead of the hub")
+    evals: Folders = setting((), flag="evals", help="folders that eval wrote: their scores on clean and dirty items are printed")
+    workers: int | None = setting(None, ge=1, flag="workers", help="processes that read shards; default: one a core")
+    out: Path | None = setting(None, flag="out", help="the file to write; default contamination.json beside the checkpoint or the shards")
 
 
 class GenerateOptions(Settings):

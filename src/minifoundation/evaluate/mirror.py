@@ -101,14 +101,15 @@ class Splits(dict[str, Any]):
             if hashes is not None and expected != _sha256(path):
                 problem = "is not in the mirror's manifest" if expected is None else "has changed since the mirror's manifest was written"
                 raise UserError(str(path), problem, PULL)
-        super().__init__({path.stem: _read(path) for path in found})
+        super().__init__({path.stem: read_file(path) for path in found})
 
     def __missing__(self, split: str) -> Any:
         file = self.folder / f"{split}.parquet"
         raise UserError(str(file), "no such file in --data_dir", "add it as .parquet or .jsonl, or leave --data_dir out")
 
 
-def _read(path: Path) -> Any:
+def read_file(path: Path) -> Any:
+    """Return the documents of one file of a mirror; raises a UserError that names the file when it cannot be read."""
     import datasets
     from pyarrow import parquet
 
