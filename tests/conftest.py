@@ -18,6 +18,7 @@ COMMANDS = {
     "eval-data pull": ("minifoundation.commands.eval_data", "pull"),
     "eval-data check": ("minifoundation.commands.eval_data", "check"),
     "contamination": ("minifoundation.commands.contamination", "contamination"),
+    "report": ("minifoundation.commands.report", "report"),
     "generate": ("minifoundation.commands.generate", "generate"),
 }
 

@@ -95,7 +95,7 @@ def test_every_setting_is_an_option_of_its_commands() -> None:
         (
             "nonsense",
             "error: nonsense: no such command; choose from prepare, inspect, pretrain, longft, export_hf, eval, eval-data, "
-            "contamination, generate",
+            "contamination, report, generate",
         ),
         ("pretrain --lrr 3", "error: --lrr: no such option; did you mean --lr?"),
         ("pretrain --grad-accum 2", "error: --grad-accum: no such option; did you mean --grad_accum?"),

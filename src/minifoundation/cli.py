@@ -148,6 +148,7 @@ def program() -> Commands:
         _command("eval", "eval.evaluate", "Run benchmarks on a model.", config.EvalOptions),
         mirror,
         _command("contamination", "contamination.contamination", "Find test items in the training text.", config.ContaminationOptions),
+        _command("report", "report.report", "Write an HTML page and a model card of runs and evaluations.", config.ReportOptions),
         _command("generate", "generate.generate", "Continue a prompt.", config.GenerateOptions),
     )
     for command in commands:

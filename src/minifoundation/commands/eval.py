@@ -88,6 +88,7 @@ def _loaded(options: EvalOptions) -> Iterator[Loaded]:
         yield model.from_folder(options.model_path, dtype=options.dtype, device=options.device)
         return
     from minifoundation.checkpoint import load_checkpoint
+    from minifoundation.commands.export_hf import trained_tokens
     from minifoundation.commands.native import in_memory
 
     checkpoint = load_checkpoint(path)
@@ -98,7 +99,8 @@ def _loaded(options: EvalOptions) -> Iterator[Loaded]:
     file = path / "state.pth" if path.is_dir() else path
     hashes = {file.name: model.sha256(file)} | ({"weights": "ema"} if options.ema else {})
     with in_memory(checkpoint, dtype=dtype, ema=options.ema) as inside:
-        yield model.Loaded(model.placed(inside.network, device), inside.tokenizer, options.model_path, inside.folder, hashes)
+        network = model.placed(inside.network, device)
+        yield model.Loaded(network, inside.tokenizer, options.model_path, inside.folder, hashes, trained_tokens(checkpoint))
 
 
 def is_checkpoint(path: Path) -> bool:

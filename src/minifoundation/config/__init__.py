@@ -17,6 +17,7 @@ from minifoundation.config.options import (
     PrepareOptions,
     PretrainOptions,
     PullOptions,
+    ReportOptions,
 )
 from minifoundation.config.reading import build, changed, dotted_names, fields, flags, merged, nearest, read_yaml, to_yaml
 from minifoundation.config.run import DataConfig, ModelConfig, QualityFilter, RopeConfig, RunConfig, TokenizerConfig, TrainConfig
@@ -38,6 +39,7 @@ __all__ = [
     "PretrainOptions",
     "PullOptions",
     "QualityFilter",
+    "ReportOptions",
     "RopeConfig",
     "RunConfig",
     "Settings",

@@ -140,6 +140,27 @@ class ContaminationOptions(Settings):
     out: Path | None = setting(None, flag="out", help="the file to write; default contamination.json beside the checkpoint or the shards")
 
 
+class ReportOptions(Settings):
+    """``report``: one HTML page and a model card."""
+
+    runs: Folders = setting((), flag="runs", help="run folders of pretrain and longft, in the order in which they were trained")
+    evals: Folders = setting(
+        (), flag="evals", help="folders that eval wrote; the first gives the table, all the scores over training tokens"
+    )
+    out_dir: Path = setting(Path("outputs/report"), flag="out_dir", help="where report.html and README.md (the model card) go")
+    name: str | None = setting(None, flag="name", help="of the model; default: that of the folder that was evaluated or trained")
+    vendors: str | None = setting(
+        None, flag="vendors", help="models of configs/baselines.yaml beside ours, separated by commas; default: those under beside there"
+    )
+    beside: Folders = setting((), flag="beside", help="folders that eval wrote for other models: their scores become columns")
+    contamination: Path | None = setting(None, flag="contamination", help="contamination.json; default: the one beside the last run")
+    license: str = setting("apache-2.0", flag="license", help="of the weights, as the hub spells it")
+    price_per_hour: float | None = setting(
+        None, ge=0, flag="price_per_hour", help="of the machine, in any currency: shows the cost of training"
+    )
+    watts: float | None = setting(None, ge=0, flag="watts", help="that the machine draws: shows the energy of training")
+
+
 class GenerateOptions(Settings):
     """``generate``: a prompt in, text out."""
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from minifoundation.config import REPOSITORY, read_yaml
+from minifoundation.errors import UserError
 from minifoundation.evaluate.results import Outcome, read_results
 
 BASELINES = REPOSITORY / "configs" / "baselines.yaml"
@@ -78,6 +80,20 @@ class Baselines:
                         Figure(name, "any", RERUN, str(folder), 100 * row["score"], row["shots"], row["measure"], row["n"])
                     )
         return cls(figures, beside)
+
+    def with_columns(self, models: Sequence[str]) -> Baselines:
+        """Return the same figures with published ``models`` in the columns, before the re-runs.
+
+        Raises:
+            UserError: one of them has no figure.
+        """
+        known = list(dict.fromkeys(one.model for figures in self.figures.values() for one in figures if one.status != RERUN))
+        for model in models:
+            if model not in known:
+                near = get_close_matches(model, known, n=1)
+                remedy = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
+                raise UserError("--vendors", f"{model!r} has no figure in {BASELINES.name}", remedy)
+        return Baselines(self.figures, [*models, *(name for name in self.beside if name.endswith(f"({RERUN})"))])
 
     def of(self, outcome: Outcome) -> list[Figure]:
         """Return the figures for the benchmark of ``outcome``."""

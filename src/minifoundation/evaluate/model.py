@@ -34,6 +34,8 @@ class Loaded:
     folder: Path
     """Holds the tokenizer's files."""
     sha256: dict[str, str]
+    trained_tokens: int | None = None
+    """That it had read in training, where somebody knows."""
 
 
 class Model(HFLM):
@@ -123,6 +125,7 @@ class Model(HFLM):
             "batch_tokens": self.batch_tokens,
             "batch_rows": self.fixed_rows,
             "shares_prefixes": self.parts.branches,
+            "trained_tokens": self.loaded.trained_tokens,
             "sha256": self.loaded.sha256,
         }
 
@@ -180,7 +183,9 @@ def from_folder(path: str, *, dtype: str, device: str | None) -> Loaded:
         raise UserError("--model_path", problem, "check that AutoModelForCausalLM and AutoTokenizer load it") from error
     files = [one for one in sorted(folder.iterdir()) if one.suffix in (".safetensors", ".bin", ".json", ".model") and one.is_file()]
     hashes = {one.name: sha256(one) for one in files}
-    return Loaded(placed(network, where), tokenizer, path, folder, hashes)
+    proof = folder / "parity.json"
+    tokens = json.loads(proof.read_text(encoding="utf-8")).get("trained_tokens") if proof.is_file() else None
+    return Loaded(placed(network, where), tokenizer, path, folder, hashes, tokens)
 
 
 def placed(network: Any, device: str) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minifoundation.errors import UserError
+from minifoundation.evaluate.protocols import Row
 from minifoundation.evaluate.requests import Request
 
 RESULTS = "results.json"
@@ -145,9 +146,19 @@ def _done(path: Path, rows: Iterable[dict[str, Any]], requests: Sequence[Request
         request = asked.get(row["request"])
         if request is None or row["not_run"]:
             continue
-        fields = {name: value for name, value in row.items() if name not in ("request", "row", "lm_eval")}
-        done.setdefault(row["request"], []).append(Outcome(request, **fields, raw=row["lm_eval"], items=read_items(path, row["label"])))
+        outcome = restored(row)
+        outcome.request = request
+        outcome.items = read_items(path, row["label"])
+        done.setdefault(row["request"], []).append(outcome)
     return done
+
+
+def restored(row: dict[str, Any]) -> Outcome:
+    """Return the outcome of a row of ``results.json``, without its items."""
+    fields = {name: value for name, value in row.items() if name not in ("request", "row", "lm_eval")}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row["row"].items()}
+    benchmark = Row(**values)
+    return Outcome(Request(benchmark, row["shots"]), **fields, raw=row["lm_eval"])
 
 
 def _row(outcome: Outcome) -> dict[str, Any]:
