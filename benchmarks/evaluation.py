@@ -84,6 +84,8 @@ def plain(loaded: Loaded, rows: int) -> HFLM:
 
 def ran(model: Any, tasks: Any, limit: int) -> tuple[float, list[tuple[list[float], float]]]:
     """Return the seconds that the tasks took, and of every document its log-likelihoods and its score."""
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(harness.SEED)  # else the second run would draw other examples
     started = time.perf_counter()
     samples = lm_eval.evaluate(model, tasks, limit=limit, bootstrap_iters=0)["samples"]
     seconds = time.perf_counter() - started

@@ -60,8 +60,9 @@ def leaked(item: dict[str, Any], kind: str, chance: random.Random) -> str:
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_planted_leaks_are_found_and_nothing_else(
-    tmp_path: Path, tokenizer_model: bytes, capsys: pytest.CaptureFixture[str], workers: str
+    tmp_path: Path, tokenizer_model: bytes, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, workers: str
 ) -> None:
+    monkeypatch.setattr("minifoundation.commands.contamination.WORTH_A_PROCESS", 1000)
     items = questions(300)
     write_items(tmp_path / "mirror/allenai/ai2_arc/ARC-Easy", "test", items)
     chance = random.Random(1)

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from minifoundation.checkpoint import load_checkpoint, write_whole
 from minifoundation.config import ContaminationOptions
 from minifoundation.data import survey
 from minifoundation.data.shards import Shard, Shards
@@ -28,6 +27,9 @@ from minifoundation.evaluate.requests import read_tasks
 from minifoundation.evaluate.results import read_items, read_results
 
 Seen = dict[int, npt.NDArray[np.bool_]]
+
+WORTH_A_PROCESS = 20_000_000
+"""Tokens: fewer are read sooner than a process has started."""
 
 
 def contamination(options: ContaminationOptions) -> None:
@@ -46,6 +48,8 @@ def contamination(options: ContaminationOptions) -> None:
         "bytes": sum(shard.text_bytes for shard in shards),
         "seconds": round(time.monotonic() - started, 1),
     }
+    from minifoundation.checkpoint import write_whole
+
     out = options.out or place
     write_whole(out, json.dumps({"sizes": SIZES, "text": text, "benchmarks": rows, "not_read": missing}, indent=1).encode())
     print(f"{text['tokens']:,} tokens ({text['bytes'] / 1e6:,.0f} MB of text) in {text['seconds']:,} s")
@@ -60,10 +64,12 @@ def contamination(options: ContaminationOptions) -> None:
 
 
 def scanned(shards: Sequence[Shard], vocabulary: Vocabulary, indexes: Sequence[Index], workers: int) -> Seen:
-    """Return which n-grams of the indexes the shards have, read by as many processes."""
+    """Return which n-grams of the indexes the shards have, read by at most so many processes (which import no torch)."""
     seen = {index.n: np.zeros(len(index.hashes), bool) for index in indexes}
-    with tqdm(total=sum(shard.n_tokens for shard in shards), desc="contamination", unit="token", unit_scale=True, leave=False) as bar:
-        if min(workers, len(shards)) == 1:
+    total = sum(shard.n_tokens for shard in shards)
+    workers = min(workers, len(shards), 1 + total // WORTH_A_PROCESS)
+    with tqdm(total=total, desc="contamination", unit="token", unit_scale=True, leave=False) as bar:
+        if workers == 1:
             _start(vocabulary, indexes)
             results = ((shard, _read(shard)) for shard in shards)
             for shard, found in results:
@@ -104,6 +110,8 @@ def _read(shard: Shard) -> Seen:
 def _text(options: ContaminationOptions) -> tuple[list[Shard], Vocabulary, Path]:
     """Return the shards that were trained on, what their tokens are, and where the result goes by default."""
     if options.ckpt is not None:
+        from minifoundation.checkpoint import load_checkpoint
+
         checkpoint = load_checkpoint(options.ckpt)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "tokenizer.model"

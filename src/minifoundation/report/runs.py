@@ -76,6 +76,14 @@ def spikes(losses: Sequence[float]) -> list[int]:
     return found
 
 
+def _number(cell: str | None) -> float:
+    """Return a cell of ``metrics.csv``, NaN where it is empty or a word."""
+    try:
+        return float(cell or "nan")
+    except ValueError:
+        return math.nan
+
+
 def read_run(folder: Path) -> Run:
     """Return the run in ``folder``.
 
@@ -90,7 +98,7 @@ def read_run(folder: Path) -> Run:
         rows = list(csv.DictReader(file))
     if not rows:
         raise UserError("--runs", f"{folder / 'metrics.csv'} has no rows yet", "wait for the first steps")
-    columns = {name: [float(row[name] or "nan") for row in rows] for name in rows[0] if name}
+    columns = {name: [_number(row[name]) for row in rows] for name in rows[0] if name}
     path = folder / FINAL if (folder / FINAL).exists() else latest_good(folder)
     progress: dict[str, Any] = {"phase": "pretrain", "step": int(columns["step"][-1])}
     ledger: tuple[Entry, ...] = ()
