@@ -20,6 +20,7 @@ COMMANDS = {
     "contamination": ("minifoundation.commands.contamination", "contamination"),
     "report": ("minifoundation.commands.report", "report"),
     "generate": ("minifoundation.commands.generate", "generate"),
+    "doctor": ("minifoundation.commands.doctor", "doctor"),
 }
 
 

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from minifoundation import __version__, cli, config
-from minifoundation.errors import Interrupted, UserError
+from minifoundation.errors import Interrupted, Stopped, UserError
 from tests.conftest import COMMANDS, Calls
 
 
@@ -95,7 +95,7 @@ def test_every_setting_is_an_option_of_its_commands() -> None:
         (
             "nonsense",
             "error: nonsense: no such command; choose from prepare, inspect, pretrain, longft, export_hf, eval, eval-data, "
-            "contamination, report, generate",
+            "contamination, report, generate, doctor",
         ),
         ("pretrain --lrr 3", "error: --lrr: no such option; did you mean --lr?"),
         ("pretrain --grad-accum 2", "error: --grad-accum: no such option; did you mean --grad_accum?"),
@@ -126,7 +126,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(calls: Calls, capsys: pytest.Capt
     ("failure", "code", "message"),
     [
         (UserError("a", "b", "c"), 2, "error: a: b; c\n"),
-        (Interrupted("stopped at step 3 and saved"), 130, "stopped at step 3 and saved\n"),
+        (Stopped("stopped at step 3 and saved"), 0, "stopped at step 3 and saved\n"),
+        (Interrupted("stopped; complete shards are kept"), 130, "stopped; complete shards are kept\n"),
         (KeyboardInterrupt(), 130, "\nstopped\n"),
         (
             OSError(errno.ENOSPC, "No space left on device", "outputs/x"),

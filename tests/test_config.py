@@ -274,3 +274,30 @@ def test_only_what_differs_from_the_defaults_is_shown() -> None:
 def test_a_slip_in_a_section_is_named_before_what_it_leaves_unset() -> None:
     slipped = {"modle" if name == "model" else name: section for name, section in SMALL.items()}
     assert str(refusal(slipped)) == "modle: unknown setting (in a.yaml); did you mean model?"
+
+
+def test_a_base_that_leads_back_to_itself_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(UserError, match=r"b\.yaml: its base a\.yaml leads back to it; name another file as base"):
+        config.read_yaml(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("3: 4", "3 is no name of a setting"),
+        ("a: !!python/object/apply:os.system ['true']", "not YAML at line 1"),
+        ("a: \x00", "not YAML"),
+        ("[" * 5000, "not YAML"),
+    ],
+    ids=["number", "object", "NUL", "deep"],
+)
+def test_yaml_that_is_no_settings_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        config.read_yaml(tmp_path / "a.yaml")
+
+
+def test_an_error_is_one_line_whatever_is_in_it() -> None:
+    assert str(UserError("a\nb", "\x1b[31m is not \ud800 valid", "choose é")) == "a\\nb: \\x1b[31m is not \\ud800 valid; choose é"

@@ -73,7 +73,7 @@ def test_two_processes_stop_at_the_same_step_and_one_goes_on(tmp_path: Path) -> 
         time.sleep(0.02)
     process.terminate()
     printed, _ = process.communicate(timeout=120)
-    assert "go on with the same line and --resume auto" in printed
+    assert "go on with: torchrun --nproc_per_node 2 -m src.cli pretrain --" in printed
     assert len(list((tmp_path / "run").glob("step_*"))) == 1
     assert "going on from" in train([], [*common, "--batch_size", "4", "--resume", "auto"])
     assert load_checkpoint(tmp_path / "run" / "final.pth").progress["step"] == 800

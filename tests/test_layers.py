@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 
 LAYERS = (
     {"errors"},
-    {"config", "distributed"},
+    {"config", "distributed", "lock"},
     {"model", "data", "evaluate", "runtime", "checkpoint"},
     {"train", "export", "report"},
     {"commands"},

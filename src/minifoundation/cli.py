@@ -17,7 +17,7 @@ import click
 from pydantic import BaseModel
 
 from minifoundation import __version__, config
-from minifoundation.errors import Interrupted, UserError
+from minifoundation.errors import Interrupted, Stopped, UserError
 
 Values = dict[str, Any]
 
@@ -150,6 +150,7 @@ def program() -> Commands:
         _command("contamination", "contamination.contamination", "Find test items in the training text.", config.ContaminationOptions),
         _command("report", "report.report", "Write an HTML page and a model card of runs and evaluations.", config.ReportOptions),
         _command("generate", "generate.generate", "Continue a prompt.", config.GenerateOptions),
+        _command("doctor", "doctor.doctor", "Check this machine, and the folder of a run.", config.DoctorOptions),
     )
     for command in commands:
         group.add_command(command)
@@ -163,7 +164,7 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command line and return its exit code: 0 done, 2 the person can mend it, 130 stopped and saved."""
+    """Run one command line and return its exit code: 0 done, or told to stop and saved; 2 the person can mend it; 130 broken off."""
     if arguments is None:
         arguments = sys.argv[1:]
     try:
@@ -171,6 +172,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         return 2
+    except Stopped as stop:
+        click.echo(str(stop), err=True)
+        return 0
     except Interrupted as stop:
         click.echo(str(stop), err=True)
         return 130

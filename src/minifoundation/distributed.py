@@ -26,6 +26,8 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
+    """The processes on this machine."""
 
     @property
     def is_first(self) -> bool:
@@ -64,7 +66,7 @@ def join() -> Iterator[World]:
         torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=WAIT_FOR_RANK_ZERO)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), local_rank)
+        yield World(dist.get_rank(), dist.get_world_size(), local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     finally:
         dist.destroy_process_group()
 

@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import Any, Self
 
 
+def one_line(text: str) -> str:
+    """Return ``text`` with line breaks and what else cannot be shown spelled out: names and values of files can hold any character."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text)
+
+
 class UserError(Exception):
     """Raised for anything the person at the keyboard can mend; the command prints it as one line and exits with code 2.
 
@@ -18,7 +23,7 @@ class UserError(Exception):
         self.where = where
         self.problem = problem
         self.remedy = remedy
-        super().__init__(f"{where}: {problem}; {remedy}")
+        super().__init__(one_line(f"{where}: {problem}; {remedy}"))
 
     def __reduce__(self) -> tuple[type[Self], tuple[str, str, str], dict[str, Any]]:
         """Let it come back from a worker process: by default pickle would rebuild it from the one line."""
@@ -26,4 +31,8 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """A run that was told to stop (Ctrl-C, SIGTERM) and saved itself; carries the line that says how to go on."""
+    """Work that was broken off by hand, with what is complete kept; carries the line that says how to go on."""
+
+
+class Stopped(Exception):
+    """A training run that was told to stop (a signal, a time limit) and saved itself; carries the line that goes on with it."""

@@ -117,6 +117,12 @@ def compute_dtype(precision: str, where: Machine) -> torch.dtype:
             return torch.float32
 
 
+def make_deterministic() -> None:
+    """Have every kernel of torch give the same bits in every run; one that cannot is an error where it is called."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(True)
+
+
 def can_compile(where: Machine) -> str | None:
     """Return why torch.compile cannot run here, or None when it can."""
     compiler = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)

@@ -230,7 +230,7 @@ def test_two_processes_do_not_write_one_folder(data: DataConfig, tokenizer: Toke
 def test_a_process_that_waits_for_the_lock_takes_what_the_other_made(
     data: DataConfig, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr("minifoundation.lock.POLL_SECONDS", 0.01)
     finished = prepared(data.model_copy(update={"shards_dir": tmp_path / "finished"}), tokenizer)
     folder = shards_folder(str(data.source), data, tokenizer)
     folder.mkdir(parents=True)

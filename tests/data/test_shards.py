@@ -100,3 +100,12 @@ def test_a_file_is_intact_only_as_it_was_written(tmp_path: Path) -> None:
 def test_a_folder_without_manifest_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no token shards .*; make them with minifoundation prepare"):
         Shards.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../train-00000.bin", "/etc/passwd", "a/b.bin", ".hidden", ""])
+def test_a_manifest_that_names_a_file_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
+    written(tmp_path)
+    path = tmp_path / MANIFEST
+    path.write_text(path.read_text().replace("train-00000.bin", name))
+    with pytest.raises(UserError, match="is not a manifest of token shards"):
+        Shards.open(tmp_path)

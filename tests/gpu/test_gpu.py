@@ -242,7 +242,7 @@ def test_a_run_with_8_bit_moments_is_resumed(tmp_path: Path, monkeypatch: pytest
     pytest.importorskip("torchao")
     from minifoundation import config
     from minifoundation.config import RunConfig
-    from minifoundation.errors import Interrupted
+    from minifoundation.errors import Stopped
     from minifoundation.train import loop, step
     from minifoundation.train.run import run
 
@@ -268,11 +268,11 @@ def test_a_run_with_8_bit_moments_is_resumed(tmp_path: Path, monkeypatch: pytest
         nonlocal steps
         steps += 1
         if steps == 15:
-            raise Interrupted("as if killed")
+            raise Stopped("as if killed")
         return real(*args, **kwargs)
 
     monkeypatch.setattr(loop, "train_step", dies)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Stopped):
         run(run_config, resume=None, dry_run=False)
     monkeypatch.undo()
     path = run(run_config, resume="auto", dry_run=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -13,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from minifoundation.checkpoint import Checkpoint, load_checkpoint
+from minifoundation.checkpoint import TENSORS, Checkpoint, load_checkpoint
 from minifoundation.config import RunConfig
-from minifoundation.errors import Interrupted, UserError
+from minifoundation.errors import Stopped, UserError
 from minifoundation.train import loop, step
 from minifoundation.train.run import run
 from minifoundation.train.state import Start
@@ -69,7 +70,7 @@ def test_interrupted_and_resumed_is_bitwise_the_uninterrupted_run(
 
     broken = settings("broken", **sections)
     at_step(monkeypatch, 7, lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(Interrupted, match=r"stopped at step 7 of 12 .* --resume auto"):
+    with pytest.raises(Stopped, match=r"stopped at step 7 of 12 .* --resume auto"):
         trained(broken)
     monkeypatch.undo()
     resumed = trained(broken, resume="auto")
@@ -82,7 +83,9 @@ def test_interrupted_and_resumed_is_bitwise_the_uninterrupted_run(
     assert [steady(r) for r in rows(broken)] == [steady(r) for r in rows(settings("whole", **sections))]
 
 
-def test_a_killed_run_goes_on_from_the_last_checkpoint(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on_from_the_last_checkpoint(
+    settings: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = trained(settings("whole"))
     killed = settings("killed")
 
@@ -93,10 +96,13 @@ def test_a_killed_run_goes_on_from_the_last_checkpoint(settings: Make, monkeypat
     with pytest.raises(MemoryError):
         trained(killed)
     monkeypatch.undo()
-    state = killed.out_dir / "step_00000008" / "state.pth"
+    state = killed.out_dir / "step_00000008" / TENSORS
     state.write_bytes(state.read_bytes()[:-1])  # and the last checkpoint is damaged
-    with pytest.warns(UserWarning, match="step_00000008.*passed over"):
-        resumed = trained(killed, resume="auto")
+    capsys.readouterr()
+    resumed = trained(killed, resume="auto")
+    said = capsys.readouterr().err
+    assert re.search(r"step_00000008: tensors.safetensors has [\d,]+ bytes instead of [\d,]+; passed over", said)
+    assert "going on from" in said and "at step 4 of 12" in said and "kept as step_00000008.aside" in said
     assert all(torch.equal(value, resumed.model[name]) for name, value in whole.model.items())
     assert [row["step"] for row in rows(killed)] == [str(n) for n in range(1, 13)]
 
@@ -211,7 +217,9 @@ def test_too_little_memory_is_one_line(settings: Make, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(loop, "train_step", full)
     with pytest.raises(
-        UserError, match=r"train\.batch_size: 2 rows of 32 tokens do not fit the memory of CPU.*; lower --batch_size and raise"
+        UserError,
+        match=r"train\.batch_size: 2 rows of 32 tokens do not fit the memory of CPU.* \(peak [\d.]+ of [\d.]+ GiB\); "
+        r"with --batch_size 1 --grad_accum 4 [\d.]+ GiB are predicted: .* --batch_size 1 --grad_accum 4",
     ):
         run(settings(), resume=None, dry_run=False)
 
@@ -225,8 +233,8 @@ def test_skipped_rows_are_reported(settings: Make, corpus: Path, tmp_path: Path,
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(settings: Make) -> None:
-    with pytest.raises(UserError, match=r"train\.lr: the loss became (nan|inf) at step \d+.*lower --lr"):
-        run(settings(train={"lr": 1e30, "grad_clip": None, "warmup": 0.0}), resume=None, dry_run=False)
+    with pytest.raises(UserError, match=r"train\.max_rollbacks: steps 2 to 5 .*not finite.*after going back 3 times .*lower --lr"):
+        run(settings(train={"lr": 1e30, "grad_clip": None, "warmup": 0.0, "max_skips": 4}), resume=None, dry_run=False)
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +244,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(settings: Make, monkeypatch: pyte
     def full(descriptor: int) -> None:
         nonlocal calls
         name = str(Path(f"/proc/self/fd/{descriptor}").readlink())
-        calls += "state.pth" in name
+        calls += TENSORS in name
         if calls >= 2:
             raise OSError(28, "No space left on device", name)
         real(descriptor)

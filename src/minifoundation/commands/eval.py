@@ -87,7 +87,7 @@ def _loaded(options: EvalOptions) -> Iterator[Loaded]:
             raise UserError("--ema", f"{path} is no checkpoint", "leave it away: an exported folder holds what export_hf --ema was told")
         yield model.from_folder(options.model_path, dtype=options.dtype, device=options.device)
         return
-    from minifoundation.checkpoint import load_checkpoint
+    from minifoundation.checkpoint import TENSORS, load_checkpoint
     from minifoundation.commands.export_hf import trained_tokens
     from minifoundation.commands.native import in_memory
 
@@ -96,7 +96,7 @@ def _loaded(options: EvalOptions) -> Iterator[Loaded]:
         raise UserError("--ema", f"{path} holds no averaged weights", "leave --ema away, or train with --train.ema 0.999")
     device = model.default_device(options.device)
     dtype = model.DTYPES["fp32" if device == "cpu" else "bf16"] if options.dtype == "auto" else model.DTYPES[options.dtype]
-    file = path / "state.pth" if path.is_dir() else path
+    file = path / TENSORS if path.is_dir() else path
     hashes = {file.name: model.sha256(file)} | ({"weights": "ema"} if options.ema else {})
     with in_memory(checkpoint, dtype=dtype, ema=options.ema) as inside:
         network = model.placed(inside.network, device)

@@ -30,7 +30,7 @@ def longft(options: LongftOptions, values: dict[str, Any]) -> None:
         seq_len = config.build(TrainConfig, settings["train"], sources(options), section="train.").seq_len
         settings = config.merged(settings, {"model": {"rope": reaching(seq_len, checkpoint.config.model)}})
     run_config = config.build(RunConfig, settings, f"{options.ckpt_in}, {sources(options)}")
-    run(run_config, resume=options.resume, dry_run=options.dry_run, start=Start("longft", checkpoint))
+    run(run_config, resume=options.resume, allowed=options.allow_change, dry_run=options.dry_run, start=Start("longft", checkpoint))
 
 
 def reaching(seq_len: int, model: ModelConfig) -> dict[str, Any]:

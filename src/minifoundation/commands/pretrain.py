@@ -14,7 +14,7 @@ def pretrain(options: PretrainOptions, values: dict[str, Any]) -> None:
     run_config = config.build(RunConfig, layered(options, values, below={}), sources(options))
     from minifoundation.train.run import run
 
-    run(run_config, resume=options.resume, dry_run=options.dry_run)
+    run(run_config, resume=options.resume, allowed=options.allow_change, dry_run=options.dry_run)
 
 
 def layered(options: PretrainOptions, values: dict[str, Any], *, below: dict[str, Any]) -> dict[str, Any]:

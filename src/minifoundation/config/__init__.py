@@ -8,6 +8,7 @@ from minifoundation.config.options import (
     REPOSITORY,
     CheckOptions,
     ContaminationOptions,
+    DoctorOptions,
     EvalOptions,
     ExportOptions,
     GenerateOptions,
@@ -19,7 +20,7 @@ from minifoundation.config.options import (
     PullOptions,
     ReportOptions,
 )
-from minifoundation.config.reading import build, changed, dotted_names, fields, flags, merged, nearest, read_yaml, to_yaml
+from minifoundation.config.reading import build, changed, dotted_names, fields, flags, merged, nearest, read_yaml, to_yaml, yaml_values
 from minifoundation.config.run import DataConfig, ModelConfig, QualityFilter, RopeConfig, RunConfig, TokenizerConfig, TrainConfig
 from minifoundation.config.setting import Settings, setting
 
@@ -28,6 +29,7 @@ __all__ = [
     "CheckOptions",
     "ContaminationOptions",
     "DataConfig",
+    "DoctorOptions",
     "EvalOptions",
     "ExportOptions",
     "GenerateOptions",
@@ -55,4 +57,5 @@ __all__ = [
     "read_yaml",
     "setting",
     "to_yaml",
+    "yaml_values",
 ]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, field_validator
 
-from minifoundation.config.run import DataConfig, TokenizerConfig
+from minifoundation.config.reading import dotted_names, nearest
+from minifoundation.config.run import DataConfig, RunConfig, TokenizerConfig
 from minifoundation.config.setting import Settings, setting
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -26,8 +27,32 @@ class PretrainOptions(Settings):
     config: Path | None = setting(None, flag="config", help="YAML file with settings")
     amp: bool = setting(False, flag="amp", help="mixed precision: fp16 with loss scaling, or bf16 with --bf16")
     bf16: bool = setting(False, flag="bf16", help="bf16 compute over fp32 weights; means --amp --bf16")
-    resume: str | None = setting(None, flag="resume", help="auto: go on from the latest good checkpoint in out_dir; or the path of one")
+    resume: str | None = setting(
+        None,
+        flag="resume",
+        help="auto: go on from the latest good checkpoint in out_dir; the path of one; none: begin, in an unused folder",
+    )
+    allow_change: tuple[str, ...] = setting(
+        (),
+        flag="allow_change",
+        help="settings that may differ from the checkpoint's although they change the result: train.lr,train.warmup",
+    )
     dry_run: bool = setting(False, flag="dry_run", help="print the plan (steps, parameters, FLOPs, memory, time) and stop")
+
+    @field_validator("allow_change", mode="before")
+    @classmethod
+    def _names_in_words(cls, value: Any) -> Any:
+        return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+    @field_validator("allow_change")
+    @classmethod
+    def _names_of_settings(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        known = dotted_names(RunConfig)
+        for name in value:
+            if name not in known:
+                near = nearest(name, known)
+                raise ValueError(f"{name!r} is no setting of a run; " + (f"did you mean {near}?" if near else "--help lists them"))
+        return value
 
 
 class LongftOptions(PretrainOptions):
@@ -170,3 +195,10 @@ class GenerateOptions(Settings):
     temperature: float = setting(0.8, ge=0, flag="temperature", help="0 is greedy")
     top_p: float = setting(0.95, gt=0, le=1, flag="top_p", help="nucleus sampling (arXiv:1904.09751)")
     seed: int = setting(1234, ge=0, flag="seed", help="of the sampling")
+
+
+class DoctorOptions(Settings):
+    """``doctor``: whether this machine is fit to train, and a run's folder whole."""
+
+    run: Path | None = setting(None, flag="run", help="folder of a run: verify its checkpoints, metrics.csv and token shards as well")
+    network: bool = setting(True, flag="network", help="also ask whether the Hugging Face Hub answers")

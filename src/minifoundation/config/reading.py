@@ -87,24 +87,45 @@ def flags(kind: type[BaseModel]) -> dict[str, str]:
     return {name: field.json_schema_extra["flag"] for name, field in fields(kind) if field.json_schema_extra}
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, *, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return the nested settings in a YAML file; a line ``base: other.yaml`` puts them over those of a file beside it.
 
-    Raises:
-        UserError: the file is missing, not YAML, or not a mapping.
-    """
-    import yaml
+    Args:
+        above: the files whose base this is.
 
+    Raises:
+        UserError: the file is missing, not YAML, not a mapping, or its own base.
+    """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         raise UserError(
             str(path), "no such file", f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(str(path), f"cannot be read ({error})", "give the path of a YAML file") from None
-    except yaml.YAMLError as error:
+    values = yaml_values(text, path)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    below = path.parent / str(base)
+    if below in (*above, path):
+        raise UserError(str(path), f"its base {base} leads back to it", "name another file as base, or leave it out")
+    return merged(read_yaml(below, above=(*above, path)), values)
+
+
+def yaml_values(text: str, path: Path) -> dict[str, Any]:
+    """Return the nested settings in the text of a YAML file.
+
+    Raises:
+        UserError: it is not YAML, or not a mapping.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         place = getattr(error, "problem_mark", None)
         line = f" at line {place.line + 1}" if place else ""
         raise UserError(str(path), f"not YAML{line}", "indent with spaces, one 'name: value' a line") from None
@@ -112,8 +133,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise UserError(str(path), "holds no settings", "write 'section:' lines with 'name: value' below them")
-    base = values.pop("base", None)
-    return merged(read_yaml(path.parent / str(base)), values) if base is not None else values
+    if not all(isinstance(name, str) for name in values):
+        raise UserError(
+            str(path), f"{next(name for name in values if not isinstance(name, str))!r} is no name of a setting", "--help lists them"
+        )
+    return values
 
 
 ALTERNATIVES = (("source", "mix"),)

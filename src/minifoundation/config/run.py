@@ -209,6 +209,24 @@ class TrainConfig(Settings):
     eval_tokens: int = setting(262_144, ge=1, help="held-out tokens read at an evaluation")
     save_every: int = setting(500, ge=1, help="steps between checkpoints")
     keep: int = setting(2, ge=1, help="step checkpoints kept; older ones are removed")
+    keep_every: int | None = setting(None, ge=1, help="also keep each checkpoint whose step is a multiple of this; none keeps no others")
+    async_save: bool = setting(True, help="write checkpoints beside the training, from a copy of the state in host memory")
+    if_save_fails: Literal["stop", "continue"] = setting(
+        "stop", help="what a run does when a checkpoint cannot be written, as on a full disk"
+    )
+    max_hours: float | None = setting(None, gt=0, help="stop after this time and save, as at a signal; none is no limit")
+    spike_z: float | None = setting(
+        10.0,
+        gt=0,
+        help="skip a step whose loss or gradient norm is this many robust standard deviations above the median of the steps before; "
+        "none skips only what is not finite [OLMo 2, arXiv:2501.00656, takes 6 plain ones; see docs/reliability.md]",
+    )
+    spike_window: int = setting(128, ge=16, help="good steps that spikes are told by [OLMo 2: 128]")
+    max_skips: int = setting(8, ge=1, help="skipped steps in a row after which the run goes back to the last good checkpoint")
+    max_rollbacks: int = setting(
+        3, ge=0, help="times a run goes back, each time stepping over the samples it could not learn, before it stops"
+    )
+    deterministic: bool = setting(False, help="kernels that give the same bits in every run, slower on a GPU (docs/reliability.md)")
     tensorboard: bool = setting(False, help="also write TensorBoard events to <out_dir>/tensorboard")
 
     @field_validator("batch_size")

@@ -44,6 +44,19 @@ def hub_corpus(source: str) -> HubCorpus | None:
     return HubCorpus(named[1], named[2], "check the name, org/name or org/name:subset, or give --data a path")
 
 
+def unreachable() -> str | None:
+    """Return why the Hub does not answer, None when it does; asks once."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "the Hugging Face Hub is turned off by HF_HUB_OFFLINE"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=CONTACT_SECONDS)
+    except Exception as error:  # the HTTP library behind the session differs between versions
+        return f"{constants.ENDPOINT} does not answer ({reason(error)})"
+    return None
+
+
 def hub_files(source: str, hub: HubCorpus, revision: str | None) -> tuple[str, list[str]]:
     """Return the commit and the URLs of the files of the split ``train``, as 🤗 datasets finds them.
 

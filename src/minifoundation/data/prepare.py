@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import socket
-import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -33,14 +30,13 @@ from minifoundation.data.shards import PART, Manifest, Shards, intact, manifest_
 from minifoundation.data.sources import Corpus, find_corpus, hub_corpus
 from minifoundation.data.tokenizer import Tokenizer, train_tokenizer
 from minifoundation.errors import UserError
+from minifoundation.lock import held
 
 SETTINGS = ("shard_tokens", "held_out", "held_out_tokens", "max_document_bytes", "filters", "dedup")
 """Settings of ``data`` that the bytes of the shards depend on, beside the source."""
 
 SMALL_BYTES = 8 * 1024 * 1024
 """A corpus of less is encoded in this process, which takes no longer than starting another."""
-
-POLL_SECONDS = 0.3
 
 
 def prepare_shards(
@@ -75,7 +71,7 @@ def prepare_shards(
         if not folder.exists():
             preparation.corpus()  # a mistake in its name should leave no folder behind
             folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder, partial(preparation.suffices, tokens) if wait_for_lock else None) as ours:
+        with held(folder, partial(preparation.suffices, tokens) if wait_for_lock else None) as ours:
             if ours:
                 preparation.extend(tokens, show_progress)
     elif not _is_remote(source):  # shards that are there are of use without a network
@@ -95,7 +91,7 @@ def rebuilt_files(source: str, config: DataConfig, tokenizer: Tokenizer, *, engi
     preparation = _Preparation(source, config, tokenizer, engine)
     folder = preparation.folder
     manifest_of(folder)
-    with _lock(folder, None):
+    with held(folder):
         manifest = manifest_of(folder)
         damaged = [[folder / record.file for record in pair.records if not intact(folder, record)] for pair in manifest.pairs]
         for number, files in enumerate(damaged):
@@ -320,36 +316,3 @@ def _suffices(manifest: Manifest, tokens: int | None) -> bool:
 
 def _is_small(corpus: Corpus) -> bool:
     return sum(SMALL_BYTES if file.size is None else file.size for file in corpus.files) < SMALL_BYTES
-
-
-@contextmanager
-def _lock(folder: Path, suffices: Callable[[], bool] | None) -> Iterator[bool]:
-    """Hold the folder's lock, which the system gives back when this process ends, however it ends.
-
-    Args:
-        suffices: while another process holds it, wait until this is true, and then go on without the lock (False). Without it
-            do not wait.
-    """
-    import fcntl
-
-    with (folder / ".lock").open("a+") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if suffices is None:
-                    lock.seek(0)
-                    raise UserError(
-                        str(folder),
-                        f"is being written by another process ({lock.read()})",
-                        "wait until it is done, then run the same line again",
-                    ) from None
-                if suffices():
-                    yield False
-                    return
-                time.sleep(POLL_SECONDS)
-        lock.truncate(0)
-        lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-        yield True

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from minifoundation.errors import UserError
 
@@ -45,7 +45,8 @@ class Place(_Model):
 class Record(_Model):
     """One shard file."""
 
-    file: str
+    file: str = Field(pattern=r"^\w[\w.-]*$")
+    """A name in the folder of the manifest, never a path."""
     tokens: int
     """Ids, those of bos and eos included."""
     documents: int

@@ -26,4 +26,12 @@ class TrainingModel(nn.Module):
         """Return the losses summed over ``targets`` (B, T) given ``tokens`` (B, T) and, as ``Transformer`` takes them, the documents."""
         hidden = self.transformer(tokens, cu_seqlens).flatten(0, 1)
         head = self.transformer.output
-        return token_losses(hidden, head.weight, targets.flatten(), z_loss=self.z_loss, chunk=self.chunk, head_copy=head.copy)
+        return token_losses(
+            hidden,
+            head.weight,
+            targets.flatten(),
+            z_loss=self.z_loss,
+            chunk=self.chunk,
+            head_copy=head.copy,
+            small=self.transformer.head_in_8_bits(),
+        )

@@ -5,6 +5,7 @@ Letters: B rows, T tokens a row, D model width, H query heads, K key/value heads
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from minifoundation.config import ModelConfig
 from minifoundation.model.attention import KERNEL_OPERATORS, Backend, attend, documents_for, resolve
-from minifoundation.model.kernels import swiglu
+from minifoundation.model.fp8 import Scales, Sites
+from minifoundation.model.fused import AfterAttention, AttentionInputs, Norm
+from minifoundation.model.kernels.language import runs_on
+from minifoundation.model.kernels.quantise import Rounded, Site
 from minifoundation.model.matrix import Matrix, refresh
 from minifoundation.model.rope import apply_rope, positions_within, rope_frequencies, rotary_tables
 
@@ -41,28 +45,35 @@ class Block(nn.Module):
         checkpointing: what this block does of ``config.checkpointing``.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, checkpointing: str) -> None:
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, checkpointing: str, fp8: bool = False, in_epilogue: bool = False
+    ) -> None:
         super().__init__()
         D, h = config.d_model, config.head_dim
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, h
         self.dropout = config.dropout
         self.checkpointing = checkpointing
         self.attention_norm = RMSNorm(D, config.norm_eps)
-        self.qkv = Matrix(D, (config.n_head + 2 * config.n_kv_head) * h, dtype)
+        self.qkv = Matrix(D, (config.n_head + 2 * config.n_kv_head) * h, dtype, small=fp8, half=not fp8)
         self.q_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
-        self.out = Matrix(D, D, dtype)
+        self.out = Matrix(D, D, dtype, small=fp8, half=not fp8)
         self.mlp_norm = RMSNorm(D, config.norm_eps)
-        self.gate_up = Matrix(D, 2 * config.d_ff, dtype)
-        self.down = Matrix(config.d_ff, D, dtype)
+        self.gate_up = Matrix(D, 2 * config.d_ff, dtype, small=fp8, half=not fp8, interleaved=in_epilogue)
+        self.in_epilogue = in_epilogue
+        self.down = Matrix(config.d_ff, D, dtype, small=fp8, half=not fp8)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Tensor | None) -> Tensor:  # (B, T, D)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Tensor | None, sites: Sites | None = None
+    ) -> Tensor:  # (B, T, D)
+        """Return the block's output (B, T, D); by hand (``fused``) with ``sites``, which say what of it is in 8 bits."""
+        whole = self.branches if sites is None else partial(self.fused, sites=sites)
         if self.checkpointing == "none" or not torch.is_grad_enabled():
-            return self.branches(x, cos, sin, kernel, documents)
+            return whole(x, cos, sin, kernel, documents)
         # Inside forward, so that a compiled block sees it; a selective policy around compiled code would see no operators.
         extra: dict[str, Any] = {"context_fn": _keep_attention} if self.checkpointing == "attention" else {}
         result: Tensor = checkpoint(
-            self.branches,
+            whole,
             x,
             cos,
             sin,
@@ -78,6 +89,26 @@ class Block(nn.Module):
         x = x + F.dropout(self.attention(self.attention_norm(x), cos, sin, kernel, documents), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
+    def fused(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Tensor | None, *, sites: Sites) -> Tensor:
+        """Return what ``branches`` does, by the functions of ``model/fused.py``."""
+        B, T, _ = x.shape
+        turned_inside = self.q_norm is None
+        tables = (cos.flatten(0, -2), sin.flatten(0, -2)) if turned_inside else None
+        shape = B, T, self.n_head, self.n_kv_head, self.head_dim
+        eps = self.attention_norm.eps
+        q, k, v, flat = AttentionInputs.apply(  # type: ignore[no-untyped-call]
+            x.flatten(0, 1), self.attention_norm.weight, self.qkv.weight, self.qkv.operand, eps, tables, shape, sites
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin)
+        mixed = attend(q, k, v, kernel, documents).reshape(B * T, -1)
+        weights = self.out.weight, self.mlp_norm.weight, self.gate_up.weight, self.down.weight
+        operands = self.out.operand, self.gate_up.operand, self.down.operand
+        result: Tensor = AfterAttention.apply(  # type: ignore[no-untyped-call]
+            mixed, flat, *weights, operands, eps, sites, self.in_epilogue
+        )
+        return result.view_as(x)
+
     def attention(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Tensor | None) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2K, h)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=-2)
@@ -90,10 +121,7 @@ class Block(nn.Module):
         return result
 
     def mlp(self, x: Tensor) -> Tensor:
-        gate_up = self.gate_up(x)  # (B, T, 2F)
-        if self.down.copy is not None:
-            return swiglu.gated_product(gate_up, self.down.weight, self.down.copy)
-        gate, up = gate_up.chunk(2, dim=-1)
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, T, F) each
         result: Tensor = self.down(F.silu(gate) * up)
         return result
 
@@ -115,18 +143,31 @@ class Transformer(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32, fp8: bool = False, in_epilogue: bool = False) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
+        self.by_hand, self.in_epilogue = True, in_epilogue
+        self.scales = Scales(config.n_layer) if fp8 else None
         # Looking up rows needs no copy of the matrix; only as a head does it multiply.
-        self.embedding = Matrix(config.d_model, config.vocab_size, dtype if config.tie_embeddings else torch.float32)
+        self.embedding = Matrix(
+            config.d_model,
+            config.vocab_size,
+            dtype if config.tie_embeddings else torch.float32,
+            small=fp8 and config.tie_embeddings,
+        )
         self.blocks = nn.ModuleList(
-            Block(config, dtype=dtype, checkpointing="none" if i % config.checkpoint_every else config.checkpointing)
+            Block(
+                config,
+                dtype=dtype,
+                fp8=fp8,
+                in_epilogue=in_epilogue,
+                checkpointing="none" if i % config.checkpoint_every else config.checkpointing,
+            )
             for i in range(config.n_layer)
         )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = None if config.tie_embeddings else Matrix(config.d_model, config.vocab_size, dtype)
+        self.head = None if config.tie_embeddings else Matrix(config.d_model, config.vocab_size, dtype, small=fp8)
         frequencies, self.gain = rope_frequencies(config.rope, config.head_dim, config.original_seq_len)
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.matrices = [module for module in self.modules() if isinstance(module, Matrix)]
@@ -140,6 +181,12 @@ class Transformer(nn.Module):
     def head_weight(self) -> Tensor:
         """The float32 weight of ``output``."""
         return self.output.weight
+
+    def head_in_8_bits(self) -> tuple[Site, Rounded] | None:
+        """Return how hidden states are rounded for the head, and the head itself, in 8 bits; None without them."""
+        if self.scales is None:
+            return None
+        return self.scales.head(watched=torch.is_grad_enabled()), self.output.small
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Return the hidden states (B, T, D) after the final norm of token ids (B, T).
@@ -157,15 +204,26 @@ class Transformer(nn.Module):
             positions = positions_within(cu_seqlens, *tokens.shape)
             cos, sin = cos[positions], sin[positions]  # (B, T, h/2)
             documents = documents_for(kernel, cu_seqlens, positions, self.dtype)
-        for block in self.blocks:
-            x = block(x, cos, sin, kernel, documents)
-        result: Tensor = self.norm(x)
-        return result
+        if not self.by_hand_on(x):
+            for block in self.blocks:
+                x = block(x, cos, sin, kernel, documents)
+            plain: Tensor = self.norm(x)
+            return plain
+        for number, block in enumerate(self.blocks):
+            sites = Sites() if self.scales is None else self.scales.sites(number, watched=torch.is_grad_enabled())
+            x = block(x, cos, sin, kernel, documents, sites)
+        result: Tensor = Norm.apply(x.flatten(0, 1), self.norm.weight, self.norm.eps)  # type: ignore[no-untyped-call]
+        return result.view_as(x)
 
     def logits(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Return the logits (B, T, V), float32 (float64 when the model computes in it)."""
         logits: Tensor = self.output(self(tokens, cu_seqlens))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def by_hand_on(self, x: Tensor) -> bool:
+        """Return whether the blocks for activations like ``x`` are those of ``model/fused.py``."""
+        must = self.scales is not None or self.in_epilogue
+        return must or (self.by_hand and x.dtype.itemsize == 2 and runs_on(x) and self.config.dropout == 0)
 
     def kernel(self, device: torch.device, *, masked: bool = False) -> Backend:
         """Return the attention kernel that runs on ``device``, within rows or (``masked``) within documents."""

@@ -99,7 +99,7 @@ def read_run(folder: Path) -> Run:
     if not rows:
         raise UserError("--runs", f"{folder / 'metrics.csv'} has no rows yet", "wait for the first steps")
     columns = {name: [_number(row[name]) for row in rows] for name in rows[0] if name}
-    path = folder / FINAL if (folder / FINAL).exists() else latest_good(folder)
+    path = folder / FINAL if (folder / FINAL).exists() else latest_good(folder, print)
     progress: dict[str, Any] = {"phase": "pretrain", "step": int(columns["step"][-1])}
     ledger: tuple[Entry, ...] = ()
     if path is not None:

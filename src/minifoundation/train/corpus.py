@@ -40,11 +40,21 @@ class TrainingData:
 
 
 def training_data(
-    config: RunConfig, planned: Plan, world: World, say: Say, *, resumed: Checkpoint | None, start: Start | None
+    config: RunConfig,
+    planned: Plan,
+    world: World,
+    say: Say,
+    *,
+    resumed: Checkpoint | None,
+    start: Start | None,
+    stepped_over: list[list[int]],
 ) -> TrainingData:
     """Return the data of a phase, with at least the samples of its first steps there.
 
     The first process makes them; the others wait, then open what it made.
+
+    Args:
+        stepped_over: samples to leave out, beside those that the checkpoint names.
 
     Raises:
         UserError: the corpus cannot be read, is too small for one step, or is not the one that the checkpoint has read.
@@ -54,13 +64,16 @@ def training_data(
         world.wait()
     tokenizer = _tokenizer(config, before)
     progress = Progress(**resumed.progress) if resumed else Progress(phase=start.phase if start else "pretrain")
+    progress.samples_per_step = planned.samples_per_step
+    progress.stepped_over = sorted({(first, end): [first, end] for first, end in [*progress.stepped_over, *stepped_over]}.values())
     sources = sorted(config.data.weights)
     weights = config.data.weights
     assert isinstance(config.train.batch_size, int)
     mixture = Mixture([weights[source] for source in sources])
     seq_len = config.train.seq_len
-    in_all = mixture.counts(planned.steps * planned.samples_per_step)
-    at_once = mixture.counts(progress.sample + max(AT_ONCE // seq_len, planned.samples_per_step))
+    size = planned.samples_per_step
+    in_all = mixture.counts(progress.end(planned.steps - progress.step, size))
+    at_once = mixture.counts(progress.place(size) + max(AT_ONCE // seq_len, size))
     ledger = {kept["source"]: Entry(**kept) for kept in (before.ledger if before else [])}  # the last entry of each source
     shards: dict[str, Shards] = {}
     wants: list[Want] = []

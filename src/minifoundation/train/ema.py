@@ -20,10 +20,10 @@ class Average:
         self.averages = [(state[n] if state else p).detach().clone().to(p.device) for n, p in parameters.items()]
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after update number ``step`` (from 1)."""
+    def update(self, step: int, taken: Tensor) -> None:
+        """Take in the weights after step number ``step`` (from 1); not at all where ``taken``, on the device, is 0: a skipped step."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
+        torch._foreach_lerp_(self.averages, self.weights, [taken * (1 - decay)] * len(self.weights))
 
     def state(self) -> dict[str, Tensor]:
         """Return the averages by parameter name."""

@@ -55,8 +55,7 @@ class Feed:
         training, train = self._training, self._training.config.train
         assert isinstance(train.batch_size, int)
         split = {"batch_size": train.batch_size, "grad_accum": train.grad_accum}
-        first, size = training.progress.sample, training.plan.samples_per_step
-        starts = range(first, first + (training.plan.steps - training.progress.step) * size, size)
+        starts = list(training.progress.places(training.plan.steps - training.progress.step, training.plan.samples_per_step))
         world = training.world
         steps = (list(micro_batches(training.loader, start, **split, rank=world.rank, world_size=world.size)) for start in starts)
         with prefetch(steps, pin=training.machine.is_cuda) as batches:
@@ -75,9 +74,10 @@ class Feed:
 
     def _handed_over(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
         training = self._training
-        in_all = training.plan.steps * training.plan.samples_per_step
+        size = training.plan.samples_per_step
+        in_all = training.progress.end(training.plan.steps - training.progress.step, size)
         while True:
-            end = training.progress.sample + training.plan.samples_per_step
+            end = training.progress.place(size) + size
             if end > self._reach:
                 self._reach = self._agreed(lambda: training.loader.reach(in_all), end)
             try:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import math
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
+from typing import Literal
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from minifoundation.data.batch import Batch
-from minifoundation.errors import UserError
 from minifoundation.model.size import flops_per_token
 from minifoundation.runtime import Moment
 from minifoundation.train.feed import Feed, NoData
+from minifoundation.train.guard import GOOD, OVERFLOW, REASONS
 from minifoundation.train.metrics import MetricsLog, Row, bits_per_byte, model_flops_utilisation
+from minifoundation.train.rollback import Bad
 from minifoundation.train.schedule import learning_rate
 from minifoundation.train.state import Training
-from minifoundation.train.step import StepStats, held_out_loss, train_step
+from minifoundation.train.step import Figures, StepStats, held_out_loss, train_step
+from minifoundation.train.stop import Stop
 
 
 @dataclass
@@ -30,68 +29,78 @@ class _Pending:
     """A step whose figures have not been read from the device yet."""
 
     step: int
+    sample: int
+    """The first of the step."""
     lr: float
     stats: StepStats
     wait_seconds: float
     done: Moment
 
 
-class Stop:
-    """Set by SIGINT and SIGTERM; a second signal ends the process at once."""
+class _Diverged(Exception):
+    """Too many steps in a row were skipped."""
 
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __call__(self, number: int, _frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        tqdm.write(f"{signal.Signals(number).name}: saving after this step (once more to stop at once)")
+    def __init__(self, bad: Bad) -> None:
+        self.bad = bad
 
 
-@contextmanager
-def stop_on_signals() -> Iterator[Stop]:
-    """Yield a flag that SIGINT or SIGTERM sets, and put the former handlers back at the end."""
-    stop = Stop()
-    former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-
-def fit(training: Training, log: MetricsLog, stop: Stop) -> bool:
-    """Train from ``training.progress`` to the end of the plan and return whether the end was reached (False: told to stop, and saved).
+def fit(training: Training, log: MetricsLog, stop: Stop) -> Literal["finished", "stopped"] | Bad:
+    """Train from ``training.progress`` to the end of the plan, or until told to stop and saved, or until nothing is learnt any more.
 
     On a GPU a step's figures are read after the next step has been launched, so the device never waits for Python.
 
     Raises:
-        UserError: the loss is not a finite number; or shards cannot be made or read, and the run was saved.
+        UserError: shards cannot be made or read, and the run was saved; or a checkpoint could not be written.
     """
     report = _Report(training, log)
     feed = Feed(training, lambda: stop.asked, report.bar)
     with report.bar:
         try:
+            _make_up(training, feed, report, stop)
             with feed.open() as steps:
                 return _train(training, feed, steps, report, stop)
+        except _Diverged as diverged:
+            return diverged.bad
         except NoData as lack:
             report.catch_up()
             training.save()
+            training.saver.finish()
             if lack.everywhere:
                 training.world.wait()
             if lack.error is not None:
                 raise lack.error from None
+            return "stopped"
+
+
+def _make_up(training: Training, feed: Feed, report: _Report, stop: Stop) -> None:
+    """Do the evaluation that a stop has cut short, and write the row that waits for it."""
+    progress = training.progress
+    if progress.due is not None and _evaluated(training, feed, stop):
+        report.log.write({**progress.due, "held_out_bits_per_byte": progress.held_out_bits_per_byte})
+        progress.due = None
+
+
+def _evaluated(training: Training, feed: Feed, stop: Stop) -> bool:
+    """Evaluate, and return whether that came to its end: not when told to stop."""
+    feed.wait_for_held_out()
+    held_out = training.held_out
+    if held_out.batches:
+        nats = held_out_loss(training.model, held_out.batches, training.world, training.machine.device, lambda: stop.asked)
+        if nats is None:
             return False
+        training.progress.held_out_bits_per_byte = bits_per_byte(nats, held_out.bytes_per_token)
+    return True
 
 
-def _train(training: Training, feed: Feed, steps: Iterator[list[Batch]], report: _Report, stop: Stop) -> bool:
+def _train(training: Training, feed: Feed, steps: Iterator[list[Batch]], report: _Report, stop: Stop) -> Literal["finished", "stopped"]:
     config, plan, progress = training.config.train, training.plan, training.progress
-    world, machine = training.world, training.machine
+    world, machine, saver = training.world, training.machine, training.saver
+    stop.nothing_to_save = world.size == 1  # several processes leave together, at the same step
     while progress.step < plan.steps:
         started = time.perf_counter()
         micro = [batch.to(machine.device) for batch in next(steps)]
         waited = time.perf_counter() - started
+        saver.check()
         rate = learning_rate(progress.step, plan.steps, config)
         torch.manual_seed(_dropout_seed(config.seed, progress.step, world.rank))
         stats = train_step(
@@ -104,35 +113,43 @@ def _train(training: Training, feed: Feed, steps: Iterator[list[Batch]], report:
             tokens=plan.tokens_per_step,
             world=world,
             stop=stop.asked,
+            guard=training.guard,
+            hold=saver.hold,
         )
+        sample = progress.place(plan.samples_per_step)
         progress.step += 1
-        progress.sample += plan.samples_per_step
+        progress.sample = sample + plan.samples_per_step
         progress.tokens += plan.tokens_per_step
         if training.average is not None:
-            training.average.update(progress.step)
+            training.average.update(progress.step, stats.taken)
         before = report.catch_up()
-        now = report.pending = _Pending(progress.step, rate, stats, waited, Moment(machine))
+        now = report.pending = _Pending(progress.step, sample, rate, stats, waited, Moment(machine))
+        stop.nothing_to_save = False
         known = before if machine.is_cuda else now  # the newest step whose figures can be read without waiting
         last = progress.step == plan.steps
         evaluating = last or progress.step % config.eval_every == 0
         saving = not last and progress.step % config.save_every == 0
-        told = stop.asked if world.size == 1 else known is not None and known.stats.read()[-1]  # the same on every process
+        told = stop.asked if world.size == 1 else known is not None and known.stats.read().stop  # the same on every process
         stopping = told and not last
         if evaluating or saving or stopping or not machine.is_cuda:
-            if evaluating:
-                feed.wait_for_held_out()
             figures = report.read(now)
-            if evaluating and training.held_out.batches:
-                nats = held_out_loss(training.model, training.held_out.batches, world, machine.device)
-                progress.held_out_bits_per_byte = bits_per_byte(nats, training.held_out.bytes_per_token)
-            report.write(figures, evaluated=evaluating)
+            if evaluating:
+                progress.due = figures
+                if _evaluated(training, feed, stop):
+                    progress.due = None
+                else:
+                    stopping = True
+            if progress.due is None:
+                report.write(figures, evaluated=evaluating)
             if saving or stopping:
                 training.save()
+            if stopping:
+                saver.finish()
                 world.wait()  # so that none leaves while the first one writes
             report.resume_clock()
         if stopping:
-            return False
-    return True
+            return "stopped"
+    return "finished"
 
 
 def _dropout_seed(seed: int, step: int, rank: int) -> int:
@@ -163,7 +180,11 @@ class _Report:
         self.before = Moment(self.training.machine)
 
     def catch_up(self) -> _Pending | None:
-        """Read and write the figures that are pending, and return whose they were."""
+        """Read and write the figures that are pending, and return whose they were.
+
+        Raises:
+            _Diverged: as ``read``.
+        """
         pending = self.pending
         if pending is not None:
             self.write(self.read(pending), evaluated=False)
@@ -173,16 +194,14 @@ class _Report:
         """Return the figures of a step; this waits until the device has done it.
 
         Raises:
-            UserError: the loss is not a finite number.
+            _Diverged: as many steps in a row as ``train.max_skips`` were skipped.
         """
         self.pending = None
-        loss, z_loss, norm, _ = pending.stats.read()
-        if not math.isfinite(loss):
-            raise UserError(
-                "train.lr",
-                f"the loss became {loss} at step {pending.step} with rate {pending.lr:.3g}",
-                "start again in another --out_dir with a lower --lr, a longer --train.warmup, or bf16 instead of fp16",
-            )
+        found = pending.stats.read()
+        if found.verdict == GOOD:
+            self.training.progress.skipped_in_a_row = 0
+        else:
+            self._skipped(pending, found)
         plan, machine = self.training.plan, self.training.machine
         rate = plan.tokens_per_step / pending.done.seconds_since(self.before)
         self.before = pending.done
@@ -190,16 +209,34 @@ class _Report:
         return {
             "step": pending.step,
             "tokens": pending.step * plan.tokens_per_step,
-            "loss": loss,
-            "z_loss": z_loss,
+            "loss": found.loss,
+            "z_loss": found.z_loss,
             "held_out_bits_per_byte": None,
             "lr": pending.lr,
-            "grad_norm": norm,
+            "grad_norm": found.grad_norm,
             "tokens_per_second": rate,
             "mfu": model_flops_utilisation(rate, flops, machine.peak_flops, self.training.world.size),
             "peak_memory_gib": machine.peak_memory_bytes() / 2**30,
             "data_wait_seconds": pending.wait_seconds,
+            "skipped": REASONS.get(found.verdict),
         }
+
+    def _skipped(self, pending: _Pending, found: Figures) -> None:
+        """Tell of a step that changed nothing, and count it."""
+        training, reason = self.training, REASONS[found.verdict]
+        progress, end = training.progress, pending.sample + training.plan.samples_per_step
+        seen = f"{reason} (loss {found.loss:.4g}, gradient norm {found.grad_norm:.4g}"
+        if "spike" in reason:
+            seen += f"; {max(found.loss_deviations, found.norm_deviations):.0f} robust standard deviations above the median"
+        seen += ")"
+        training.say(f"step {pending.step:,} skipped: {seen}; samples {pending.sample:,} to {end - 1:,}")
+        if found.verdict == OVERFLOW:
+            return
+        progress.skipped.append({"step": pending.step, "first_sample": pending.sample, "end": end, "reason": reason})
+        progress.skipped_in_a_row += 1
+        row = progress.skipped[-progress.skipped_in_a_row :]
+        if len(row) == training.config.train.max_skips:
+            raise _Diverged(Bad(row[0]["step"], pending.step, row[0]["first_sample"], end, seen))
 
     def write(self, figures: Row, *, evaluated: bool) -> None:
         """Move the progress line on and add a row to metrics.csv; an evaluation of this step goes with it."""
@@ -213,4 +250,7 @@ class _Report:
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(1)
         if evaluated or figures["step"] % self.training.config.train.log_every == 0:
-            self.log.write({**figures, "held_out_bits_per_byte": bits if evaluated else None})
+            try:
+                self.log.write({**figures, "held_out_bits_per_byte": bits if evaluated else None})
+            except OSError as error:
+                self.training.saver.failed(error)

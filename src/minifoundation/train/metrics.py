@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from minifoundation.checkpoint import write_whole
 from minifoundation.errors import UserError
 
+METRICS = "metrics.csv"
 COLUMNS = (
     "step",
     "tokens",
@@ -22,7 +26,9 @@ COLUMNS = (
     "mfu",
     "peak_memory_gib",
     "data_wait_seconds",
+    "skipped",
 )
+"""``skipped`` is why a step changed nothing; empty for the others."""
 
 
 Row = dict[str, Any]
@@ -50,13 +56,12 @@ class MetricsLog:
         self._board: Any = None
         if out_dir is None:
             return
-        path = out_dir / "metrics.csv"
+        path = out_dir / METRICS
         kept = _rows_until(path, resumed_at) if resumed_at else []
-        part = path.with_suffix(".part")
-        with part.open("w", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, COLUMNS).writeheader()
-            csv.DictWriter(file, COLUMNS).writerows(kept)
-        part.replace(path)
+        text = io.StringIO(newline="")
+        csv.DictWriter(text, COLUMNS).writeheader()
+        csv.DictWriter(text, COLUMNS).writerows(kept)
+        write_whole(path, text.getvalue().encode())
         self._file = path.open("a", newline="", encoding="utf-8")
         if tensorboard:
             try:
@@ -66,15 +71,23 @@ class MetricsLog:
             self._board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=resumed_at + 1)
 
     def write(self, row: Row) -> None:
-        """Add one row; values that are None stay empty."""
+        """Add one row; values that are None stay empty.
+
+        Raises:
+            OSError: it could not be written, as on a full disk; it is with the next one that can.
+        """
         if self._file is None:
             return
         shown = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
-        csv.DictWriter(self._file, COLUMNS).writerow(shown)
-        self._file.flush()
+        try:
+            csv.DictWriter(self._file, COLUMNS).writerow(shown)
+            self._file.flush()
+        except OSError as error:
+            error.filename = error.filename or self._file.name
+            raise
         if self._board is not None:
             for name, value in row.items():
-                if name != "step" and value is not None:
+                if name != "step" and isinstance(value, int | float):
                     self._board.add_scalar(name, value, row["step"])
 
     def __enter__(self) -> Self:
@@ -82,7 +95,8 @@ class MetricsLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # rows that could not be written have been told of
+                self._file.close()
         if self._board is not None:
             self._board.close()
 
@@ -91,4 +105,5 @@ def _rows_until(path: Path, step: int) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return [{name: row[name] for name in COLUMNS} for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= step]
+        rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit() and int(row["step"]) <= step]
+    return [{name: row.get(name) or "" for name in COLUMNS} for row in rows]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from minifoundation.config import TrainConfig
 from minifoundation.errors import UserError
@@ -59,6 +61,51 @@ def clip(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], large
     else:
         nn.utils.clip_grads_with_norm_(parameters, largest, norm)
     return norm
+
+
+def update(optimizer: torch.optim.Optimizer, *, skip: Tensor) -> None:
+    """Take a step unless ``skip``, a number on the device, is 1: then neither weights nor state change, its count of steps included.
+
+    torch's fused AdamW leaves the step out on the device; other optimizers have to wait for the number.
+    """
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = skip  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not skip.item():
+        optimizer.step()
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """Return the optimizer's tensors by "what/whose"; those of a kind that is made of others are given as their parts."""
+    return {
+        f"{key}/{names[weight]}": tensor
+        for weight, state in optimizer.state.items()
+        for what, value in state.items()
+        for key, tensor in _parts(what, value)
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], saved: Mapping[str, Tensor]) -> None:
+    """Fill the optimizer with ``saved``, from ``optimizer_state``; what is empty is of a run that has made no step yet.
+
+    The state does not exist before the first step, so one is made with gradients and a rate of zero, which changes no weight.
+    """
+    if not saved:
+        return
+    for weight in names:
+        weight.grad = torch.zeros_like(weight)
+    set_learning_rate(optimizer, 0.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for key, tensor in optimizer_state(optimizer, names).items():
+        tensor.copy_(saved[key])
+
+
+def _parts(name: str, value: Any) -> list[tuple[str, Tensor]]:
+    if not is_traceable_wrapper_subclass(value):
+        return [(name, value)]
+    inner, _ = value.__tensor_flatten__()
+    return [(f"{name}.{part}", getattr(value, part)) for part in inner]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

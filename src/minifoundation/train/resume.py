@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from minifoundation.checkpoint import FINAL, Checkpoint, latest_good, load_checkpoint, step_folders
+from minifoundation.checkpoint import FINAL, Checkpoint, fault, latest_good, load_checkpoint, set_aside, step_folders, step_of
 from minifoundation.config import RunConfig, dotted_names
 from minifoundation.errors import UserError
 from minifoundation.train.plan import Plan
@@ -28,57 +28,107 @@ MAY_CHANGE = (
     "train.eval_tokens",
     "train.save_every",
     "train.keep",
+    "train.keep_every",
+    "train.async_save",
+    "train.if_save_fails",
+    "train.max_hours",
+    "train.max_rollbacks",
     "train.tensorboard",
 )
 """Settings (or sections, with a dot at the end) that a resumed run may change: the data and the arithmetic stay what they were."""
 
 
-def checkpoint_to_resume(config: RunConfig, resume: str | None, planned: Plan, say: Callable[[str], None]) -> Checkpoint | None:
+Say = Callable[[str], None]
+
+
+def checkpoint_to_resume(config: RunConfig, resume: str | None, allowed: tuple[str, ...], planned: Plan, say: Say) -> Checkpoint | None:
     """Return the checkpoint to go on from, or None to begin.
 
+    Args:
+        resume: ``auto``, the path of a checkpoint, or None.
+        allowed: settings that may differ from the checkpoint's although they change the result.
+
     Raises:
-        UserError: the folder holds a run and nothing was said about it, or the checkpoint is of another run.
+        UserError: the folder holds a run and nothing was said about it, none of its checkpoints is whole, or the checkpoint is of
+            another run.
     """
-    out_dir = config.out_dir
     if resume is None:
-        steps = step_folders(out_dir)
-        done = (out_dir / FINAL).exists()
-        if done or steps or (out_dir / "metrics.csv").exists():
-            state = "a finished run" if done else f"a run at {steps[-1].name}" if steps else "a run without a checkpoint yet"
-            raise UserError(str(out_dir), f"holds {state}", "type --resume auto to go on with it, or --out_dir for another folder")
+        _unused(config.out_dir)
         return None
-    if resume == "auto":
-        final = out_dir / FINAL
-        folder = final if final.exists() else latest_good(out_dir)
-        if folder is None:
-            say(f"{out_dir}: no checkpoint yet, beginning at step 0")
-            return None
-    else:
-        folder = Path(resume)
-    checkpoint = load_checkpoint(folder)
-    _same_run(checkpoint, config, planned, folder)
-    if not checkpoint.optimizer and checkpoint.progress["step"] < planned.steps:
-        raise UserError(str(folder), "holds no optimizer state to go on with", "give a step_ folder, or start a new phase with longft")
-    say(f"going on from {folder} at step {checkpoint.progress['step']:,} of {planned.steps:,}")
+    path = newest(config.out_dir, say) if resume == "auto" else Path(resume)
+    if path is None:
+        say(f"{config.out_dir}: no checkpoint yet, beginning at step 0")
+        return None
+    checkpoint = load_checkpoint(path, verified=resume == "auto")
+    _same_run(checkpoint, config, allowed, planned, path, say)
+    if not checkpoint.optimizer and 0 < checkpoint.progress["step"] < planned.steps:
+        raise UserError(str(path), "holds no optimizer state to go on with", "give a step_ folder, or start a new phase with longft")
+    say(f"going on from {path} at step {checkpoint.progress['step']:,} of {planned.steps:,}")
     return checkpoint
 
 
-def _same_run(checkpoint: Checkpoint, config: RunConfig, planned: Plan, folder: Path) -> None:
-    """Refuse to go on with settings under which the rest of the run would not be the run that was begun."""
+def _unused(out_dir: Path) -> None:
+    steps = step_folders(out_dir)
+    done = (out_dir / FINAL).exists()
+    if done or steps or (out_dir / "metrics.csv").exists():
+        state = "a finished run" if done else f"a run at {steps[-1].name}" if steps else "a run without a checkpoint yet"
+        raise UserError(str(out_dir), f"holds {state}", "type --resume auto to go on with it, or --out_dir for another folder")
+
+
+def newest(out_dir: Path, say: Say) -> Path | None:
+    """Return the newest checkpoint of a run that is whole, ``final.pth`` before all; None where there is none yet.
+
+    Raises:
+        UserError: there are some, and none is whole.
+    """
+    final = out_dir / FINAL
+    if final.exists():
+        problem = fault(final)
+        if problem is None:
+            return final
+        say(f"warning: {final}: {problem}; passed over")
+    folder = latest_good(out_dir, say)
+    if folder is None and (final.exists() or step_folders(out_dir)):
+        raise UserError(str(out_dir), "holds checkpoints, and none of them is whole", "begin again in another --out_dir")
+    return folder
+
+
+def set_later_aside(out_dir: Path, step: int, say: Say) -> None:
+    """Set aside the checkpoints after ``step``, at which the run goes on: damaged ones, or those of another course that it took."""
+    for folder in step_folders(out_dir):
+        if step_of(folder) > step:
+            say(f"{folder}: is after the step to go on from; kept as {set_aside(folder).name}")
+
+
+def _same_run(checkpoint: Checkpoint, config: RunConfig, allowed: tuple[str, ...], planned: Plan, path: Path, say: Say) -> None:
+    """Refuse to go on with settings under which the rest of the run would not be the run that was begun; tell of others that differ."""
+    told = []
     for name in dotted_names(RunConfig):
-        if name.startswith(MAY_CHANGE):
-            continue
         before, now = _value(checkpoint.config, name), _value(config, name)
-        if before != now:
-            raise UserError(name, f"{now} here, but {before} in {folder}", f"set it to {before}, or start another run with --out_dir")
-    if checkpoint.progress["step"]:
-        rows = checkpoint.progress["sample"] // checkpoint.progress["step"]
-        if planned.samples_per_step != rows:
-            raise UserError(
-                "train.batch_size x train.grad_accum x processes",
-                f"{planned.samples_per_step} rows a step here, but {rows} in {folder}",
-                f"choose them so that their product is {rows}",
-            )
+        if before == now:
+            continue
+        if name.startswith(MAY_CHANGE) or name in allowed:
+            if name not in FOLLOWS:
+                told.append(f"{name} {now} instead of {before}")
+            continue
+        raise UserError(
+            name,
+            f"{now} here, but {before} in {path}",
+            f"set it to {before}, start another run with --out_dir, or change it on purpose with --allow_change {name}",
+        )
+    rows = checkpoint.progress["samples_per_step"]
+    if planned.samples_per_step != rows:
+        raise UserError(
+            "train.batch_size x train.grad_accum x processes",
+            f"{planned.samples_per_step} rows a step here, but {rows} in {path}",
+            f"choose them so that their product is {rows}",
+        )
+    if told:
+        say(f"changed since {path}: {', '.join(told)}")
+
+
+FOLLOWS = ("model.vocab_size", "tokenizer.path", "out_dir")
+"""Of those that may change, what is not worth a word."""
 
 
 def _value(config: RunConfig, name: str) -> object:

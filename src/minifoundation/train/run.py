@@ -2,48 +2,57 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from minifoundation import runtime
-from minifoundation.checkpoint import FINAL, Checkpoint, save_final, write_whole
+from minifoundation.checkpoint import FINAL, Checkpoint, Saver, load_checkpoint, save_final, step_folders, tidy, write_whole
 from minifoundation.config import RunConfig, changed, to_yaml
 from minifoundation.data.supply import Supply
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.distributed import World, join, spread
-from minifoundation.errors import Interrupted, UserError
+from minifoundation.errors import Stopped
+from minifoundation.lock import LOCK, held
 from minifoundation.model.attention import resolve
 from minifoundation.model.training import TrainingModel
 from minifoundation.model.transformer import Transformer
 from minifoundation.runtime import Machine
 from minifoundation.train.corpus import TrainingData, described, training_data
 from minifoundation.train.ema import Average
-from minifoundation.train.loop import fit, stop_on_signals
-from minifoundation.train.metrics import MetricsLog
-from minifoundation.train.optimizer import adamw
+from minifoundation.train.guard import Guard
+from minifoundation.train.loop import fit
+from minifoundation.train.metrics import METRICS, MetricsLog
+from minifoundation.train.optimizer import adamw, restore_optimizer
+from minifoundation.train.out_of_memory import is_out_of_memory, too_large
 from minifoundation.train.plan import Plan, describe, plan, with_batch_size
-from minifoundation.train.resume import checkpoint_to_resume
+from minifoundation.train.provenance import record_start, typed
+from minifoundation.train.resume import checkpoint_to_resume, set_later_aside
+from minifoundation.train.rollback import Bad, go_back, stepped_over
 from minifoundation.train.state import Start, Training
+from minifoundation.train.stop import Stop, stop_on_signals
 
 LESS_MEMORY = "lower --batch_size and raise --grad_accum, or take --model.checkpointing attention or full, or --train.optimizer_states int8"
 
 
-def run(config: RunConfig, *, resume: str | None, dry_run: bool, start: Start | None = None) -> Path | None:
+def run(config: RunConfig, *, resume: str | None, dry_run: bool, allowed: tuple[str, ...] = (), start: Start | None = None) -> Path | None:
     """Train one phase and return the path of its ``final.pth`` (None for a dry run).
 
     Args:
-        resume: ``auto`` or the path of a step checkpoint; None refuses a folder that holds a run.
+        resume: ``auto`` or the path of a checkpoint; None refuses a folder that holds a run.
+        allowed: settings that may differ from the checkpoint's although they change the result.
         start: the checkpoint whose weights and tokenizer a later phase starts from.
 
     Raises:
         UserError: anything in the settings, files or device that cannot work.
-        Interrupted: told to stop; saved, with the line that goes on.
+        Stopped: told to stop; saved, with the line that goes on.
     """
-    with join() as world:
+    with join() as world, stop_on_signals(config.train.max_hours) as stop:
         machine = runtime.machine(world.local_rank)
         say = Printer(world)
         config = with_batch_size(_supported(config, machine, say), machine)
@@ -52,15 +61,69 @@ def run(config: RunConfig, *, resume: str | None, dry_run: bool, start: Start | 
             if world.is_first:
                 print(f"plan of {config.out_dir}:\n{describe(config, planned, machine, world.size)}\nnothing was started (--dry_run)")
             return None
-        resumed = checkpoint_to_resume(config, resume, planned, say)
-        if resumed is not None and resumed.progress["step"] >= planned.steps:
-            say(f"{config.out_dir / FINAL} is finished: {planned.steps:,} of {planned.steps:,} steps")
-            return config.out_dir / FINAL
+        resumed = checkpoint_to_resume(config, resume, allowed, planned, say)
+        final = config.out_dir / FINAL
+        if resumed is not None and resumed.progress["step"] >= planned.steps and not resumed.optimizer:
+            say(f"{final} is finished: {planned.steps:,} of {planned.steps:,} steps")
+            return final
         try:
-            return _train(config, planned, machine, world, say, resumed=resumed, start=start)
-        except torch.OutOfMemoryError:
-            rows = f"{config.train.batch_size} rows of {config.train.seq_len} tokens"
-            raise UserError("train.batch_size", f"{rows} do not fit the memory of {machine.name}", LESS_MEMORY) from None
+            with _owned(config.out_dir, world):
+                if world.is_first:
+                    set_later_aside(config.out_dir, resumed.progress["step"] if resumed else 0, say)
+                return _trained(config, planned, machine, world, say, stop, resumed=resumed, start=start)
+        except KeyboardInterrupt:
+            if stop.nothing_to_save:
+                there = "nothing is lost" if step_folders(config.out_dir) else "no step was done yet"
+                raise Stopped(f"stopped ({there}); go on with: {typed(world, resume='auto')}") from None
+            raise
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            resumable = bool(step_folders(config.out_dir)) or (config.out_dir / METRICS).exists()
+            fault = too_large(config, machine, world, resumable=resumable)
+        raise fault  # outside the handler, so that what the device held for the step is free
+
+
+@contextmanager
+def _owned(out_dir: Path, world: World) -> Iterator[None]:
+    """Hold the folder of the run, on the first process, and remove what a killed one has left half-written in it."""
+    if not world.is_first:
+        yield
+        return
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with held(out_dir):
+        tidy(out_dir)
+        try:
+            yield
+        finally:
+            if out_dir.is_dir() and [path.name for path in out_dir.iterdir()] == [LOCK]:  # a mistake leaves no folder behind
+                shutil.rmtree(out_dir)
+
+
+def _trained(
+    config: RunConfig,
+    planned: Plan,
+    machine: Machine,
+    world: World,
+    say: Printer,
+    stop: Stop,
+    *,
+    resumed: Checkpoint | None,
+    start: Start | None,
+) -> Path:
+    """Train to the end and return ``final.pth``, going back to a checkpoint as often as that is needed and allowed."""
+    again = False
+    while True:
+        outcome = _train(config, planned, machine, world, say, stop, resumed=resumed, start=start, again=again)
+        if isinstance(outcome, Path):
+            return outcome
+        world.wait()
+        folder = go_back(outcome, config.out_dir, most=config.train.max_rollbacks, write=world.is_first, say=say)
+        say(f"going back to {folder or 'the beginning'}, and over what was skipped: {outcome}")
+        world.wait()
+        resumed = load_checkpoint(folder, verified=True) if folder else None
+        torch.compiler.reset()
+        again = True
 
 
 class Printer:
@@ -89,6 +152,10 @@ def _supported(config: RunConfig, machine: Machine, say: Printer) -> RunConfig:
     )
     if warning:
         say(f"warning: model.attention: {warning}")
+    if config.train.deterministic:
+        runtime.make_deterministic()
+        if machine.is_cuda and config.model.attention == "auto":  # of the fast kernels, the one whose backward follows torch's switch
+            config = config.model_copy(update={"model": config.model.model_copy(update={"attention": "flash"})})
     compiled = config.train.compile
     if compiled and (reason := runtime.can_compile(machine)):
         say(f"warning: --compile: {reason}; running without it")
@@ -97,13 +164,61 @@ def _supported(config: RunConfig, machine: Machine, say: Printer) -> RunConfig:
 
 
 def _train(
-    config: RunConfig, planned: Plan, machine: Machine, world: World, say: Printer, *, resumed: Checkpoint | None, start: Start | None
-) -> Path:
+    config: RunConfig,
+    planned: Plan,
+    machine: Machine,
+    world: World,
+    say: Printer,
+    stop: Stop,
+    *,
+    resumed: Checkpoint | None,
+    start: Start | None,
+    again: bool,
+) -> Path | Bad:
+    """Train from ``resumed`` or the beginning, and return ``final.pth``, or the steps from which nothing could be learnt.
+
+    Args:
+        again: the plan has been told before.
+
+    Raises:
+        Stopped: told to stop; saved.
+    """
     out_dir = config.out_dir
     before = resumed or (start.checkpoint if start else None)
-    data = training_data(config, planned, world, say, resumed=resumed, start=start)
+    data = training_data(config, planned, world, say, resumed=resumed, start=start, stepped_over=stepped_over(out_dir))
     config = _with_vocabulary(config, data.tokenizer, before, say)
     planned = plan(config, world.size)
+    if not again:
+        _tell(config, planned, machine, world, data, say)
+    background = Supply(data.to_make, config.data, data.tokenizer.path) if data.to_make and world.is_first else nullcontext()
+    with background as supply, _saver(config, say) as saver:
+        training = _built(config, planned, machine, world, data, supply, saver, say, resumed=resumed, start=start)
+        progress = data.progress
+        if world.is_first:
+            write_whole(out_dir / "config.yaml", to_yaml(config).encode())
+            record_start(out_dir, world, machine, step=progress.step)
+        resumed_at = progress.step - (progress.due is not None)
+        with MetricsLog(out_dir if world.is_first else None, resumed_at=resumed_at, tensorboard=config.train.tensorboard) as log:
+            outcome = fit(training, log, stop)
+        if isinstance(outcome, Bad):
+            return outcome
+        if outcome == "stopped":
+            raise Stopped(
+                f"{stop.reason}: stopped at step {progress.step:,} of {planned.steps:,} and saved {out_dir}; "
+                f"go on with: {typed(world, resume='auto')}"
+            )
+        saver.finish()
+        path = out_dir / FINAL
+        if world.is_first:
+            save_final(training.checkpoint(with_optimizer=False), out_dir)
+            say(f"wrote {path} (metrics: {out_dir / METRICS}, settings: {out_dir / 'config.yaml'})")
+        world.wait()
+        return path
+
+
+def _tell(config: RunConfig, planned: Plan, machine: Machine, world: World, data: TrainingData, say: Printer) -> None:
+    """Print the plan, and warn of what it needs more than there is."""
+    out_dir = config.out_dir
     settings = ", ".join(f"{name} {value}" for name, value in changed(config).items() if not name.startswith(("model.", "out_dir")))
     say(f"{out_dir}:\n{describe(config, planned, machine, world.size)}\n  settings {settings}")
     for line in described(data, planned):
@@ -115,26 +230,26 @@ def _train(
             f"warning: {out_dir}: the disk is too small for the checkpoints; free some space, lower --train.keep, or give another --out_dir"
         )
 
-    background = Supply(data.to_make, config.data, data.tokenizer.path) if data.to_make and world.is_first else nullcontext()
-    with background as supply:
-        training = _built(config, planned, machine, world, data, supply, resumed=resumed, start=start)
-        if world.is_first:
-            write_whole(out_dir / "config.yaml", to_yaml(config).encode())
-        with (
-            stop_on_signals() as stop,
-            MetricsLog(out_dir if world.is_first else None, resumed_at=data.progress.step, tensorboard=config.train.tensorboard) as log,
-        ):
-            finished = fit(training, log, stop)
-    if not finished:
-        raise Interrupted(
-            f"stopped at step {data.progress.step:,} of {planned.steps:,} and saved {out_dir}; go on with the same line and --resume auto"
-        )
-    path = out_dir / FINAL
-    if world.is_first:
-        save_final(training.checkpoint(with_optimizer=False), out_dir)
-        say(f"wrote {path} (metrics: {out_dir / 'metrics.csv'}, settings: {out_dir / 'config.yaml'})")
-    world.wait()
-    return path
+
+@contextmanager
+def _saver(config: RunConfig, say: Printer) -> Iterator[Saver]:
+    train = config.train
+    saver = Saver(
+        config.out_dir,
+        keep=train.keep,
+        keep_every=train.keep_every,
+        background=train.async_save,
+        if_fails=train.if_save_fails,
+        say=say,
+    )
+    try:
+        yield saver
+    except KeyboardInterrupt:
+        raise  # a second signal leaves at once, whatever is being written
+    except BaseException:
+        saver.close()
+        raise
+    saver.close()
 
 
 def _built(
@@ -144,6 +259,8 @@ def _built(
     world: World,
     data: TrainingData,
     supply: Supply | None,
+    saver: Saver,
+    say: Printer,
     *,
     resumed: Checkpoint | None,
     start: Start | None,
@@ -165,11 +282,12 @@ def _built(
     average = None
     if config.train.ema is not None:
         average = Average(dict(transformer.named_parameters()), config.train.ema, resumed.ema if resumed else None)
+    guard = Guard(config.train.spike_z, config.train.spike_window, machine.device, resumed.window if resumed else None)
     earlier = start.checkpoint.ledger if start else []
     if resumed is not None:
-        optimizer.load_state_dict(resumed.optimizer["adamw"])
-        if resumed.optimizer["scaler"]:
-            scaler.load_state_dict(resumed.optimizer["scaler"])
+        restore_optimizer(optimizer, {weight: name for name, weight in transformer.named_parameters()}, resumed.optimizer)
+        if resumed.scaler:
+            scaler.load_state_dict(resumed.scaler)
         earlier = resumed.ledger[: -len(data.loader.sources)]
     return Training(
         config=config,
@@ -187,6 +305,9 @@ def _built(
         progress=data.progress,
         tokenizer_model=data.tokenizer.path.read_bytes(),
         earlier=earlier,
+        guard=guard,
+        saver=saver,
+        say=say,
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from minifoundation.checkpoint import Checkpoint, save_step
+from minifoundation.checkpoint import Checkpoint, Saver
 from minifoundation.config import RunConfig
 from minifoundation.data.held_out import HeldOut
 from minifoundation.data.ledger import entries
@@ -18,6 +19,8 @@ from minifoundation.distributed import World
 from minifoundation.model.transformer import Transformer
 from minifoundation.runtime import Machine
 from minifoundation.train.ema import Average
+from minifoundation.train.guard import Guard
+from minifoundation.train.optimizer import optimizer_state
 from minifoundation.train.plan import Plan
 
 
@@ -40,10 +43,42 @@ class Progress:
     first_shards: dict[str, int] = field(default_factory=dict)
     """The shard of each source at which the phase began to read."""
     phase: str = "pretrain"
+    samples_per_step: int = 0
     held_out_bits_per_byte: float | None = None
+    due: dict[str, Any] | None = None
+    """The row of a step whose evaluation was cut short by a stop; it is made up for when the run goes on."""
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    """The steps that changed nothing: step, first sample, end, reason."""
+    skipped_in_a_row: int = 0
+    stepped_over: list[list[int]] = field(default_factory=list)
+    """First sample and end of what the run went back over and leaves out."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def place(self, size: int) -> int:
+        """Return the first sample of the next step, of ``size`` samples: what is stepped over lies behind it."""
+        return beyond(self.sample, size, self.stepped_over)
+
+    def places(self, steps: int, size: int) -> Iterator[int]:
+        """Yield the first sample of each of the next steps."""
+        sample = self.sample
+        for _ in range(steps):
+            sample = beyond(sample, size, self.stepped_over)
+            yield sample
+            sample += size
+
+    def end(self, steps: int, size: int) -> int:
+        """Return the number of samples up to the end of the next ``steps`` steps, the ones stepped over among them."""
+        return max((place + size for place in self.places(steps, size)), default=self.sample)
+
+
+def beyond(sample: int, size: int, holes: Sequence[Sequence[int]]) -> int:
+    """Return the first sample, from ``sample`` on, at which ``size`` samples begin that lie in none of ``holes`` (first, end)."""
+    for first, end in sorted(holes, key=min):
+        if first < sample + size and sample < end:
+            sample = end
+    return sample
 
 
 @dataclass(frozen=True)
@@ -68,22 +103,39 @@ class Training:
     tokenizer_model: bytes
     earlier: list[dict[str, Any]]
     """The ledger of the phases before."""
+    guard: Guard
+    saver: Saver
+    say: Callable[[str], None]
+    """Prints a line for the person, on the first process."""
 
     def checkpoint(self, *, with_optimizer: bool) -> Checkpoint:
-        """Return the run as it stands."""
-        states = {"adamw": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()} if with_optimizer else {}
+        """Return the run as it stands; the tensors are those of the run, not copies, but for the small ones that change first in a step."""
         read = entries(self.loader.sources, self.loader.mixture, self.progress.sample, self.progress.phase)
-        return Checkpoint(
+        checkpoint = Checkpoint(
             config=self.config,
             model=self.transformer.state_dict(),
             tokenizer_model=self.tokenizer_model,
             progress=self.progress.as_dict(),
             ledger=[*self.earlier, *(entry.as_dict() for entry in read)],
             ema=self.average.state() if self.average else None,
-            optimizer=states,
+            kernels={"attention": self.transformer.kernel(self.machine.device, masked=self.config.data.mask_documents)},
         )
+        if with_optimizer:
+            checkpoint.optimizer = optimizer_state(self.optimizer, self.names)
+            checkpoint.scaler = self.scaler.state_dict()
+            checkpoint.window = self.guard.state()
+        return checkpoint
+
+    @property
+    def names(self) -> dict[Tensor, str]:
+        """Each weight's name."""
+        return {weight: name for name, weight in self.transformer.named_parameters()}
 
     def save(self) -> None:
-        """Write the step checkpoint, on the first process."""
+        """Save a step checkpoint, on the first process.
+
+        Raises:
+            UserError, OSError: as ``Saver.save``.
+        """
         if self.world.is_first:
-            save_step(self.checkpoint(with_optimizer=True), self.config.out_dir, keep=self.config.train.keep)
+            self.saver.save(self.checkpoint(with_optimizer=True))

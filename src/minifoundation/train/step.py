@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from minifoundation.data.batch import Batch
 from minifoundation.distributed import World, local_gradients
-from minifoundation.train.optimizer import clip, set_learning_rate
+from minifoundation.train.guard import GOOD, Guard
+from minifoundation.train.optimizer import clip, set_learning_rate, update
+
+
+class Figures(NamedTuple):
+    """What a step measured; losses are nats a token over all processes."""
+
+    loss: float
+    """Mean cross entropy."""
+    z_loss: float
+    grad_norm: float
+    """Before clipping."""
+    stop: bool
+    """Some process had been told to stop when the step began."""
+    verdict: int = GOOD
+    """Why the step was skipped, as ``guard.REASONS`` has it."""
+    loss_deviations: float = 0.0
+    """How far the loss is above the median of the steps before, in robust standard deviations."""
+    norm_deviations: float = 0.0
 
 
 class StepStats:
@@ -23,28 +42,26 @@ class StepStats:
 
     attended_length: float
     """Mean over this process's tokens of the length that attention spans: what ``flops_per_token`` takes."""
+    taken: Tensor
+    """On the device: 1 when the step changed the weights, 0 when it was skipped."""
 
-    def __init__(self, losses: Tensor, grad_norm: Tensor, stop_votes: Tensor, *, attended_length: float) -> None:
+    def __init__(self, figures: Tensor, *, attended_length: float) -> None:
         self.attended_length = attended_length
-        figures = torch.cat([losses, grad_norm[None], stop_votes[None]]).detach()
+        self.taken = (figures[4] == GOOD).to(torch.float32)
         self._done: torch.cuda.Event | None = None
         if figures.is_cuda:
-            self._figures = torch.empty(4, pin_memory=True).copy_(figures, non_blocking=True)
+            self._figures = torch.empty(len(figures), pin_memory=True).copy_(figures, non_blocking=True)
             self._done = torch.cuda.Event()
             self._done.record()
         else:
             self._figures = figures
 
-    def read(self) -> tuple[float, float, float, bool]:
-        """Return mean cross entropy, mean z-loss, gradient norm and whether to stop.
-
-        The losses are nats a token over all processes, the norm is that before clipping, and the last says whether any process had
-        been told to stop when the step began.
-        """
+    def read(self) -> Figures:
+        """Return the figures, once the device has done the step."""
         if self._done is not None:
             self._done.synchronize()
-        cross_entropy, z_loss, grad_norm, stop_votes = self._figures.tolist()
-        return cross_entropy, z_loss, grad_norm, stop_votes > 0
+        loss, z_loss, norm, stop_votes, verdict, *deviations = self._figures.tolist()
+        return Figures(loss, z_loss, norm, stop_votes > 0, int(verdict), *deviations)
 
 
 def train_step(
@@ -58,15 +75,20 @@ def train_step(
     tokens: int,
     world: World,
     stop: bool = False,
+    guard: Guard | None = None,
+    hold: Callable[[], None] | None = None,
 ) -> StepStats:
     """Update the weights with the gradient of the mean loss over ``batches`` and return what was measured.
 
     The losses of the micro-batches are sums, divided once by the step's tokens, so that accumulation equals one large batch
-    whatever the split. Gradients accumulate in fp32, the dtype of the weights.
+    whatever the split. Gradients accumulate in fp32, the dtype of the weights. A step that ``guard`` finds bad changes neither weights
+    nor optimizer, its count of steps included; no process waits for the verdict.
 
     Args:
         tokens: targets in the step over all processes.
         stop: whether this process has been told to stop; summed with the losses, so that all processes learn of it at the same step.
+        guard: judges the step; None skips only a step whose loss or gradient is not finite.
+        hold: called before anything of the state is changed.
     """
     set_learning_rate(optimizer, lr)
     sums: list[Tensor] = []
@@ -75,25 +97,45 @@ def train_step(
             losses = model(batch.tokens, batch.targets, batch.cu_seqlens)
             scaler.scale(losses.total * (world.size / tokens)).backward()  # DDP takes the mean over the processes
         sums.append(torch.stack([losses.cross_entropy, losses.z_loss]))
+    mine = torch.stack(sums).sum(0).detach()
+    total = world.total(torch.cat([mine, mine.new_full((1,), float(stop))]))
+    mean = total[:2] / tokens
     scaler.unscale_(optimizer)
-    grad_norm = clip(optimizer, [p for p in model.parameters() if p.grad is not None], grad_clip)
-    scaler.step(optimizer)
+    grad_norm = clip(optimizer, [p for p in model.parameters() if p.grad is not None], grad_clip).detach()
+    if hold is not None:
+        hold()
+    guard = guard or Guard(None, 1, mean.device)
+    verdict = guard.judge(mean[0], grad_norm, scaler.scale(torch.ones_like(grad_norm)) if scaler.is_enabled() else None)
+    update(optimizer, skip=(verdict[0] != GOOD).to(torch.float32))
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    mine = torch.stack(sums).sum(0)
-    total = world.total(torch.cat([mine, mine.new_full((1,), float(stop))]))
-    return StepStats(total[:2] / tokens, grad_norm, total[2], attended_length=fmean(batch.attended_length for batch in batches))
+    figures = torch.cat([mean, grad_norm[None].to(mean.dtype), total[2:], verdict])
+    return StepStats(figures, attended_length=fmean(batch.attended_length for batch in batches))
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, batches: Sequence[Batch], world: World, device: torch.device) -> float:
-    """Return the mean cross entropy of ``batches``, nats a token; the processes share the work."""
+def held_out_loss(
+    model: nn.Module, batches: Sequence[Batch], world: World, device: torch.device, told: Callable[[], bool] | None = None
+) -> float | None:
+    """Return the mean cross entropy of ``batches``, nats a token; the processes share the work.
+
+    Args:
+        told: whether this process has been told to stop; all processes then give up together, with None.
+    """
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for batch in batches[world.rank :: world.size]:
-        there = batch.to(device)
-        losses = model(there.tokens, there.targets, there.cu_seqlens)
-        sums += torch.stack([losses.cross_entropy.double(), torch.as_tensor(losses.tokens, dtype=torch.float64, device=device)])
+    for first in range(0, len(batches), POLLED * world.size):
+        if told is not None and float(world.total(torch.tensor(float(told()), device=device))) > 0:
+            model.train()
+            return None
+        for batch in batches[first + world.rank : first + POLLED * world.size : world.size]:
+            there = batch.to(device)
+            losses = model(there.tokens, there.targets, there.cu_seqlens)
+            sums += torch.stack([losses.cross_entropy.double(), torch.as_tensor(losses.tokens, dtype=torch.float64, device=device)])
     model.train()
     total = world.total(sums)
     return float(total[0] / total[1])
+
+
+POLLED = 8
+"""Held-out micro-batches that each process does between two looks at whether to stop."""

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minifoundation.model.kernels import swiglu
-from tests.model.kernels.conftest import TOLERANCE, relative
+from minifoundation.model.kernels.quantise import E4M3, E5M2, plain_rounded
+from tests.model.kernels.conftest import TOLERANCE, check_rounded, relative, site, unwritten
 
 SHAPES = [(5, 100), (3, 2050), (1, 4096)]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -25,9 +26,9 @@ def exact(gate_up: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
 def test_the_plain_definition_is_autograd(shape: tuple[int, int], dtype: torch.dtype) -> None:
     gate_up, d = torch.randn(shape[0], 2 * shape[1]).to(dtype), torch.randn(shape).to(dtype)
     product, gradient = exact(gate_up, d)
-    assert relative(swiglu.product(gate_up), product) < TOLERANCE[dtype]
-    found, again = swiglu.gradients(gate_up, d)
-    assert relative(found, gradient) < TOLERANCE[dtype] and torch.equal(again, swiglu.product(gate_up))
+    assert relative(swiglu.plain_product(gate_up), product) < TOLERANCE[dtype]
+    found, again = swiglu.plain_gradients(gate_up, d)
+    assert relative(found, gradient) < TOLERANCE[dtype] and torch.equal(again, swiglu.plain_product(gate_up))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -36,31 +37,27 @@ def test_the_kernels_are_the_plain_definition(shape: tuple[int, int], dtype: tor
     gate_up, d = torch.randn(shape[0], 2 * shape[1]).to(device, dtype), torch.randn(shape).to(device, dtype)
     product, gradient = exact(gate_up, d)
     found, again, d_found = torch.full_like(d, torch.nan), torch.full_like(d, torch.nan), torch.full_like(gate_up, torch.nan)
-    swiglu.launch_product(gate_up, found)
+    swiglu.launch_product(gate_up, found, None)
     swiglu.launch_gradients(gate_up, d, d_found, again)
     assert relative(found, product) < TOLERANCE[dtype] and torch.equal(found, again)
     assert relative(d_found, gradient) < TOLERANCE[dtype]
 
 
-def test_the_gated_product_keeps_gate_and_up_alone() -> None:
-    """Its gradients are autograd's, and nothing else of their size is kept for the backward."""
-    gate_up = torch.randn(3, 7, 2 * 40).bfloat16().requires_grad_()
-    weight = torch.randn(20, 40, requires_grad=True)
-    copy, d_out = weight.detach().bfloat16(), torch.randn(3, 7, 20).bfloat16()
-    kept: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = swiglu.gated_product(gate_up, weight, copy)
-    assert {tensor.data_ptr() for tensor in kept} == {gate_up.data_ptr(), copy.data_ptr()}
-    found = torch.autograd.grad(out, (gate_up, weight), d_out)
-    leaves = gate_up.detach().double().requires_grad_(), copy.double().requires_grad_()
-    gate, up = leaves[0].chunk(2, -1)
-    reference = (F.silu(gate) * up) @ leaves[1].T
-    expected = torch.autograd.grad(reference, leaves, d_out.double())
-    assert relative(out, reference) < TOLERANCE[torch.bfloat16]
-    assert relative(found[0], expected[0]) < TOLERANCE[torch.bfloat16]
-    assert found[1].dtype == torch.float32 and relative(found[1], expected[1]) < TOLERANCE[torch.bfloat16]
+@pytest.mark.parametrize("shape", [(8, 100), (100, 200), (32, 2050)])
+def test_the_kernels_round_to_8_bits(shape: tuple[int, int], device_of_8_bits: torch.device) -> None:
+    gate_up = torch.randn(shape[0], 2 * shape[1], device=device_of_8_bits).bfloat16()
+    d = torch.randn(shape, device=device_of_8_bits).bfloat16()
+    at, d_at = site(E4M3, 16.0, device_of_8_bits), site(E5M2, 64.0, device_of_8_bits)
+    rows, columns, rounded = (
+        unwritten(shape, at, columns=False),
+        unwritten(shape, at, rows=False),
+        unwritten((shape[0], 2 * shape[1]), d_at),
+    )
+    swiglu.launch_product(gate_up, rows, at)
+    swiglu.launch_rounded_gradients(gate_up, d, rounded, columns, at, d_at)
+    gradient, product = swiglu.plain_gradients(gate_up, d)
+    check_rounded(rows, plain_rounded(product, site(E4M3, 16.0, device_of_8_bits), columns=False))
+    check_rounded(columns, plain_rounded(product, site(E4M3, 16.0, device_of_8_bits), rows=False))
+    check_rounded(rounded, plain_rounded(gradient, site(E5M2, 64.0, device_of_8_bits)))
+    assert float(at.largest.max()) == pytest.approx(float(product.abs().max()), rel=0.01)
+    assert float(d_at.largest.max()) == pytest.approx(float(gradient.abs().max()), rel=0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor
 INSTALLED = find_spec("triton") is not None
 triton: Any = import_module("triton") if INSTALLED else None
 tl: Any = import_module("triton.language") if INSTALLED else None
+INTERPRETED: Any = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1") if INSTALLED else None
+"""Whether kernels run by Triton's interpreter, on the CPU, which knows no assembly."""
 
 
 def jit(kernel: Any) -> Any:

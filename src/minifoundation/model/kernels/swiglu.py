@@ -1,46 +1,23 @@
 """The product of SwiGLU (arXiv:2002.05202) and its gradients, each in one pass over memory.
 
-Letters: N tokens, D model width, F feed-forward width. Gate and up are the halves of one matrix (N, 2F), as one product makes them.
+Letters: N tokens, F feed-forward width. Gate and up are the halves of one matrix (N, 2F), as one product makes them.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from minifoundation.model.kernels.language import jit, runs_on, tl
-from minifoundation.model.matrix import weight_gradient
+from minifoundation.model.kernels.quantise import Rounded, Site, empty, flags, plain_rounded, pointers, scaled, small, watch, word, words
 
 COLUMNS = 2048  # with 256 threads 16 bytes a load
-
-
-def gated_product(gate_up: Tensor, weight: Tensor, copy: Tensor) -> Tensor:
-    """Return (silu(gate) * up) copy^T, (..., D), of gate and up (..., 2F); only they are kept, the product is made again in the backward.
-
-    Args:
-        weight: takes the gradient of its ``copy`` (D, F), in float32.
-    """
-    result: Tensor = _GatedProduct.apply(gate_up, weight, copy)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _GatedProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, weight: Tensor, copy: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up, copy)
-        return torch.matmul(product(gate_up), copy.T)
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
-        gate_up, copy = ctx.saved_tensors
-        d_gate_up, again = gradients(gate_up, d_out @ copy)
-        return d_gate_up, weight_gradient(d_out.flatten(0, -2), again.flatten(0, -2)), None
+TOKENS, BLOCK, WARPS = 32, 128, 4
+"""Tile of the backward where it rounds, and its warps."""
 
 
 def plain_product(gate_up: Tensor) -> Tensor:
-    """Return silu(gate) * up, (N, F), computed in float32 and rounded once."""
+    """Return silu(gate) * up, (N, F), computed in float32 at least and rounded once."""
     gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
     return (gate * gate.sigmoid() * up).to(gate_up.dtype)
 
@@ -55,56 +32,90 @@ def plain_gradients(gate_up: Tensor, d_product: Tensor) -> tuple[Tensor, Tensor]
     return torch.cat((d_gate, d_up), dim=-1).to(gate_up.dtype), (gate * s * up).to(gate_up.dtype)
 
 
-@torch.library.custom_op("minifoundation::swiglu", mutates_args=())
-def product(gate_up: Tensor) -> Tensor:
-    """Return ``plain_product``."""
+def product(gate_up: Tensor, site: Site | None = None) -> Tensor | Rounded:
+    """Return ``plain_product``, rounded in rows where a site is given."""
     if not runs_on(gate_up):
-        return plain_product(gate_up)
-    out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
-    launch_product(gate_up, out)
-    return out
+        out = plain_product(gate_up)
+        return out if site is None else plain_rounded(out, site, columns=False)
+    N, F = len(gate_up), gate_up.shape[1] // 2
+    into = gate_up.new_empty(N, F) if site is None else empty((N, F), site, gate_up.device, rows=True, columns=False)
+    launch_product(gate_up, into, site)
+    return into
 
 
-@torch.library.custom_op("minifoundation::swiglu_gradients", mutates_args=())
-def gradients(gate_up: Tensor, d_product: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``plain_gradients``."""
+def gradients(
+    gate_up: Tensor, d_product: Tensor, site: Site | None = None, d_site: Site | None = None
+) -> tuple[Tensor | Rounded, Tensor | Rounded]:
+    """Return ``plain_gradients``; with sites the first rounded to ``d_site`` and the product to ``site``, in columns."""
     if not runs_on(gate_up):
-        return plain_gradients(gate_up, d_product)
-    d_gate_up, again = torch.empty_like(gate_up), torch.empty_like(d_product)
-    launch_gradients(gate_up, d_product, d_gate_up, again)
-    return d_gate_up, again
+        d, again = plain_gradients(gate_up, d_product)
+        if site is None or d_site is None:
+            return d, again
+        return plain_rounded(d, d_site), plain_rounded(again, site._replace(watched=False), rows=False)
+    if site is None or d_site is None:
+        d_gate_up, again = torch.empty_like(gate_up), torch.empty_like(d_product)
+        launch_gradients(gate_up, d_product, d_gate_up, again)
+        return d_gate_up, again
+    rounded = empty(gate_up.shape, d_site, gate_up.device, rows=True, columns=True)
+    columns = empty(d_product.shape, site, gate_up.device, rows=False, columns=True)
+    launch_rounded_gradients(gate_up, d_product, rounded, columns, site, d_site)
+    return rounded, columns
 
 
-@product.register_fake
-def _(gate_up: Tensor) -> Tensor:
-    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
-
-
-@gradients.register_fake
-def _(gate_up: Tensor, d_product: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(gate_up), torch.empty_like(d_product)
-
-
-def launch_product(gate_up: Tensor, out: Tensor) -> None:
-    """Write the product to ``out``; both contiguous."""
-    F = out.shape[-1]
-    _product[(out.numel() // F, -(-F // COLUMNS))](gate_up, out, F, COLUMNS=COLUMNS, num_warps=8)
+def launch_product(gate_up: Tensor, into: Tensor | Rounded, site: Site | None) -> None:
+    """Write the product to ``into``; all contiguous."""
+    N, F = len(gate_up), gate_up.shape[1] // 2
+    place = into.rows if isinstance(into, Rounded) else into
+    scale, largest = (gate_up, gate_up) if site is None else (site.scale, site.largest)
+    watched, limit = (False, 0.0) if site is None else (site.watched, site.limit)
+    _product[(N, -(-F // COLUMNS))](
+        gate_up, place, scale, largest, F, COLUMNS=COLUMNS, SMALL=site is not None, WATCHED=watched, LIMIT=limit, num_warps=8
+    )
 
 
 def launch_gradients(gate_up: Tensor, d_product: Tensor, d_gate_up: Tensor, again: Tensor) -> None:
     """Write the gradient of ``gate_up`` and the product; all contiguous."""
-    F = d_product.shape[-1]
-    _gradients[(d_product.numel() // F, -(-F // COLUMNS))](gate_up, d_product, d_gate_up, again, F, COLUMNS=COLUMNS, num_warps=8)
+    N, F = d_product.shape
+    _gradients[(N, -(-F // COLUMNS))](gate_up, d_product, d_gate_up, again, F, COLUMNS=COLUMNS, num_warps=8)
+
+
+def launch_rounded_gradients(gate_up: Tensor, d_product: Tensor, rounded: Rounded, again: Rounded, site: Site, d_site: Site) -> None:
+    """Write the rounded gradient of ``gate_up`` in both layouts and the rounded product in columns; all contiguous."""
+    N, F = d_product.shape
+    assert again.columns is not None
+    _rounded_gradients[(-(-N // TOKENS), -(-F // BLOCK))](
+        gate_up,
+        d_product,
+        *pointers(d_site, rounded),
+        words(again.columns),
+        site.scale,
+        N,
+        F,
+        QUADS=TOKENS // 4,
+        BLOCK=BLOCK,
+        AGAIN_LIMIT=site.limit,
+        num_warps=WARPS,
+        **flags(d_site, rounded),
+    )
 
 
 @jit
-def _product(gate_up, out, F, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _product(  # type: ignore[no-untyped-def]
+    gate_up, out, scale, largest, F, COLUMNS: tl.constexpr, SMALL: tl.constexpr, WATCHED: tl.constexpr, LIMIT: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < F
-    gate = tl.load(gate_up + row * 2 * F + column, mask=inside).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * F + F + column, mask=inside).to(tl.float32)
-    tl.store(out + row * F + column, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
+    gate = tl.load(gate_up + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
+    value = gate * tl.sigmoid(gate) * up
+    if SMALL:
+        value = value.to(gate_up.dtype.element_ty).to(tl.float32)
+        if WATCHED:
+            watch(value, largest, tl.program_id(0))
+        tl.store(out + row * F + column, small(scaled(value, tl.load(scale), LIMIT), False), mask=inside)
+    else:
+        tl.store(out + row * F + column, value.to(out.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -119,3 +130,81 @@ def _gradients(gate_up, d_product, d_gate_up, again, F, COLUMNS: tl.constexpr): 
     tl.store(d_gate_up + row * 2 * F + column, (d * up * s * (1 + gate * (1 - s))).to(d_gate_up.dtype.element_ty), mask=inside)
     tl.store(d_gate_up + row * 2 * F + F + column, (d * gate * s).to(d_gate_up.dtype.element_ty), mask=inside)
     tl.store(again + row * F + column, (gate * s * up).to(again.dtype.element_ty), mask=inside)
+
+
+@jit
+def _rounded_gradients(  # type: ignore[no-untyped-def]
+    gate_up,
+    d_product,
+    rows,
+    columns,
+    scale,
+    largest,
+    again,
+    again_scale,
+    N,
+    F,
+    QUADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AGAIN_LIMIT: tl.constexpr,
+    E5: tl.constexpr,
+    LIMIT: tl.constexpr,
+    WATCHED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    quad = tl.program_id(0) * QUADS + tl.arange(0, QUADS)
+    feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (quad < N // 4)[:, None] & (feature < F)[None, :]
+    factor, again_factor = tl.load(scale), tl.load(again_scale)
+    token = quad[:, None].to(tl.int64) * 4
+    gate0, up0, product0, most0 = _of_token(
+        gate_up, d_product, rows, token, feature, F, inside, factor, again_factor, E5, LIMIT, AGAIN_LIMIT
+    )
+    gate1, up1, product1, most1 = _of_token(
+        gate_up, d_product, rows, token + 1, feature, F, inside, factor, again_factor, E5, LIMIT, AGAIN_LIMIT
+    )
+    gate2, up2, product2, most2 = _of_token(
+        gate_up, d_product, rows, token + 2, feature, F, inside, factor, again_factor, E5, LIMIT, AGAIN_LIMIT
+    )
+    gate3, up3, product3, most3 = _of_token(
+        gate_up, d_product, rows, token + 3, feature, F, inside, factor, again_factor, E5, LIMIT, AGAIN_LIMIT
+    )
+    column = feature[:, None].to(tl.int64) * (N // 4) + quad[None, :]
+    there = tl.trans(inside)
+    tl.store(columns + column, tl.trans(word(gate0, gate1, gate2, gate3, E5)), mask=there)
+    tl.store(columns + column + F.to(tl.int64) * (N // 4), tl.trans(word(up0, up1, up2, up3, E5)), mask=there)
+    tl.store(again + column, tl.trans(word(product0, product1, product2, product3, False)), mask=there)
+    if WATCHED:
+        watch(tl.maximum(tl.maximum(most0, most1), tl.maximum(most2, most3)), largest, tl.program_id(0) + tl.program_id(1))
+
+
+@jit
+def _of_token(  # type: ignore[no-untyped-def]
+    gate_up,
+    d_product,
+    rows,
+    token,
+    feature,
+    F,
+    inside,
+    factor,
+    again_factor,
+    E5: tl.constexpr,
+    LIMIT: tl.constexpr,
+    AGAIN_LIMIT: tl.constexpr,
+):
+    """Store the rounded gradients of one token in four; return them and the product, scaled, and the larger gradient's magnitude."""
+    place = token * 2 * F + feature[None, :]
+    half = gate_up.dtype.element_ty
+    gate = tl.load(gate_up + place, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + place + F, mask=inside, other=0.0).to(tl.float32)
+    d = tl.load(d_product + token * F + feature[None, :], mask=inside, other=0.0).to(tl.float32)
+    s = tl.sigmoid(gate)
+    d_gate = (d * up * s * (1 + gate * (1 - s))).to(half).to(tl.float32)
+    d_up = (d * gate * s).to(half).to(tl.float32)
+    most = tl.maximum(tl.abs(d_gate), tl.abs(d_up))
+    d_gate, d_up = scaled(d_gate, factor, LIMIT), scaled(d_up, factor, LIMIT)
+    tl.store(rows + place, small(d_gate, E5), mask=inside)
+    tl.store(rows + place + F, small(d_up, E5), mask=inside)
+    return d_gate, d_up, scaled((gate * s * up).to(half).to(tl.float32), again_factor, AGAIN_LIMIT), most

@@ -1,0 +1,45 @@
+"""Checkpoints: files that are written whole or not at all, and what is in them."""
+
+from minifoundation.checkpoint.files import write_whole
+from minifoundation.checkpoint.folder import (
+    FINAL,
+    FORMAT,
+    MANIFEST,
+    STATE,
+    TENSORS,
+    Checkpoint,
+    fault,
+    latest_good,
+    load_checkpoint,
+    save_final,
+    save_step,
+    set_aside,
+    step_folder,
+    step_folders,
+    step_of,
+    tidy,
+    write_step,
+)
+from minifoundation.checkpoint.saver import Saver
+
+__all__ = [
+    "FINAL",
+    "FORMAT",
+    "MANIFEST",
+    "STATE",
+    "TENSORS",
+    "Checkpoint",
+    "Saver",
+    "fault",
+    "latest_good",
+    "load_checkpoint",
+    "save_final",
+    "save_step",
+    "set_aside",
+    "step_folder",
+    "step_folders",
+    "step_of",
+    "tidy",
+    "write_step",
+    "write_whole",
+]

@@ -1,0 +1,369 @@
+"""Checkpoints: written whole or not at all, read without running code, the newest good one found by its hashes.
+
+``step_00001000/`` is a folder to resume from, and ``final.pth`` one portable file without the optimizer (docs/checkpoints.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+
+from minifoundation import config
+from minifoundation.checkpoint.files import HashedFile, Record, put, record_of, sync_folder, write_whole
+from minifoundation.checkpoint.tensors import Layout, raw
+from minifoundation.config import RunConfig
+from minifoundation.errors import UserError
+
+FORMAT = 3
+TENSORS = "tensors.safetensors"
+STATE = "state.json"
+TOKENIZER = "tokenizer.model"
+MANIFEST = "manifest.json"
+FINAL = "final.pth"
+FINAL_MANIFEST = "final.json"
+PART = ".part"
+ASIDE = ".aside"
+"""Ends the name of a checkpoint that its run does not go on from any more."""
+
+REMEDY = "give final.pth or a step_ folder of a run"
+SECTIONS = ("model", "ema", "optimizer", "window", "kernel_state")
+"""The fields of a checkpoint that hold tensors; a tensor's name in the file is section/name."""
+
+
+@dataclass
+class Checkpoint:
+    """A run at one step."""
+
+    config: RunConfig
+    model: dict[str, Tensor]
+    """fp32 weights by the names of ``Transformer.state_dict()``."""
+    tokenizer_model: bytes
+    """The SentencePiece model file the run was trained with."""
+    progress: dict[str, Any]
+    """Step, tokens, place in the data: the fields of ``train.state.Progress``."""
+    ledger: list[dict[str, Any]] = field(default_factory=list)
+    """What was read of each source, phase after phase: the fields of ``data.ledger.Entry``."""
+    ema: dict[str, Tensor] | None = None
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    """State of the optimizer by what it is and whose; empty in ``final.pth``, as the rest below."""
+    scaler: dict[str, float] = field(default_factory=dict)
+    """State of the loss scaler of fp16."""
+    window: dict[str, Tensor] = field(default_factory=dict)
+    """What spikes are told by: the losses and gradient norms of the last steps."""
+    kernel_state: dict[str, Tensor] = field(default_factory=dict)
+    """What kernels carry from step to step beside the weights, such as the scales of 8-bit formats."""
+    kernels: dict[str, str] = field(default_factory=dict)
+    """Which kernels computed, where several can."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor by section/name."""
+        return {f"{section}/{name}": tensor for section in SECTIONS for name, tensor in (getattr(self, section) or {}).items()}
+
+    def state(self) -> dict[str, Any]:
+        """Return all but the tensors and the tokenizer, as JSON has it."""
+        return {
+            "format": FORMAT,
+            "config": self.config.model_dump(mode="json"),
+            "progress": self.progress,
+            "ledger": self.ledger,
+            "scaler": self.scaler,
+            "kernels": self.kernels,
+            "has_ema": self.ema is not None,
+        }
+
+
+def step_folder(out_dir: Path, step: int) -> Path:
+    """Return where the checkpoint of a step belongs."""
+    return out_dir / f"step_{step:08d}"
+
+
+def step_folders(out_dir: Path) -> list[Path]:
+    """Return the step checkpoints of a run, oldest first."""
+    return sorted((folder for folder in out_dir.glob("step_*") if folder.is_dir() and folder.name[5:].isdigit()), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """Return the step that a checkpoint's folder is named after."""
+    return int(folder.name[5:])
+
+
+def write_step(state: Mapping[str, Any], layout: Layout, body: Iterable[memoryview], tokenizer_model: bytes, out_dir: Path) -> Path:
+    """Write ``step_<n>/`` whole or not at all and return it; another checkpoint of that step is set aside.
+
+    Args:
+        state: ``Checkpoint.state()``.
+        body: the bytes of the tensors, in the order of ``layout``.
+    """
+    step = state["progress"]["step"]
+    folder = step_folder(out_dir, step)
+    part = folder.with_suffix(PART)
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir()  # not its parents: a run's folder that has vanished is a fault, not to be made again
+        files = {
+            TENSORS: _written(part / TENSORS, [layout.header()], body),
+            STATE: _written(part / STATE, [json.dumps(state, indent=1).encode()]),
+            TOKENIZER: _written(part / TOKENIZER, [tokenizer_model]),
+        }
+        write_whole(part / MANIFEST, sealed(step, files))
+        if folder.exists():
+            set_aside(folder)
+        put(part, folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return folder
+
+
+def save_step(checkpoint: Checkpoint, out_dir: Path, *, keep: int, keep_every: int | None = None) -> Path:
+    """Write ``step_<n>/`` whole or not at all, remove what ``prune`` does, and return the folder."""
+    tensors = checkpoint.tensors()
+    layout = Layout.of(tensors)
+    body = (raw(tensors[field.name]) for field in layout.fields)
+    folder = write_step(checkpoint.state(), layout, body, checkpoint.tokenizer_model, out_dir)
+    prune(folder, keep=keep, keep_every=keep_every)
+    return folder
+
+
+def _written(path: Path, head: Iterable[bytes], body: Iterable[memoryview] = ()) -> Record:
+    with HashedFile(path) as out:
+        for block in head:
+            out.write(block)
+        for view in body:
+            out.write(view)
+    assert out.record is not None
+    return out.record
+
+
+def prune(newest: Path, *, keep: int, keep_every: int | None) -> None:
+    """Remove the checkpoints before ``newest``, which has just been written, but for the last ``keep`` and every ``keep_every``-th step."""
+    before = [folder for folder in step_folders(newest.parent) if step_of(folder) <= step_of(newest)]
+    for old in before[:-keep]:
+        if keep_every is None or step_of(old) % keep_every:
+            part = old.with_suffix(PART)  # first of all it is no checkpoint any more, so that half of one is never taken for a damaged one
+            shutil.rmtree(part, ignore_errors=True)
+            old.rename(part)
+            shutil.rmtree(part)
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a checkpoint so that no run goes on from it, and return its new place."""
+    number = 1
+    while (place := folder.with_name(f"{folder.name}{ASIDE}{'' if number == 1 else number}")).exists():
+        number += 1
+    folder.rename(place)
+    sync_folder(folder.parent)
+    return place
+
+
+def tidy(out_dir: Path) -> None:
+    """Remove what a write that was killed has left; for the one run that holds the folder."""
+    for part in out_dir.glob(f"step_*{PART}"):
+        shutil.rmtree(part, ignore_errors=True)
+    for part in (out_dir / (name + PART) for name in (FINAL, FINAL_MANIFEST, "metrics.csv", "config.yaml", "run.json")):
+        part.unlink(missing_ok=True)
+
+
+def save_final(checkpoint: Checkpoint, out_dir: Path) -> Path:
+    """Write the portable ``final.pth`` (no optimizer), and ``final.json`` with its hash, whole or not at all; return its path."""
+    path, manifest = out_dir / FINAL, out_dir / FINAL_MANIFEST
+    part = path.with_name(path.name + PART)
+    payload = {
+        **checkpoint.state(),
+        "model": {name: tensor.detach().cpu() for name, tensor in checkpoint.model.items()},
+        "tokenizer_model": checkpoint.tokenizer_model,
+        "ema": checkpoint.ema and {name: tensor.detach().cpu() for name, tensor in checkpoint.ema.items()},
+    }
+    try:
+        with HashedFile(part) as out:
+            try:
+                torch.save(payload, cast(IO[bytes], out))
+            except RuntimeError as error:  # torch's zip writer hides what the file said behind an error of its own
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+        assert out.record is not None
+        manifest.unlink(missing_ok=True)  # the hash of the former file does not outlive it
+        put(part, path)
+        write_whole(manifest, sealed(checkpoint.progress["step"], {FINAL: out.record}))
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def sealed(step: int, files: Mapping[str, Record]) -> bytes:
+    """Return the text of a manifest, which carries a hash of itself: no byte of a checkpoint is without one."""
+    return _sealed({"format": FORMAT, "step": step, "files": {name: asdict(record) for name, record in files.items()}})
+
+
+def _sealed(manifest: dict[str, Any]) -> bytes:
+    seal = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return json.dumps({**manifest, "seal": seal}, indent=1).encode()
+
+
+def _files(path: Path, place: Path) -> dict[str, Record]:
+    """Return what the manifest in ``path`` says of the files of the checkpoint ``place``.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is damaged.
+        UserError: it is of another format.
+    """
+    text = path.read_bytes()
+    manifest = json.loads(text)
+    if manifest.keys() == {"format", "step", "bytes", "sha256"}:
+        check_format(2, place)
+    seal = manifest.pop("seal")
+    if _sealed(manifest) != text or manifest["step"] != (step_of(place) if place.is_dir() else manifest["step"]):
+        raise ValueError(seal)
+    check_format(manifest["format"], place)
+    return {name: Record(**record) for name, record in manifest["files"].items()}
+
+
+def fault(path: Path) -> str | None:
+    """Return what is wrong with a step folder or a ``final.pth``, every byte of which is read; None when nothing is.
+
+    A ``final.pth`` without the ``final.json`` beside it has only the checksums of its own archive, which torch does not look at.
+
+    Raises:
+        UserError: it is of another format.
+    """
+    manifest = path / MANIFEST if path.is_dir() else path.with_name(FINAL_MANIFEST)
+    if not path.is_dir() and not (path.name == FINAL and manifest.exists()):
+        return _archive_fault(path) if path.is_file() else "is missing"
+    try:
+        files = _files(manifest, path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{manifest.name} is missing or damaged"
+    folder = path if path.is_dir() else path.parent
+    return next((found for name, record in files.items() if (found := _difference(folder / name, record)) is not None), None)
+
+
+def _archive_fault(path: Path) -> str | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # zipfile meets damage with errors of many kinds
+        return f"{type(error).__name__}: no whole file of torch.save"
+    return None if damaged is None else f"{damaged} in it does not match its checksum"
+
+
+def _difference(path: Path, record: Record) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != record.bytes:
+        return f"{path.name} has {path.stat().st_size:,} bytes instead of {record.bytes:,}"
+    return None if record_of(path) == record else f"{path.name} does not match its sha256"
+
+
+def latest_good(out_dir: Path, say: Callable[[str], None], *, before: int | None = None) -> Path | None:
+    """Return the newest step checkpoint that is whole; each that is not and is passed over is named through ``say``.
+
+    Args:
+        before: only those of earlier steps than this.
+
+    Raises:
+        UserError: the newest whole one is of another format.
+    """
+    for folder in reversed(step_folders(out_dir)):
+        if before is not None and step_of(folder) >= before:
+            continue
+        problem = fault(folder)
+        if problem is None:
+            return folder
+        say(f"warning: {folder}: {problem}; passed over")
+    return None
+
+
+def load_checkpoint(path: Path, *, verified: bool = False) -> Checkpoint:
+    """Return the checkpoint in ``final.pth`` or a step folder, tensors in host memory.
+
+    Args:
+        verified: its hashes have just been compared, and are not once more.
+
+    Raises:
+        UserError: nothing there, damaged, not a checkpoint of this toolkit, or of another format.
+    """
+    if not path.exists():
+        raise UserError(str(path), "no such checkpoint", REMEDY)
+    if path.is_dir() and not (path / MANIFEST).exists():
+        inside = [found for found in (path / FINAL, *reversed(step_folders(path))) if found.exists()]
+        why = f"{MANIFEST} is missing" if path.name.startswith("step_") else "it is the folder of a run" if inside else "a folder"
+        raise UserError(str(path), f"not a checkpoint ({why})", f"did you mean {inside[0]}?" if inside else REMEDY)
+    if not verified and (problem := fault(path)) is not None:
+        remedy = f"{REMEDY}, or remove {FINAL_MANIFEST} if it was changed on purpose" if problem.startswith(FINAL) else REMEDY
+        raise UserError(str(path), f"not a checkpoint ({problem})", remedy)
+    try:
+        state, sections, tokenizer_model = _step_contents(path) if path.is_dir() else _final_contents(path)
+    except UserError:
+        raise
+    except Exception as error:  # a foreign or cut file fails in a dozen ways, all of which mean the same here
+        raise UserError(str(path), f"not a checkpoint ({type(error).__name__})", REMEDY) from None
+    return Checkpoint(
+        config=config.build(RunConfig, state["config"], str(path)),
+        tokenizer_model=tokenizer_model,
+        progress=state["progress"],
+        ledger=state["ledger"],
+        scaler=state["scaler"],
+        kernels=state["kernels"],
+        model=sections["model"],
+        ema=sections["ema"] if state["has_ema"] else None,
+        optimizer=sections["optimizer"],
+        window=sections["window"],
+        kernel_state=sections["kernel_state"],
+    )
+
+
+Contents = tuple[dict[str, Any], dict[str, dict[str, Tensor]], bytes]
+"""State, tensors by section, and the tokenizer."""
+
+
+def _step_contents(folder: Path) -> Contents:
+    from safetensors.torch import load_file
+
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    _check_keys(state, folder)
+    sections: dict[str, dict[str, Tensor]] = {section: {} for section in SECTIONS}
+    for name, tensor in load_file(folder / TENSORS).items():
+        section, _, inner = name.partition("/")
+        sections[section][inner] = tensor
+    return state, sections, (folder / TOKENIZER).read_bytes()
+
+
+def _final_contents(path: Path) -> Contents:
+    payload = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(payload, dict) or not {"format", "config", "model", "progress"} <= payload.keys():
+        raise UserError(str(path), "not a checkpoint of this toolkit", REMEDY)
+    _check_keys(payload, path)
+    sections: dict[str, dict[str, Tensor]] = {section: payload.get(section) or {} for section in SECTIONS}
+    return payload, sections, payload["tokenizer_model"]
+
+
+def _check_keys(state: Mapping[str, Any], path: Path) -> None:
+    check_format(state["format"], path)
+    missing = {"config", "progress", "ledger", "scaler", "kernels", "has_ema"} - state.keys()
+    if missing:
+        raise UserError(str(path), f"not a checkpoint ({', '.join(sorted(missing))} missing)", REMEDY)
+
+
+def check_format(found: Any, path: Path) -> None:
+    """Refuse a checkpoint of another format.
+
+    Raises:
+        UserError: it is older or newer.
+    """
+    with suppress(TypeError):
+        if found > FORMAT:
+            raise UserError(str(path), f"format {found} is newer than {FORMAT}", "update the toolkit")
+        if found < FORMAT:
+            raise UserError(str(path), f"format {found} is older than {FORMAT}", "read it with the version that wrote it")

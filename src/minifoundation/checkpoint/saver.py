@@ -1,0 +1,190 @@
+"""Step checkpoints beside the training: copied to host memory, then written by one thread."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Thread
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from minifoundation.checkpoint.folder import Checkpoint, prune, write_step
+from minifoundation.checkpoint.tensors import HostCopy, Layout, raw
+from minifoundation.errors import UserError
+
+SPARE = 0.5
+"""Share of the free host memory that the copy of a checkpoint may take; where it would take more, training waits for the write."""
+
+SLACK = 2**20
+"""Bytes of a checkpoint that are not tensors: settings, ledger, tokenizer and what the file system keeps of them, about."""
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time.
+
+    In the background a save only has the state copied to host memory, which is kept from one save to the next; ``hold`` has to be
+    called before the state is changed. One thread then writes and hashes the copy, in large blocks that leave the interpreter free.
+    A second save waits for the first, and what went wrong in one is raised by ``check`` or the next call.
+
+    Args:
+        background: write beside the training.
+        if_fails: ``stop`` raises what a save failed with; ``continue`` says it and trains on.
+        say: prints a line for the person.
+    """
+
+    def __init__(
+        self,
+        out_dir: Path,
+        *,
+        keep: int,
+        keep_every: int | None,
+        background: bool,
+        if_fails: Literal["stop", "continue"],
+        say: Callable[[str], None],
+    ) -> None:
+        self.out_dir = out_dir
+        self._keep = keep
+        self._keep_every = keep_every
+        self._background = background
+        self._if_fails = if_fails
+        self._say = say
+        self._copy: HostCopy | None = None
+        self._writing: Future[None] | None = None
+        self._saved: int | None = None
+        """The step that was saved, or given to the writer, last."""
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Save ``checkpoint``, or begin to; one of the same step is not written twice.
+
+        Raises:
+            UserError, OSError: this save, or the one before, could not be written, and ``if_fails`` is ``stop``.
+        """
+        step = checkpoint.progress["step"]
+        if step == self._saved:
+            return
+        if not self.idle:
+            began = time.perf_counter()
+            self.finish()
+            self._say(f"step {step:,}: waited {time.perf_counter() - began:.1f} s for the checkpoint before to be written")
+        self.finish()
+        tensors = checkpoint.tensors()
+        layout = Layout.of(tensors)
+        try:
+            self._check_space(layout.n_bytes)
+        except (UserError, OSError) as error:
+            self.failed(error)
+            return
+        self._saved = step
+        arguments = (checkpoint.state(), layout, checkpoint.tokenizer_model)
+        copy = self._host_copy(layout, tensors) if self._background else None
+        if copy is None:
+            self._writing = Future()
+            self._write(self._writing, *arguments, (raw(tensors[field.name]) for field in layout.fields))
+            self.finish()
+            return
+        copy.fill(tensors)
+        self._writing = Future()
+        # A daemon, so that a second Ctrl-C leaves at once; what it leaves behind is not a checkpoint yet.
+        Thread(target=self._write, args=(self._writing, *arguments, copy.blocks()), name="checkpoint", daemon=True).start()
+
+    def hold(self) -> None:
+        """Have the device finish copying what is being saved before it changes anything; nothing waits on the host."""
+        if self._copy is not None:
+            self._copy.hold()
+
+    def check(self) -> None:
+        """Raise what a save in the background has failed with, if one has."""
+        if self.idle:
+            self.finish()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being written."""
+        return self._writing is None or self._writing.done()
+
+    def finish(self) -> None:
+        """Return when nothing is being written any more.
+
+        Raises:
+            UserError, OSError: what the save failed with, when ``if_fails`` is ``stop``.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        error = writing.exception()
+        if error is not None:
+            self._saved = None
+            self.failed(error)
+
+    def close(self) -> None:
+        """Wait for what is being written, whatever becomes of it, and give the host memory back."""
+        if self._writing is not None:
+            self._writing.exception()
+        if self._copy is not None:
+            self._copy.close()
+            self._copy = None
+
+    def failed(self, error: BaseException) -> None:
+        """Raise what could not be written, or say it and go on, as ``if_fails`` has it."""
+        if self._if_fails == "stop" or not isinstance(error, (UserError, OSError)):
+            raise error
+        reason = f"{error.filename}: {str(error.strerror).lower()}" if isinstance(error, OSError) else str(error)
+        self._say(f"warning: not written: {reason}; training on, since train.if_save_fails is continue")
+
+    def _check_space(self, tensor_bytes: int) -> None:
+        if not self.out_dir.is_dir():
+            raise UserError(str(self.out_dir), "the folder of the run is gone", "look where it went, and go on with --resume auto")
+        needed, free = tensor_bytes + SLACK, shutil.disk_usage(self.out_dir).free
+        if needed > free:
+            raise UserError(
+                str(self.out_dir),
+                f"a checkpoint takes {size(needed)}, and {size(free)} are free on its disk",
+                "free some space and go on with --resume auto",
+            )
+
+    def _host_copy(self, layout: Layout, tensors: Mapping[str, Tensor]) -> HostCopy | None:
+        """Return host memory for ``tensors``; None, from now on, where there is too little of it."""
+        if self._copy is not None and self._copy.layout == layout:
+            return self._copy
+        if self._copy is not None:
+            self._copy.close()
+            self._copy = None
+        device = next((tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"), torch.device("cpu"))
+        free = free_memory_bytes()
+        try:
+            if layout.n_bytes > SPARE * free:
+                raise MemoryError(f"{size(layout.n_bytes)} would be needed, and {size(free)} are free")
+            self._copy = HostCopy(layout, device)
+        except MemoryError as error:
+            self._say(f"warning: train.async_save: too little host memory ({error}); training waits for each checkpoint")
+            self._background = False
+        return self._copy
+
+    def _write(self, writing: Future[None], state: dict[str, Any], layout: Layout, tokenizer: bytes, body: Iterable[memoryview]) -> None:
+        try:
+            folder = write_step(state, layout, body, tokenizer, self.out_dir)
+            prune(folder, keep=self._keep, keep_every=self._keep_every)
+        except BaseException as error:
+            writing.set_exception(error)
+        else:
+            writing.set_result(None)
+
+
+def size(n_bytes: int) -> str:
+    """Return a number of bytes for a person."""
+    return f"{n_bytes / 2**30:,.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:,.1f} MiB"
+
+
+def free_memory_bytes() -> int:
+    """Return how much host memory can be had without swapping; all of it where the system does not tell."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        told = dict(line.split(":") for line in meminfo.read_text(encoding="ascii").splitlines())
+        return int(told["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,65 @@
+"""One process at a time in a folder: a lock that the system gives back when its process ends, however it ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from minifoundation.errors import UserError
+
+LOCK = ".lock"
+POLL_SECONDS = 0.3
+
+
+@contextmanager
+def held(folder: Path, suffices: Callable[[], bool] | None = None) -> Iterator[bool]:
+    """Hold the lock of ``folder``. A lock file that a killed process has left is of no account: the lock is the system's.
+
+    Args:
+        suffices: while another process holds it, wait until this is true, and then go on without the lock (False). Without it
+            do not wait.
+
+    Raises:
+        UserError: another process holds it; it is named.
+    """
+    with (folder / LOCK).open("a+") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if suffices is None:
+                    raise UserError(
+                        str(folder),
+                        f"is being written by another process ({_owner(folder)})",
+                        "wait until it is done, then run the same line again",
+                    ) from None
+                if suffices():
+                    yield False
+                    return
+                time.sleep(POLL_SECONDS)
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        yield True
+
+
+def holder(folder: Path) -> str | None:
+    """Return which process holds the lock of ``folder``, None when none does."""
+    try:
+        with (folder / LOCK).open("r") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return None
+    except BlockingIOError:
+        return _owner(folder)
+    return None
+
+
+def _owner(folder: Path) -> str:
+    return (folder / LOCK).read_text(encoding="utf-8")

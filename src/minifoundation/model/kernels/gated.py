@@ -1,0 +1,73 @@
+"""Products with SwiGLU or its gradients in their epilogue, by QuACK (package quack-kernels, for Hopper and later).
+
+Letters: N tokens, D model width, F feed-forward width. Gate and up lie interleaved here: rows 2i and 2i + 1 of the weight, and columns
+likewise, since a thread of the epilogue must hold both.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+INSTALLED = find_spec("quack") is not None
+
+
+def interleaved(gate_up: Tensor) -> Tensor:
+    """Return the view of a weight (2F, D), gate above up, whose rows are interleaved: (F, 2, D)."""
+    return gate_up.view(2, -1, gate_up.shape[1]).transpose(0, 1)
+
+
+def apart(gate_up: Tensor) -> Tensor:
+    """Return an interleaved (2F, D) with gate above up again."""
+    return gate_up.view(-1, 2, gate_up.shape[1]).transpose(0, 1).reshape(gate_up.shape)
+
+
+def product(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gates x weight^T, (N, 2F), and SwiGLU's product of them, (N, F), of x (N, D) and an interleaved weight (2F, D)."""
+    from quack.gemm_config import GemmConfig
+    from quack.gemm_interface import gemm_gated
+
+    config = GemmConfig(tile_m=128, tile_n=192, pingpong=True, cluster_m=2, cluster_n=1, is_dynamic_persistent=False)
+    gates, activated = gemm_gated(x, weight.T, activation="swiglu", config=config)
+    return gates, activated
+
+
+def gradients(d_out: Tensor, down: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient of ``gates`` (N, 2F) and SwiGLU's product again, (N, F), of d_out (N, D) through ``down`` (D, F)."""
+    from quack.gemm_config import GemmConfig
+    from quack.gemm_interface import gemm_dgated
+
+    config = GemmConfig(tile_m=128, tile_n=128, pingpong=True, cluster_m=2, cluster_n=1, is_dynamic_persistent=True)
+    d_gates, activated = gemm_dgated(d_out, down, gates, activation="swiglu", config=config, dynamic_scheduler=True)[:2]
+    return d_gates, activated
+
+
+def sum_with_product(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Return residual + x weight^T, (N, D), of x (N, F) and weight (D, F), added before it is rounded."""
+    from quack.gemm_interface import gemm_add
+
+    result: Tensor = gemm_add(x, weight.T, residual, tuned=False)
+    return result
+
+
+def obstacle(device: torch.device, dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
+    """Return why QuACK's products cannot be used on ``device``, or None; they are tried on a small case."""
+    if not INSTALLED:
+        return "needs the package quack-kernels"
+    if capability[0] not in (9, 10):
+        return f"needs compute capability 9.x or 10.x, not {capability[0]}.{capability[1]}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bf16 or fp16, not {dtype}"
+    x, weight, down = (torch.randn(shape, device=device).to(dtype) for shape in ((256, 128), (512, 128), (128, 256)))
+    try:
+        gates, activated = product(x, weight)
+        gradients(x, down, gates)
+        sum_with_product(x, activated, down)
+        gate, up = (x.float() @ weight.float().T).unflatten(-1, (-1, 2)).unbind(-1)
+        exact = torch.nn.functional.silu(gate) * up
+        wrong = float((activated.float() - exact).norm() / exact.norm())
+    except Exception as error:  # versions of QuACK and CUTLASS that do not fit each other fail in many ways
+        return f"fails here ({type(error).__name__}: {str(error).splitlines()[0][:80]})"
+    return None if wrong < 1e-2 else f"computes something else here (error {wrong:.3g})"

@@ -1,0 +1,67 @@
+"""A device that is too small: which setting would help most, and the line that has it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minifoundation.config import RunConfig
+from minifoundation.distributed import World
+from minifoundation.errors import UserError
+from minifoundation.runtime import Machine
+from minifoundation.train.plan import USABLE_MEMORY, plan
+from minifoundation.train.provenance import typed
+
+GIB = 2**30
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether ``error`` says that memory has run out, on a GPU or on the CPU."""
+    return "out of memory" in str(error) or "DefaultCPUAllocator" in str(error)
+
+
+def too_large(config: RunConfig, machine: Machine, world: World, *, resumable: bool) -> UserError:
+    """Return the error of a run that does not fit: the peak, the change that helps, the memory predicted with it and the whole line.
+
+    Args:
+        resumable: the run's folder holds something to go on from.
+    """
+    train = config.train
+    options, needed = remedy(config, machine, world)
+    line = typed(world, **options, **({"resume": "auto"} if resumable else {}))
+    changes = " ".join(f"--{name} {value}" for name, value in options.items())
+    return UserError(
+        "train.batch_size",
+        f"{train.batch_size} rows of {train.seq_len} tokens do not fit the memory of {machine.name} "
+        f"(peak {machine.peak_memory_bytes() / GIB:.1f} of {machine.memory_bytes / GIB:.1f} GiB)",
+        f"with {changes} {needed / GIB:.1f} GiB are predicted: {line}",
+    )
+
+
+def remedy(config: RunConfig, machine: Machine, world: World) -> tuple[dict[str, Any], int]:
+    """Return the options that make the run fit at the least cost in speed, and the bytes predicted with them.
+
+    Fewer rows with more micro-batches cost nearly nothing and leave the tokens of a step as they are; recomputing activations costs a
+    fifth to a third. Where nothing fits, the change with the smallest prediction comes back.
+    """
+    usable = min(USABLE_MEMORY * machine.memory_bytes, 0.9 * plan(config, world.size).memory_total)
+    tried = [(options, plan(_changed(config, options), world.size).memory_total) for options in _changes(config)]
+    return next(((options, needed) for options, needed in tried if needed <= usable), min(tried, key=lambda one: one[1]))
+
+
+def _changes(config: RunConfig) -> list[dict[str, Any]]:
+    train, model = config.train, config.model
+    rows, micro = train.batch_size, train.grad_accum
+    assert isinstance(rows, int)
+    splits = [{"batch_size": rows // part, "grad_accum": micro * part} for part in range(2, rows + 1) if rows % part == 0]
+    one_row = splits[-1] if splits else {}
+    smaller = {"train.loss_chunk": max(1, train.loss_chunk // 4)}
+    kinds = {"none": ("attention", "full"), "attention": ("full",), "full": ()}[model.checkpointing]
+    recomputed = [{**one_row, "model.checkpointing": kind} for kind in kinds]
+    least: dict[str, Any] = {**one_row, "model.checkpointing": "full", **smaller}
+    return [*splits, *recomputed, {**one_row, **smaller}, least, {**least, "train.optimizer_states": "int8"}]
+
+
+def _changed(config: RunConfig, options: dict[str, Any]) -> RunConfig:
+    train = {name.removeprefix("train."): value for name, value in options.items() if not name.startswith("model.")}
+    model = {name.removeprefix("model."): value for name, value in options.items() if name.startswith("model.")}
+    return config.model_copy(update={"train": config.train.model_copy(update=train), "model": config.model.model_copy(update=model)})

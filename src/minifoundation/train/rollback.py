@@ -1,0 +1,86 @@
+"""Going back: to the last checkpoint before a row of bad steps, and over the samples of these."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from minifoundation.checkpoint import latest_good, set_aside, step_folders, step_of, write_whole
+from minifoundation.errors import UserError
+
+ROLLBACKS = "rollbacks.json"
+"""In the folder of a run: each time it went back, so that a run that is killed after that steps over the same samples again."""
+
+
+@dataclass(frozen=True)
+class Bad:
+    """Steps in a row that were skipped, with nothing learnt from any."""
+
+    first_step: int
+    last_step: int
+    first_sample: int
+    end: int
+    """The sample after the last of them."""
+    seen: str
+    """What was wrong with the last one, in words."""
+
+    def __str__(self) -> str:
+        return f"steps {self.first_step:,} to {self.last_step:,} (samples {self.first_sample:,} to {self.end - 1:,}): {self.seen}"
+
+
+def rollbacks(out_dir: Path) -> list[dict[str, Any]]:
+    """Return each time the run in ``out_dir`` went back: ``to``, the step, and the fields of ``Bad``.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = out_dir / ROLLBACKS
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for one in found:
+            Bad(**{name: value for name, value in one.items() if name != "to"})
+            int(one["to"]), int(one["first_sample"]), int(one["end"])
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        raise UserError(str(path), "is damaged", "restore it, or remove it: the samples it names will then be read again") from None
+    return list(found)
+
+
+def stepped_over(out_dir: Path) -> list[list[int]]:
+    """Return the samples that the run in ``out_dir`` leaves out: first and end of each range."""
+    return [[one["first_sample"], one["end"]] for one in rollbacks(out_dir)]
+
+
+def go_back(bad: Bad, out_dir: Path, *, most: int, write: bool, say: Callable[[str], None]) -> Path | None:
+    """Return the checkpoint to go on from, None for the beginning, and (``write``) record that the run steps over ``bad``.
+
+    It is the newest good one from before the first bad step; from before the one that was gone back to last, when no step since was good:
+    then the weights in that were bad already. Checkpoints after it are set aside.
+
+    Raises:
+        UserError: the run has gone back ``most`` times.
+    """
+    before = rollbacks(out_dir)
+    if len(before) >= most:
+        told = "; ".join(f"{one['seen']} at step {one['last_step']:,}" for one in before[-3:])
+        raise UserError(
+            "train.max_rollbacks",
+            f"{bad}, after going back {len(before)} times" + (f" ({told})" if told else ""),
+            "begin again in another --out_dir with a lower --lr, a longer --train.warmup or bf16 instead of fp16; "
+            "or, when the text is at fault, look at these samples",
+        )
+    limit = bad.first_step
+    if before and before[-1]["to"] >= bad.first_step - 1:
+        limit = before[-1]["to"]
+    folder = latest_good(out_dir, say, before=limit)
+    step = step_of(folder) if folder else 0
+    if write:
+        write_whole(out_dir / ROLLBACKS, json.dumps([*before, {"to": step, **asdict(bad)}], indent=1).encode())
+        for later in step_folders(out_dir):
+            if step_of(later) > step:
+                set_aside(later)
+    return folder

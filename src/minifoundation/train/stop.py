@@ -1,0 +1,60 @@
+"""Being told to stop: signals and a time limit."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from tqdm import tqdm
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Ctrl-C; what systems, schedulers and torchrun send before they kill; what Slurm sends with ``--signal=USR1@60``."""
+
+
+class Stop:
+    """Told by a signal, or by ``max_hours`` since it was made.
+
+    While ``nothing_to_save`` a signal raises KeyboardInterrupt where the process stands, be it in preparing data or compiling. Later the
+    first one has the loop save after its step, and the second one raises.
+    """
+
+    def __init__(self, max_hours: float | None = None) -> None:
+        self.signal: str | None = None
+        self.nothing_to_save = True
+        self._deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
+
+    @property
+    def asked(self) -> bool:
+        """Whether to stop."""
+        return self.signal is not None or self._out_of_time
+
+    @property
+    def reason(self) -> str:
+        """What told to stop."""
+        return self.signal or ("train.max_hours" if self._out_of_time else "another process was told to stop")
+
+    @property
+    def _out_of_time(self) -> bool:
+        return self._deadline is not None and time.monotonic() > self._deadline
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        again = self.signal is not None
+        self.signal = signal.Signals(number).name
+        if again or self.nothing_to_save:
+            raise KeyboardInterrupt
+        tqdm.write(f"{self.signal}: saving after this step (once more to stop at once)")
+
+
+@contextmanager
+def stop_on_signals(max_hours: float | None = None) -> Iterator[Stop]:
+    """Yield a flag that the signals set, and put the former handlers back at the end."""
+    stop = Stop(max_hours)
+    former = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -1,0 +1,64 @@
+"""What is proposed when memory runs out: it is less, by the prediction, and leaves the tokens of a step as they are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from minifoundation import config
+from minifoundation.config import REPOSITORY, RunConfig
+from minifoundation.distributed import World
+from minifoundation.runtime import Machine
+from minifoundation.train.out_of_memory import is_out_of_memory, remedy, too_large
+from minifoundation.train.plan import plan
+
+GIB = 2**30
+H100 = Machine(torch.device("cpu"), "a GPU", 80 * GIB, None)
+
+
+def made(**sections: dict[str, Any]) -> RunConfig:
+    values = config.read_yaml(REPOSITORY / "configs" / "model_0p5b.yaml")
+    base = {"data": {"source": "x"}, "train": {"tokens": 10**9, "precision": "bf16"}}
+    return config.build(RunConfig, config.merged(config.merged(values, base), sections), "test")
+
+
+def test_fewer_rows_and_as_many_tokens() -> None:
+    run = made(train={"batch_size": 32, "grad_accum": 2})
+    assert plan(run, 1).memory_total > 80 * GIB
+    options, needed = remedy(run, H100, World())
+    assert options == {"batch_size": 16, "grad_accum": 4}
+    assert needed == plan(made(train=options), 1).memory_total < 0.92 * 80 * GIB
+
+
+def test_one_row_that_does_not_fit_is_recomputed() -> None:
+    run = made(train={"batch_size": 1, "seq_len": 32_768}, model={"rope": {"scaling": "yarn", "factor": 8}})
+    small = replace(H100, memory_bytes=24 * GIB)
+    options, needed = remedy(run, small, World())
+    assert options["model.checkpointing"] in ("attention", "full") and "batch_size" not in options
+    assert needed < plan(run, 1).memory_total
+
+
+def test_where_nothing_fits_the_least_is_proposed() -> None:
+    options, needed = remedy(made(train={"batch_size": 4}), replace(H100, memory_bytes=GIB), World())
+    assert options["train.optimizer_states"] == "int8" and options["model.checkpointing"] == "full" and options["batch_size"] == 1
+    assert needed > GIB
+
+
+def test_the_line_has_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = ["pretrain", "--config", "configs/model_0p5b.yaml", "--batch_size", "32"]
+    monkeypatch.setattr("sys.orig_argv", ["python", "-m", "src.cli", *line])
+    monkeypatch.setattr("sys.argv", ["src/cli.py", *line])
+    error = too_large(made(train={"batch_size": 32}), H100, World(), resumable=True)
+    assert str(error).startswith("train.batch_size: 32 rows of 4096 tokens do not fit the memory of a GPU (peak ")
+    assert str(error).endswith(": python -m src.cli pretrain --config configs/model_0p5b.yaml --batch_size 16 --grad_accum 2 --resume auto")
+
+
+def test_what_memory_says_when_it_runs_out() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**15)
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))

@@ -1,0 +1,326 @@
+"""Runs that are stopped, poisoned, robbed of their folder or started twice, against the run that nothing happened to."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minifoundation.checkpoint import Checkpoint, load_checkpoint, saver, step_folders
+from minifoundation.config import RunConfig
+from minifoundation.data.loader import Loader
+from minifoundation.errors import Stopped, UserError
+from minifoundation.lock import held
+from minifoundation.train import loop, step
+from minifoundation.train.run import run
+from minifoundation.train.state import Progress, beyond
+from minifoundation.train.stop import Stop
+from tests.checkpoint.made import same
+from tests.train.test_run import at_step, rows, steady, trained
+
+Make = Callable[..., RunConfig]
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.mark.parametrize("first", [2, 3])
+def test_stopped_and_resumed_again_and_again_is_the_uninterrupted_run(settings: Make, monkeypatch: pytest.MonkeyPatch, first: int) -> None:
+    """At 2, 4, 6 ... or 3, 5, 7 ...: each process does two steps."""
+    sections: dict[str, Any] = {"train": {"ema": 0.9, "save_every": 3}}
+    whole, broken = settings("whole", **sections), settings("broken", **sections)
+    expected = trained(whole)
+    for number in range(first, 12, 2):
+        at_step(monkeypatch, first if number == first else 2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        with pytest.raises(Stopped, match=rf"SIGUSR1: stopped at step {number} of 12 and saved .*; go on with: .* --resume auto"):
+            trained(broken, resume=None if number == first else "auto")
+        monkeypatch.undo()
+    assert same(trained(broken, resume="auto"), Checkpoint(**{**vars(expected), "config": broken}))
+    assert [steady(row) for row in rows(broken)] == [steady(row) for row in rows(whole)]
+    of = [config.out_dir / "step_00000009" / "tensors.safetensors" for config in (whole, broken)]
+    assert of[0].read_bytes() == of[1].read_bytes(), "optimizer, spike window and all"
+
+
+def test_from_an_earlier_step_the_later_checkpoints_are_set_aside(settings: Make, capsys: Capture) -> None:
+    config = settings()
+    expected = trained(config)
+    (config.out_dir / "final.pth").unlink()
+    again = trained(config, resume=str(config.out_dir / "step_00000004"))
+    assert same(again, expected)
+    assert "step_00000008: is after the step to go on from; kept as step_00000008.aside" in capsys.readouterr().err
+    assert [found.name for found in step_folders(config.out_dir)] == ["step_00000004", "step_00000008"]
+
+
+def test_a_time_limit_is_a_stop(settings: Make) -> None:
+    whole, short = settings("whole"), settings("short", train={"max_hours": 1e-9})
+    expected = trained(whole)
+    with pytest.raises(Stopped, match=r"train\.max_hours: stopped at step 1 of 12"):
+        trained(short)
+    assert same(trained(settings("short"), resume="auto"), Checkpoint(**{**vars(expected), "config": settings("short")}))
+
+
+def test_a_signal_before_the_first_step_leaves_at_once(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings()
+
+    def tokenizing(*_arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("minifoundation.train.corpus._tokenizer", tokenizing)
+    with pytest.raises(Stopped, match=r"stopped \(no step was done yet\); go on with: .* --resume auto"):
+        trained(config)
+    monkeypatch.undo()
+    assert trained(config, resume="auto").progress["step"] == 12
+
+
+def test_a_second_signal_leaves_at_once_with_the_last_checkpoint_whole(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings()
+
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(monkeypatch, 7, twice)
+    with pytest.raises(KeyboardInterrupt):
+        trained(config)
+    monkeypatch.undo()
+    assert [found.name for found in step_folders(config.out_dir)] == ["step_00000004"]
+    assert same(trained(config, resume="auto"), Checkpoint(**{**vars(trained(settings("whole"))), "config": config}))
+
+
+@pytest.mark.parametrize("number", [5, 12], ids=["in the middle", "at the end"])
+def test_an_evaluation_that_a_stop_cuts_short_is_made_up_for(settings: Make, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    whole, broken = settings("whole"), settings("broken")
+    expected = trained(whole)
+
+    def stopped(*arguments: Any) -> float | None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step.held_out_loss(*arguments)
+
+    calls = iter(range(100))
+    which = {5: 0, 12: 2}[number]
+    monkeypatch.setattr(loop, "held_out_loss", lambda *a: stopped(*a) if next(calls) == which else step.held_out_loss(*a))
+    with pytest.raises(Stopped, match=f"stopped at step {number} of 12"):
+        trained(broken)
+    assert [int(row["step"]) for row in rows(broken)] == list(range(1, number))
+    monkeypatch.undo()
+    assert same(trained(broken, resume="auto"), Checkpoint(**{**vars(expected), "config": broken}))
+    assert [steady(row) for row in rows(broken)] == [steady(row) for row in rows(whole)]
+
+
+def test_what_changes_the_result_is_refused_unless_allowed_and_the_rest_is_told(settings: Make, capsys: Capture) -> None:
+    config = settings()
+    trained(config)
+    (config.out_dir / "final.pth").unlink()
+    with pytest.raises(UserError, match=r"train\.lr: 0\.005 here, but 0\.01 in .*; set it to .* --allow_change train\.lr"):
+        run(settings(train={"lr": 5e-3}), resume="auto", dry_run=False)
+    capsys.readouterr()
+    run(settings(train={"lr": 5e-3, "eval_every": 6}), resume="auto", dry_run=False, allowed=("train.lr",))
+    assert "changed since" in (said := capsys.readouterr().err)
+    assert "train.lr 0.005 instead of 0.01" in said and "train.eval_every 6 instead of 5" in said
+
+
+def test_one_run_a_folder(settings: Make) -> None:
+    config = settings()
+    trained(config)
+    (config.out_dir / "final.pth").unlink()
+    with held(config.out_dir), pytest.raises(UserError, match=rf"is being written by another process \(pid {os.getpid()} on "):
+        run(config, resume="auto", dry_run=False)
+    trained(config, resume="auto")  # the file of the lock is still there, and of no account
+
+
+def test_run_json_tells_of_every_start(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings()
+    monkeypatch.setattr("sys.argv", ["minifoundation", "pretrain", "--data", "https://user:secret@host/x", "--resume", "auto"])
+    at_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped) as stopped:
+        trained(config)
+    assert str(stopped.value).endswith("pretrain --data 'https://***@host/x' --resume auto")
+    trained(config, resume="auto")
+    starts = json.loads((config.out_dir / "run.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, 3]
+    assert "secret" not in json.dumps(starts)
+    assert starts[0]["versions"]["torch"] == torch.__version__ and len(starts[0]["code"]["commit"]) == 40
+    assert starts[0]["hardware"]["processes"] == 1 and starts[0]["hardware"]["device"].startswith("CPU")
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool], value: float = math.nan) -> list[int]:
+    """Have the losses of steps that read a ``bad`` sample come out as ``value`` times what they are; return the samples read."""
+    read: list[int] = []
+    real_rows, real_step = Loader.rows, step.train_step
+
+    def seen(self: Loader, samples: Any) -> Any:
+        found = real_rows(self, samples)
+        found[:, 0] = [sample if bad(int(sample)) else -1 for sample in samples]  # tells the model's stand-in below
+        return found
+
+    class Poison(torch.nn.Module):
+        def __init__(self, model: torch.nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens: torch.Tensor, targets: torch.Tensor, cu_seqlens: Any) -> Any:
+            marks = tokens[:, 0].tolist()
+            tokens = tokens.clone()
+            tokens[:, 0] = 1
+            sums = self.model(tokens, targets, cu_seqlens)
+            if max(marks) >= 0:
+                sums = sums._replace(total=sums.total * value, cross_entropy=sums.cross_entropy * value)
+            return sums
+
+    def struck(model: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
+        return real_step(Poison(model), *arguments, **options)
+
+    monkeypatch.setattr(Loader, "rows", seen)
+    monkeypatch.setattr(loop, "train_step", struck)
+    monkeypatch.setattr(loop, "held_out_loss", lambda *_: 1.0)
+    return read
+
+
+@pytest.mark.parametrize(("value", "reason"), [(math.nan, "loss not finite"), (math.inf, "loss not finite"), (100.0, "loss spike")])
+def test_a_bad_step_is_skipped_and_told_with_its_samples(
+    settings: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture, value: float, reason: str
+) -> None:
+    config = settings(train={"tokens": 32 * 4 * 20, "spike_window": 16})
+    poisoned(monkeypatch, lambda sample: sample == 41, value)
+    final = trained(config)
+    assert f"step 11 skipped: {reason} (loss " in (said := capsys.readouterr().err) and "samples 40 to 43" in said
+    assert [row["skipped"] for row in rows(config)] == [reason if number == 11 else "" for number in range(1, 21)]
+    assert final.progress["skipped"] == [{"step": 11, "first_sample": 40, "end": 44, "reason": reason}]
+    assert final.progress["stepped_over"] == [] and final.progress["step"] == 20
+    assert all(value.isfinite().all() for value in final.model.values())
+
+
+def test_after_a_row_of_them_the_run_goes_back_and_steps_over(settings: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """Against a run of the same weights that never had these samples."""
+    sections: dict[str, Any] = {"train": {"tokens": 32 * 4 * 20, "max_skips": 3, "save_every": 4, "ema": 0.9}}
+    config = settings(**sections)
+    poisoned(monkeypatch, lambda sample: 40 <= sample < 60)  # steps 11 to 15
+    final = trained(config)
+    said = capsys.readouterr().err
+    assert "going back to" in said and "step_00000008" in said and "steps 11 to 13 (samples 40 to 51): loss not finite" in said
+    assert final.progress["stepped_over"] == [[40, 52]] and final.progress["step"] == 20
+    assert [one["first_sample"] for one in final.progress["skipped"]] == [52, 56], "the rest of them were skipped one by one"
+    assert final.progress["sample"] == 4 * 20 + 12
+    assert [int(row["step"]) for row in rows(config)] == list(range(1, 21))
+    kept = json.loads((config.out_dir / "rollbacks.json").read_text())
+    assert [(one["to"], one["first_sample"], one["end"]) for one in kept] == [(8, 40, 52)]
+
+    monkeypatch.undo()
+    other = settings("without", **sections)
+    poisoned(monkeypatch, lambda sample: 52 <= sample < 60)
+    (other.out_dir).mkdir()
+    (other.out_dir / "rollbacks.json").write_text(json.dumps(kept))
+    clean = trained(other)
+    assert all(torch.equal(value, final.model[name]) for name, value in clean.model.items())
+    assert clean.ema is not None and final.ema is not None and all(torch.equal(v, final.ema[n]) for n, v in clean.ema.items())
+
+
+def test_a_run_killed_after_going_back_steps_over_the_same_samples(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    sections: dict[str, Any] = {"train": {"tokens": 32 * 4 * 20, "max_skips": 3, "save_every": 4}}
+    whole, killed = settings("whole", **sections), settings("killed", **sections)
+    poisoned(monkeypatch, lambda sample: 40 <= sample < 60)
+    expected = trained(whole)
+    monkeypatch.undo()
+    poisoned(monkeypatch, lambda sample: 40 <= sample < 60)
+    real, calls = getattr(loop, "train_step"), iter(range(100))  # noqa: B009
+
+    def dies(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == 14:  # 13 steps, back to 8, and one more
+            raise MemoryError("as if killed")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(loop, "train_step", dies)
+    with pytest.raises(MemoryError):
+        trained(killed)
+    assert [found.name for found in step_folders(killed.out_dir)] == ["step_00000004", "step_00000008"]
+    monkeypatch.setattr(loop, "train_step", real)
+    assert same(trained(killed, resume="auto"), Checkpoint(**{**vars(expected), "config": killed}))
+    assert [steady(row) for row in rows(killed)] == [steady(row) for row in rows(whole)]
+
+
+def test_a_run_that_learns_nothing_ends_with_what_it_saw(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(train={"tokens": 32 * 4 * 20, "max_skips": 2, "max_rollbacks": 2, "save_every": 2})
+    poisoned(monkeypatch, lambda sample: sample >= 24)
+    with pytest.raises(
+        UserError, match=r"train\.max_rollbacks: steps 7 to 8 .*after going back 2 times.*lower --lr.*look at these samples"
+    ):
+        trained(config)
+    went = json.loads((config.out_dir / "rollbacks.json").read_text())
+    assert [one["to"] for one in went] == [6, 4], "the second time it does not trust the checkpoint it had gone back to"
+    assert [load_checkpoint(found).progress["step"] for found in step_folders(config.out_dir)] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("if_save_fails", ["stop", "continue"])
+def test_a_save_that_fails_leaves_the_last_good_one(
+    settings: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture, if_save_fails: str
+) -> None:
+    config = settings(train={"if_save_fails": if_save_fails})
+    real = saver.write_step  # type: ignore[attr-defined]
+
+    def fails(state: Any, *arguments: Any) -> Path:
+        if state["progress"]["step"] == 8:
+            raise OSError(30, "Read-only file system", str(config.out_dir / "step_00000008.part"))
+        return Path(real(state, *arguments))
+
+    monkeypatch.setattr(saver, "write_step", fails)
+    if if_save_fails == "continue":
+        assert trained(config).progress["step"] == 12
+        assert "warning: not written: " in (said := capsys.readouterr().err) and "read-only file system; training on" in said
+    else:
+        with pytest.raises(OSError, match="Read-only"):
+            trained(config)
+    assert [found.name for found in step_folders(config.out_dir)] == ["step_00000004"]
+
+
+def test_a_folder_that_vanishes_is_one_line(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings()
+    at_step(monkeypatch, 6, lambda: shutil.rmtree(config.out_dir))
+    with pytest.raises(UserError, match="the folder of the run is gone; look where it went"):
+        trained(config)
+    assert not config.out_dir.exists()
+
+
+def test_when_no_checkpoint_is_whole_the_run_is_not_begun_anew(settings: Make) -> None:
+    config = settings()
+    trained(config)
+    (config.out_dir / "final.pth").write_bytes(b"")
+    for folder in step_folders(config.out_dir):
+        (folder / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="holds checkpoints, and none of them is whole; begin again in another --out_dir"):
+        run(config, resume="auto", dry_run=False)
+
+
+def test_a_damaged_final_is_made_again_from_the_last_step(settings: Make, capsys: Capture) -> None:
+    config = settings()
+    expected = trained(config)
+    final = config.out_dir / "final.pth"
+    content = bytearray(final.read_bytes())
+    content[len(content) // 2] ^= 1
+    final.write_bytes(content)
+    assert same(trained(config, resume="auto"), expected)
+    assert "final.pth does not match its sha256; passed over" in capsys.readouterr().err
+
+
+def test_places_step_over_holes() -> None:
+    assert [beyond(sample, 4, [[8, 16], [16, 20]]) for sample in (0, 4, 5, 8, 12, 20)] == [0, 4, 20, 20, 20, 20]
+    progress = Progress(sample=4, stepped_over=[[8, 16]])
+    assert list(progress.places(3, 4)) == [4, 16, 20] and progress.end(3, 4) == 24 and progress.end(0, 4) == 4
+
+
+def test_told_to_stop() -> None:
+    stop = Stop()
+    assert not stop.asked
+    with pytest.raises(KeyboardInterrupt):
+        stop(signal.SIGINT, None)
+    stop = Stop(max_hours=10)
+    stop.nothing_to_save = False
+    stop(signal.SIGUSR1, None)
+    assert stop.asked and stop.reason == "SIGUSR1"
+    with pytest.raises(KeyboardInterrupt):
+        stop(signal.SIGTERM, None)
