@@ -123,7 +123,7 @@ def saves(size: str, work: Path, *, quick: bool) -> dict[str, Any]:
     """Time training steps of 131,072 tokens without a save, with one that begins, and while one is written."""
     import torch
 
-    from benchmarks.training import random_model, settings
+    from benchmarks import speed
     from minifoundation import runtime
     from minifoundation.checkpoint import Checkpoint, Saver
     from minifoundation.data.batch import Batch
@@ -132,10 +132,13 @@ def saves(size: str, work: Path, *, quick: bool) -> dict[str, Any]:
     from minifoundation.train.guard import Guard
     from minifoundation.train.optimizer import adamw, optimizer_state
     from minifoundation.train.step import train_step
+    from minifoundation.train.trial import random_model
 
     rows, micro = (8, 4) if size == "model_0p5b" else (4, 8)
-    train: dict[str, Any] = {"batch_size": 2, "grad_accum": 2, "seq_len": 64, "compile": False} if quick else {}
-    run = settings("tiny" if quick else size, {"train": train or {"batch_size": rows, "grad_accum": micro, "seq_len": 4096}})
+    if quick:
+        run = speed.settings(speed.Row("tiny", "tiny", 2, 2, attention="auto", compile=False, loss_chunk=48, seq_len=64))
+    else:
+        run = speed.settings(speed.Row(size, size, rows, micro, attention="auto"))
     assert isinstance(run.train.batch_size, int)
     where = runtime.machine()
     torch._dynamo.reset()

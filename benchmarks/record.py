@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,18 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         "command": " ".join(["python", *sys.orig_argv[1:]]),
     }
+
+
+def with_kept(name: str, results: list[dict[str, Any]], *, alike: Sequence[str]) -> list[dict[str, Any]]:
+    """Return ``results`` after the rows of docs/data/<name>.json that were not measured again, each with the command it is from.
+
+    Args:
+        alike: the names whose values tell a row from others.
+    """
+    before = json.loads((ROOT / "docs" / "data" / f"{name}.json").read_text(encoding="utf-8"))
+    again = {tuple(row.get(key) for key in alike) for row in results}
+    kept = [row for row in before["results"] if tuple(row.get(key) for key in alike) not in again]
+    return [{"command": before["machine"]["command"], "gpu": before["machine"]["gpu"], **row} for row in kept] + results
 
 
 def finish(name: str, figures: dict[str, Any], *, results: Any, quick: bool) -> None:

@@ -13,6 +13,7 @@ COMMANDS = {
     "inspect": ("minifoundation.commands.inspect", "inspect"),
     "pretrain": ("minifoundation.commands.pretrain", "pretrain"),
     "longft": ("minifoundation.commands.longft", "longft"),
+    "bench": ("minifoundation.commands.bench", "bench"),
     "export_hf": ("minifoundation.commands.export_hf", "export_hf"),
     "eval": ("minifoundation.commands.eval", "evaluate"),
     "eval-data pull": ("minifoundation.commands.eval_data", "pull"),

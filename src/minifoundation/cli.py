@@ -144,6 +144,9 @@ def program() -> Commands:
         _command("inspect", "inspect.inspect", "Show what is in token shards, or what a checkpoint has read.", config.InspectOptions),
         _command("pretrain", "pretrain.pretrain", "Train a model from scratch.", config.PretrainOptions, run),
         _command("longft", "longft.longft", "Extend the context of a trained model.", config.LongftOptions, run),
+        _command(
+            "bench", "bench.bench", "Measure what this machine does with a model, and say which settings suit it.", config.BenchOptions, run
+        ),
         _command("export_hf", "export_hf.export_hf", "Write a Hugging Face folder and prove it equal.", config.ExportOptions),
         _command("eval", "eval.evaluate", "Run benchmarks on a model.", config.EvalOptions),
         mirror,

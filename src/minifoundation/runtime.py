@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
+import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,8 +58,15 @@ class Machine:
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
 
+    def forget(self) -> None:
+        """Give back the device memory that nothing holds any more, and count its peak anew."""
+        gc.collect()
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
     def peak_memory_bytes(self) -> int:
-        """Return the most device memory allocated so far; on a CPU the largest resident size of the process."""
+        """Return the most device memory allocated so far, or since ``forget``; on a CPU the largest resident size of the process."""
         if self.is_cuda:
             return torch.cuda.max_memory_allocated(self.device)
         import resource
@@ -107,7 +118,7 @@ def compute_dtype(precision: str, where: Machine) -> torch.dtype:
         UserError: bf16 on a GPU without bf16 arithmetic.
     """
     match precision:
-        case "bf16":
+        case "bf16" | "fp8":
             if where.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
                 raise UserError("--bf16", f"{where.name} has no bf16 arithmetic", "use --amp alone (fp16 with loss scaling)")
             return torch.bfloat16
@@ -123,6 +134,15 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
 
 
+def fp8_obstacle(where: Machine) -> str | None:
+    """Return why ``train.precision: fp8`` cannot run here, or None when it can."""
+    if not where.is_cuda:
+        return f"{where.name} has no 8-bit products"
+    if where.capability < (8, 9):
+        return f"{where.name} has compute capability {where.capability[0]}.{where.capability[1]}, and 8-bit products begin with 8.9"
+    return None if find_spec("triton") is not None else "triton is not installed"
+
+
 def can_compile(where: Machine) -> str | None:
     """Return why torch.compile cannot run here, or None when it can."""
     compiler = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
@@ -131,6 +151,37 @@ def can_compile(where: Machine) -> str | None:
     if compiler is None or shutil.which(compiler) is None:
         return "no C++ compiler (g++ or clang++) is on the PATH"
     return None
+
+
+def compiled_graphs() -> int:
+    """Return how many graphs torch.compile has made in this process."""
+    compiler = sys.modules.get("torch._dynamo.utils")  # not imported before something is compiled
+    return int(compiler.counters["stats"]["unique_graphs"]) if compiler else 0
+
+
+@contextmanager
+def collector_held() -> Iterator[Callable[[], None]]:
+    """Keep Python's garbage collector from running by itself, and give a function that runs it.
+
+    With torch and its compiler loaded a full collection takes a quarter of a second, in which nothing is launched, and a training step
+    leaves nothing for it (docs/speed.md). The first call sets aside all that lives, and later ones take a fraction of a millisecond.
+    """
+    was_on, frozen = gc.isenabled(), False
+
+    def collect() -> None:
+        nonlocal frozen
+        gc.collect()
+        if not frozen:
+            gc.freeze()
+            frozen = True
+
+    gc.disable()
+    try:
+        yield collect
+    finally:
+        gc.unfreeze()
+        if was_on:
+            gc.enable()
 
 
 def free_disk_bytes(folder: Path) -> int:

@@ -23,6 +23,8 @@ from minifoundation.data.shards import Shards
 from minifoundation.errors import UserError
 from tests.data.growing import Folder, shards_of
 
+CPU = torch.device("cpu")
+
 
 def alone(shards: Shards, *, seq_len: int, seed: int, first_shard: int = 0) -> Loader:
     """Return the loader of one source."""
@@ -247,7 +249,7 @@ def steps(n: int) -> Iterator[list[Batch]]:
 
 
 def test_prefetch_hands_over_every_step_in_order() -> None:
-    with prefetch(steps(20), pin=False) as batches:
+    with prefetch(steps(20), CPU) as batches:
         assert [int(step[0].tokens[0, 0]) for step in batches] == list(range(20))
     assert all(thread.name != "data" for thread in threading.enumerate())
 
@@ -260,7 +262,7 @@ def test_prefetch_reads_ahead_and_no_further() -> None:
             read.append(step)
             yield step
 
-    with prefetch(watched(), pin=False, ahead=3) as batches:
+    with prefetch(watched(), CPU, ahead=3) as batches:
         next(batches)
         time.sleep(0.3)
         assert 2 < len(read) <= 5  # one handed over, three waiting, one in the thread's hand
@@ -272,23 +274,32 @@ def test_what_goes_wrong_while_reading_ahead_is_raised_where_it_is_read() -> Non
         yield from steps(2)
         raise UserError("train-00000.bin", "is missing", "prepare again")
 
-    with prefetch(broken(), pin=False) as batches:
+    with prefetch(broken(), CPU) as batches:
         assert len(list(itertools.islice(batches, 2))) == 2
         with pytest.raises(UserError, match="is missing"):
             next(batches)
 
 
 def test_leaving_prefetch_stops_its_thread_while_it_waits() -> None:
-    with pytest.raises(KeyError), prefetch(steps(10_000), pin=False) as batches:  # noqa: PT012
+    with pytest.raises(KeyError), prefetch(steps(10_000), CPU) as batches:  # noqa: PT012
         next(batches)
         raise KeyError
     assert all(thread.name != "data" for thread in threading.enumerate())
 
 
 @pytest.mark.gpu
-def test_pinned_batches_are_page_locked_and_equal() -> None:
-    with prefetch(steps(3), pin=True) as batches:
-        for number, (batch,) in enumerate(batches):
-            assert batch.tokens.is_pinned()
-            assert batch.targets.is_pinned()
-            assert batch.tokens.tolist() == [[number, number]]
+def test_batches_on_a_gpu_are_whole_when_they_are_read_though_nothing_waits_for_their_copies() -> None:
+    """Long rows, whose copies take a while, and memory that is given back and taken again at once."""
+    device = torch.device("cuda")
+    wide = ([Batch.of_rows(np.full((4, 262_145), step)) for _ in range(2)] for step in range(30))
+    sums = []
+    with prefetch(wide, device) as batches:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for micro in batches:
+                assert all(batch.tokens.is_cuda and batch.targets.is_cuda for batch in micro)
+                sums.append(torch.stack([x.sum() for batch in micro for x in (batch.tokens, batch.targets)]))
+                del micro
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert [row.tolist() for row in sums] == [[step * 4 * 262_144] * 4 for step in range(30)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
+import json
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from minifoundation import cli, config, runtime
 from minifoundation.checkpoint import load_checkpoint
-from minifoundation.config import ModelConfig, TrainConfig
+from minifoundation.config import ModelConfig, RunConfig, TrainConfig
 from minifoundation.data.batch import Batch
 from minifoundation.distributed import World
+from minifoundation.errors import Stopped
 from minifoundation.model.attention import Backend, attend, documents_for, resolve
 from minifoundation.model.loss import token_losses
 from minifoundation.model.matrix import weight_gradient
@@ -21,8 +24,13 @@ from minifoundation.model.rope import positions_within
 from minifoundation.model.size import memory_bytes
 from minifoundation.model.training import TrainingModel
 from minifoundation.model.transformer import Transformer
+from minifoundation.train import loop, step
+from minifoundation.train.finder import steps_fit, with_batch_size
+from minifoundation.train.kernels import milliseconds, usable_kernels
 from minifoundation.train.optimizer import adamw
+from minifoundation.train.run import run
 from minifoundation.train.step import train_step
+from minifoundation.train.trial import trial
 
 # Triton, torch.compile and flash-attn-4 warn about themselves, each version differently; a GPU's tests are about numbers.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -61,7 +69,7 @@ def test_every_kernel_is_attention(backend: Backend, dtype: torch.dtype) -> None
         assert ours.grad is not None and theirs.grad is not None and relative(ours.grad, theirs.grad) < 1e-2
 
 
-@pytest.mark.parametrize("kernel", ["flash", "math"])
+@pytest.mark.parametrize("kernel", ["flash", "flex", "math"])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 @pytest.mark.parametrize("lengths", [[300, 300], [1, 299, 130, 2, 1, 167], [2] * 300], ids=["rows", "few", "many"])
 def test_attention_within_documents_is_that_of_the_documents_apart(kernel: Backend, heads: tuple[int, int], lengths: list[int]) -> None:
@@ -84,6 +92,14 @@ def test_attention_within_documents_is_that_of_the_documents_apart(kernel: Backe
     assert relative(out, reference) < 1e-2
     for ours, theirs in zip((q, kv), exact, strict=True):
         assert ours.grad is not None and theirs.grad is not None and relative(ours.grad, theirs.grad) < 1e-2
+
+
+def test_every_kernel_that_can_run_is_timed_at_the_shape_of_the_run() -> None:
+    for masked in (False, True):
+        settings, machine = run_config(Path("unused"), data={"mask_documents": masked}), runtime.machine()
+        usable = usable_kernels(settings, machine)
+        assert {"flash", "flex", "math"} <= set(usable)
+        assert all(0 < ms < 1000 for ms in milliseconds(usable, settings, machine).values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -146,8 +162,8 @@ def losses(
     optimizer = adamw(transformer, TrainConfig.model_validate({"tokens": 1, "optimizer_states": states}))
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
     found = []
-    for step in range(steps):
-        rows = torch.randint(100, (4, 257), generator=torch.Generator().manual_seed(step))
+    for seed in range(steps):
+        rows = torch.randint(100, (4, 257), generator=torch.Generator().manual_seed(seed))
         micro = [Batch.of_rows(part.numpy(), mask_documents=masked).to(torch.device(device)) for part in rows.chunk(2)]
         stats = train_step(model, optimizer, scaler, micro, lr=1e-3, grad_clip=1.0, tokens=1024, world=World())
         found.append(stats.read()[0])
@@ -160,6 +176,7 @@ def test_training_in_half_precision_follows_fp32_on_the_cpu() -> None:
     for dtype, compile, checkpointing in (
         (torch.float32, False, "none"),
         (torch.bfloat16, True, "none"),
+        (torch.bfloat16, True, "matmul"),
         (torch.bfloat16, True, "attention"),
         (torch.bfloat16, True, "full"),
         (torch.bfloat16, False, "attention"),
@@ -171,7 +188,9 @@ def test_training_in_half_precision_follows_fp32_on_the_cpu() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"qk_norm": True}, {"tie_embeddings": False}, {"attention": "cudnn"}, {"attention": "flash4"}], ids=str
+    "changes",
+    [{"qk_norm": True}, {"tie_embeddings": False}, {"attention": "cudnn"}, {"attention": "flex"}, {"attention": "flash4"}],
+    ids=str,
 )
 def test_every_layout_of_the_model_trains_like_fp32_on_the_cpu(changes: dict[str, Any]) -> None:
     _, warning = resolve(changes.get("attention", "auto"), "cuda", head_dim=64, capability=torch.cuda.get_device_capability())
@@ -183,15 +202,15 @@ def test_every_layout_of_the_model_trains_like_fp32_on_the_cpu(changes: dict[str
         assert found[-1] == pytest.approx(exact[-1], abs=0.03), checkpointing
 
 
-def test_a_compiled_block_keeps_what_the_prediction_counts() -> None:
+@pytest.mark.parametrize("checkpointing", ["none", "matmul"])
+def test_a_compiled_block_keeps_what_the_prediction_counts(checkpointing: str) -> None:
     """Bytes alive after the forward of 16 blocks, less those of 8, against ``memory_bytes``; activations prevail in both."""
-    sizes = {**SMALL, "d_model": 512, "n_head": 8, "d_ff": 1536}
+    sizes = {**SMALL, "d_model": 512, "n_head": 8, "d_ff": 1536, "checkpointing": checkpointing}
     tokens, alive = torch.zeros(4, 1024, dtype=torch.int64, device="cuda"), []
     for n_layer in (8, 16):
         torch._dynamo.reset()
-        config = ModelConfig.model_validate({**sizes, "n_layer": n_layer})
         with torch.device("cuda"):
-            transformer = Transformer(config, dtype=torch.bfloat16)
+            transformer = Transformer(ModelConfig.model_validate({**sizes, "n_layer": n_layer}), dtype=torch.bfloat16)
         transformer.cuda().compile_blocks()
         with torch.no_grad():
             for weight in transformer.parameters():
@@ -222,13 +241,14 @@ def test_training_within_documents_follows_fp32_on_the_cpu_and_compiles_once() -
     from torch._dynamo.utils import counters
 
     exact = losses("cpu", torch.float32, compile=False, masked=True)
-    for compile, checkpointing in ((False, "none"), (True, "none"), (True, "attention"), (True, "full"), (False, "attention")):
+    ways = ((False, "none"), (True, "none"), (True, "attention"), (True, "full"), (False, "attention"))
+    for attention, (compile, checkpointing) in product(("flash", "flex"), ways):
         counters.clear()
-        found = losses("cuda", torch.bfloat16, compile=compile, checkpointing=checkpointing, masked=True, steps=1)
+        found = losses("cuda", torch.bfloat16, compile=compile, checkpointing=checkpointing, masked=True, steps=1, attention=attention)
         graphs = counters["stats"]["unique_graphs"]
         counters.clear()
-        found = losses("cuda", torch.bfloat16, compile=compile, checkpointing=checkpointing, masked=True)
-        assert found[-1] == pytest.approx(exact[-1], abs=0.03), (compile, checkpointing)
+        found = losses("cuda", torch.bfloat16, compile=compile, checkpointing=checkpointing, masked=True, attention=attention)
+        assert found[-1] == pytest.approx(exact[-1], abs=0.03), (attention, compile, checkpointing)
         assert counters["stats"]["unique_graphs"] == graphs, "the number of documents differs from step to step, the graphs do not"
 
 
@@ -238,30 +258,93 @@ def test_8_bit_moments_train_and_come_back_from_a_checkpoint(tmp_path: Path) -> 
     assert losses("cuda", torch.bfloat16, compile=False, states="int8", steps=30)[-1] == pytest.approx(exact[-1], abs=0.1)
 
 
+def run_config(folder: Path, **sections: dict[str, Any]) -> RunConfig:
+    """Return a run of twenty steps on verse in ``folder``."""
+    text = Path(__file__).parents[2] / "examples" / "shakespeare.txt"
+    values: dict[str, Any] = {
+        "out_dir": str(folder / "run"),
+        "model": SMALL,
+        "tokenizer": {"vocab_size": 1024},
+        "data": {"source": str(text), "shards_dir": str(folder / "shards"), "max_document_bytes": 4096, "held_out": 0.05},
+        "train": {"tokens": 256 * 4 * 20, "seq_len": 256, "batch_size": 4, "precision": "bf16", "save_every": 10},
+    }
+    return config.build(RunConfig, config.merged(values, sections), "test")
+
+
+def test_a_resumed_run_repeats_the_choice_of_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run(run_config(tmp_path), resume=None, dry_run=False)
+    assert path is not None
+    said = capsys.readouterr().err
+    chosen = load_checkpoint(path).kernels["attention"]
+    assert f"attention: {chosen}, " in said and "forward and backward of a block at 4 x 256" in said
+    path.unlink()
+    monkeypatch.setattr("minifoundation.train.kernels.milliseconds", lambda *_: pytest.fail("measured again"))
+    path = run(run_config(tmp_path), resume="auto", dry_run=False)
+    assert path is not None and load_checkpoint(path).kernels["attention"] == chosen
+    assert f"attention: {chosen}, as in the checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_steady_steps_never_wait_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, masked: bool) -> None:
+    """A whole run, of which steps 5 to 14 fail at anything that has Python wait for the GPU: step, feed and figures."""
+    real, steps = step.train_step, 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps in (5, 15):
+            torch.cuda.set_sync_debug_mode("error" if steps == 5 else "default")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", counted)
+    train = {"precision": precision, "save_every": 1000, "grad_accum": 2, "batch_size": 2}
+    try:
+        run(run_config(tmp_path, train=train, data={"mask_documents": masked}), resume=None, dry_run=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert steps == 20
+
+
+def test_auto_goes_down_when_real_steps_run_out_of_memory(tmp_path: Path) -> None:
+    """On a GPU that gives this process less than it says it has."""
+    machine, said = runtime.machine(), list[str]()
+    sizes = {"d_model": 512, "n_head": 8, "n_layer": 8, "d_ff": 1536, "original_seq_len": 1024}
+    asked = run_config(tmp_path, model=sizes, train={"batch_size": "auto", "grad_accum": 64, "seq_len": 1024, "compile": True})
+    torch.cuda.set_per_process_memory_fraction(3 * 2**30 / machine.memory_bytes)
+    try:
+        chosen = with_batch_size(asked, machine, lambda one: steps_fit(one, machine, World(), said.append))
+        again = trial(chosen, machine, steps=1)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        machine.forget()
+    rows = chosen.train.batch_size
+    assert isinstance(rows, int) and 1 <= rows < 64 and rows * chosen.train.grad_accum == 64
+    assert said[0] == f"train.batch_size: 64 rows were predicted to fit {machine.name}, and do not; trying fewer"
+    assert again.peak_bytes < 3 * 2**30
+
+
+def test_bench_measures_and_recommends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    yaml, path = tmp_path / "small.yaml", tmp_path / "bench.json"
+    yaml.write_text(
+        json.dumps({"model": {**SMALL, "d_model": 512, "n_head": 8, "d_ff": 1536}, "train": {"seq_len": 256}}), encoding="utf-8"
+    )
+    assert cli.main(["bench", "--config", str(yaml), "--steps", "3", "--grad_accum", "32", "--json", str(path)]) == 0
+    said, figures = capsys.readouterr().out, json.loads(path.read_text(encoding="utf-8"))
+    assert figures["settings"]["recommended"] in said
+    assert set(figures["settings"]["tried"]) == {"none", "matmul", "attention", "full"}
+    assert {"flash", "flex", "efficient", "math"} <= set(figures["attention_ms"])
+    step = figures["step"]
+    assert step["graphs_after_warm_up"] == 0 and step["batch_size"] * step["grad_accum"] == 32
+    assert {"matrix products", "attention", "optimizer", "loss", "norms"} <= set(step["profile"]["ms"])
+    assert sum(step["profile"]["ms"].values()) == pytest.approx(step["ms_per_step"], rel=0.5)
+
+
 def test_a_run_with_8_bit_moments_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchao")
-    from minifoundation import config
-    from minifoundation.config import RunConfig
-    from minifoundation.errors import Stopped
-    from minifoundation.train import loop, step
-    from minifoundation.train.run import run
-
-    text = Path(__file__).parents[2] / "examples" / "shakespeare.txt"
-    values = {
-        "out_dir": str(tmp_path / "run"),
-        "model": {**SMALL, "vocab_size": 1024},
-        "tokenizer": {"vocab_size": 1024},
-        "data": {"source": str(text), "shards_dir": str(tmp_path / "shards"), "max_document_bytes": 4096, "held_out": 0.05},
-        "train": {
-            "tokens": 256 * 4 * 20,
-            "seq_len": 256,
-            "batch_size": 4,
-            "precision": "bf16",
-            "optimizer_states": "int8",
-            "save_every": 10,
-        },
-    }
-    run_config = config.build(RunConfig, values, "test")
+    interrupted = run_config(tmp_path, train={"optimizer_states": "int8"})
     real, steps = step.train_step, 0
 
     def dies(*args: Any, **kwargs: Any) -> Any:
@@ -273,7 +356,7 @@ def test_a_run_with_8_bit_moments_is_resumed(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(loop, "train_step", dies)
     with pytest.raises(Stopped):
-        run(run_config, resume=None, dry_run=False)
+        run(interrupted, resume=None, dry_run=False)
     monkeypatch.undo()
-    path = run(run_config, resume="auto", dry_run=False)
+    path = run(interrupted, resume="auto", dry_run=False)
     assert path is not None and load_checkpoint(path).progress["step"] == 20

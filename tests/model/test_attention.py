@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from minifoundation.model.attention import Backend, attend, resolve
-from minifoundation.model.kernels import flash4
+from minifoundation.model.attention import Backend, attend, candidates, documents_for, resolve, rows_for
+from minifoundation.model.kernels import flash4, language
+from minifoundation.model.rope import positions_within
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -36,7 +37,63 @@ def test_values_and_gradients_are_those_of_the_formula(kernel: Backend, heads: i
     )
 
 
+@pytest.mark.filterwarnings("default:flex_attention called without torch.compile")  # which is what makes it the oracle of its kernel
+@pytest.mark.parametrize("length", [9, 130])  # within a block of FlexAttention, and beyond one
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+def test_flex_is_attention(length: int, heads: int, kv_heads: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, length, n, 16) for n in (heads, kv_heads, kv_heads))
+    torch.testing.assert_close(attend(q, k, v, "flex", rows_for("flex", q[..., 0, 0])), attend(q, k, v, "math"))
+    torch.testing.assert_close(attend(q, k, v, "flex"), attend(q, k, v, "math"))
+    ends = [0, 3, length, length + 1, 2 * length - 2, 2 * length]
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32)
+    positions = positions_within(cu_seqlens, 2, length)
+    found, expected = (attend(q, k, v, kernel, documents_for(kernel, cu_seqlens, positions, q.dtype)) for kernel in ("flex", "math"))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.filterwarnings("default")  # torch's own, while it compiles
+def test_flex_within_documents_is_compiled_once_for_any_documents() -> None:
+    """Traced alone, forward: the kernel itself, and its gradients, need a GPU."""
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    compiled = torch.compile(attend, dynamic=False, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 40, n, 16) for n in (4, 2, 2))
+    for ends in ([0, 40, 80], [0, 7, 40, 51, 80], [*range(0, 81, 2)]):
+        cu_seqlens = torch.tensor(ends, dtype=torch.int32)
+        positions = positions_within(cu_seqlens, 2, 40)
+        out = compiled(q, k, v, "flex", documents_for("flex", cu_seqlens, positions, q.dtype))
+        torch.testing.assert_close(out, attend(q, k, v, "math", documents_for("math", cu_seqlens, positions, q.dtype)))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 BF16, FP32 = torch.bfloat16, torch.float32
+A100, H100, B200, T4 = (8, 0), (9, 0), (10, 0), (7, 5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "capability", "masked", "expected"),
+    [
+        (BF16, 64, H100, False, ["flash4", "cudnn", "flash", "flex", "efficient", "math"]),
+        (BF16, 64, A100, False, ["flash", "cudnn", "flex", "efficient", "math"]),
+        (BF16, 96, A100, False, ["flash", "cudnn", "efficient", "math"]),
+        (BF16, 64, T4, False, ["efficient", "math"]),
+        (FP32, 64, H100, False, ["efficient", "math"]),
+        (BF16, 64, A100, True, ["flash", "flex", "math"]),
+        (FP32, 64, A100, True, ["math"]),
+    ],
+)
+def test_candidates(
+    dtype: torch.dtype, head_dim: int, capability: tuple[int, int], masked: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flash4, "INSTALLED", True)
+    monkeypatch.setattr(language, "INSTALLED", True)
+    found = candidates("cuda", dtype=dtype, head_dim=head_dim, capability=capability, masked=masked)
+    assert list(found) == expected
+    assert found[0] == resolve("auto", "cuda", dtype=dtype, head_dim=head_dim, capability=capability, masked=masked)[0]
 
 
 @pytest.mark.parametrize(
@@ -59,6 +116,8 @@ BF16, FP32 = torch.bfloat16, torch.float32
         ("cudnn", "cuda", BF16, 64, (7, 5), "efficient", "cudnn needs compute capability 8.0, not 7.5; using efficient"),
         ("flash4", "cpu", BF16, 64, (0, 0), "auto", "flash4 needs a CUDA GPU and this is cpu; using torch's own choice"),
         ("flash4", "cuda", BF16, 64, (9, 0), "cudnn", "flash4 needs the package flash-attn-4; using cudnn"),
+        ("flex", "cpu", BF16, 64, (0, 0), "auto", "flex needs a CUDA GPU and this is cpu; using torch's own choice"),
+        ("flex", "cuda", BF16, 64, (8, 0), "flash", "flex needs Triton; using flash"),
         ("flash", "cuda", BF16, 20, (9, 0), "math", "flash needs a head width that is a multiple of 8 up to 256, not 20; using math"),
     ],
 )
@@ -73,6 +132,7 @@ def test_resolve(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(flash4, "INSTALLED", False)
+    monkeypatch.setattr(language, "INSTALLED", False)
     assert resolve(backend, device, dtype=dtype, head_dim=head_dim, capability=capability) == (kernel, reason)
 
 

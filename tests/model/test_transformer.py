@@ -139,7 +139,13 @@ def gradients(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
-    "mode", [{"checkpointing": "full"}, {"checkpointing": "attention"}, {"checkpointing": "full", "checkpoint_every": 2}]
+    "mode",
+    [
+        {"checkpointing": "full"},
+        {"checkpointing": "attention"},
+        {"checkpointing": "matmul"},
+        {"checkpointing": "full", "checkpoint_every": 2},
+    ],
 )
 def test_checkpointing_changes_no_gradient(mode: dict[str, Any], masked: bool, dtype: torch.dtype, dropout: float) -> None:
     expected = gradients(dtype=dtype, dropout=dropout, masked=masked)
@@ -149,9 +155,18 @@ def test_checkpointing_changes_no_gradient(mode: dict[str, Any], masked: bool, d
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("mode", "attention", "silu"), [("none", 2, 2), ("attention", 2, 4), ("full", 4, 4)])
-def test_checkpointing_recomputes_what_it_says(mode: str, attention: int, silu: int, masked: bool) -> None:
-    """The kernels that run, in two blocks: attention alone is kept, or nothing."""
+@pytest.mark.parametrize(
+    ("mode", "attention", "silu", "products"), [("none", 2, 2, 0), ("matmul", 2, 4, 0), ("attention", 2, 4, 6), ("full", 4, 4, 6)]
+)
+def test_checkpointing_recomputes_what_it_says(mode: str, attention: int, silu: int, products: int, masked: bool) -> None:
+    """The kernels that run, in two blocks: of each, three products are made again, since nothing needs the last one, or none."""
+    plain, checkpointed = kernels_run(checkpointing="none", masked=masked), kernels_run(checkpointing=mode, masked=masked)
+    assert (checkpointed["_scaled_dot_product_flash_attention_for_cpu"], checkpointed["silu"]) == (attention, silu)
+    assert checkpointed["mm"] - plain["mm"] == products
+
+
+def kernels_run(**mode: Any) -> Counter[str]:
+    """Return how often each operator ran in a forward and backward of two blocks."""
     ran: Counter[str] = Counter()
 
     class Watch(TorchDispatchMode):
@@ -160,8 +175,8 @@ def test_checkpointing_recomputes_what_it_says(mode: str, attention: int, silu: 
             return func(*args, **(kwargs or {}))
 
     with Watch():  # type: ignore[no-untyped-call]
-        gradients(checkpointing=mode, masked=masked)
-    assert (ran["_scaled_dot_product_flash_attention_for_cpu"], ran["silu"]) == (attention, silu)
+        gradients(**mode)
+    return ran
 
 
 @pytest.mark.filterwarnings("default")  # torch's own, while it compiles
@@ -172,6 +187,7 @@ def test_checkpointing_recomputes_what_it_says(mode: str, attention: int, silu: 
         pytest.param({"masked": True}, marks=pytest.mark.slow),
         pytest.param({"checkpointing": "attention", "dtype": torch.bfloat16}, marks=pytest.mark.slow),
         pytest.param({"checkpointing": "full"}, marks=pytest.mark.slow),
+        pytest.param({"checkpointing": "matmul", "dtype": torch.bfloat16}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from minifoundation import runtime
 from minifoundation.config import RunConfig
-from minifoundation.train import loop
+from minifoundation.model.transformer import Transformer
+from minifoundation.train import loop, step
 from minifoundation.train.run import run
 
 
@@ -23,6 +26,20 @@ class HalfASecond:
 
     def seconds_since(self, _earlier: HalfASecond) -> float:
         return 0.5
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], object]) -> None:
+    """Have ``act`` called when step ``number`` begins."""
+    calls = 0
+
+    def struck(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            act()
+        return step.train_step(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", struck)
 
 
 def test_tokens_a_second_and_mfu(settings: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,3 +58,36 @@ def test_tokens_a_second_and_mfu(settings: Callable[..., RunConfig], monkeypatch
     assert float(rows[-1]["mfu"]) == pytest.approx(256 * flops / 1e9, rel=1e-5)
     assert [int(row["tokens"]) for row in rows] == [128 * step for step in range(1, 13)]
     assert [int(row["step"]) for row in rows] == list(range(1, 13))
+
+
+def traced_without_a_compiler(transformer: Transformer) -> None:
+    """What ``compile_blocks`` does, with graphs that are run by torch's own operators: traced in a second instead of half a minute."""
+    for module in (*transformer.blocks, transformer.norm):
+        module.compile(dynamic=False, backend="aot_eager")
+
+
+@pytest.mark.filterwarnings("default")  # torch's own, while it traces
+@pytest.mark.parametrize("masked", [False, True])
+def test_steady_steps_compile_nothing_and_one_that_does_is_named(
+    settings: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], masked: bool
+) -> None:
+    torch.compiler.reset()
+    monkeypatch.setattr(Transformer, "compile_blocks", traced_without_a_compiler)
+    monkeypatch.setattr(runtime, "can_compile", lambda _where: None)
+    begun = runtime.compiled_graphs()
+    run(settings("steady", train={"compile": True}, data={"mask_documents": masked}), resume=None, dry_run=False)
+    assert runtime.compiled_graphs() > begun, "the blocks were traced"
+    assert "compiled again" not in capsys.readouterr().err, "through evaluations and checkpoints"
+    at_step(monkeypatch, 7, torch.compiler.reset)
+    run(settings("forgetful", train={"compile": True}), resume=None, dry_run=False)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "compiled again" in line]
+    assert warnings == ["warning: train.compile: step 7 was compiled again, which costs seconds; TORCH_LOGS=recompiles says why"]
+
+
+def test_the_collector_is_held_while_steps_are_launched_and_set_free_after(
+    settings: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[bool] = []
+    at_step(monkeypatch, 3, lambda: held.append(not gc.isenabled() and gc.get_freeze_count() > 0))
+    run(settings(), resume=None, dry_run=False)
+    assert held == [True] and gc.isenabled() and gc.get_freeze_count() == 0

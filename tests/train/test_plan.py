@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
 
 from minifoundation import config
 from minifoundation.config import REPOSITORY, RunConfig
-from minifoundation.errors import UserError
 from minifoundation.runtime import Machine
-from minifoundation.train.plan import describe, plan, with_batch_size
+from minifoundation.train.plan import describe, plan
 
 H100 = Machine(torch.device("cpu"), "NVIDIA H100 80GB HBM3", 80 * 2**30, 989.4e12)
 
@@ -32,24 +29,6 @@ def test_the_mission_line_by_hand() -> None:
 def test_processes_share_a_step() -> None:
     one, eight = (plan(run_config(tokens=10**9, batch_size=2, grad_accum=4), size) for size in (1, 8))
     assert eight.samples_per_step == 8 * one.samples_per_step == 64 and eight.steps == one.steps // 8
-
-
-def test_auto_is_the_largest_power_of_two_that_fits() -> None:
-    chosen = with_batch_size(run_config(batch_size="auto", grad_accum=2), H100)
-    rows = chosen.train.batch_size
-    assert isinstance(rows, int) and rows == 16
-    assert plan(chosen, 1).memory_total <= 0.92 * H100.memory_bytes
-    twice = chosen.model_copy(update={"train": chosen.train.model_copy(update={"batch_size": 2 * rows})})
-    assert plan(twice, 1).memory_total > 0.92 * H100.memory_bytes
-    assert with_batch_size(run_config(batch_size=3), H100).train.batch_size == 3
-
-
-def test_not_even_one_row_is_refused() -> None:
-    small = replace(H100, name="small card", memory_bytes=4 * 2**30)
-    with pytest.raises(
-        UserError, match=r"train\.batch_size: not even one row of 4096 tokens fits small card \(4\.0 GiB\); use --model\.checkpointing full"
-    ):
-        with_batch_size(run_config(batch_size="auto"), small)
 
 
 def test_the_description_names_hours_and_memory() -> None:

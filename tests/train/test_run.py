@@ -267,3 +267,12 @@ def test_compiled_training_follows_eager_training(settings: Make) -> None:
     trained(compiled)
     for a, b in zip(rows(eager), rows(compiled), strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=2e-4)
+
+
+def test_auto_splits_the_rows_of_a_step_and_trains_the_same(settings: Make) -> None:
+    """Four rows a step, given as one row four times over: all at once here, as a card with room for them would."""
+    found = trained(settings("auto", train={"batch_size": "auto", "grad_accum": 4}))
+    assert (found.config.train.batch_size, found.config.train.grad_accum) == (4, 1)
+    expected = trained(settings("given", train={"batch_size": 4, "grad_accum": 1}))
+    assert all(torch.equal(found.model[name], expected.model[name]) for name in expected.model)
+    assert found.kernels == {"attention": "auto"} or torch.cuda.is_available()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
@@ -147,3 +148,22 @@ def test_held_out_loss_is_the_mean_over_tokens_of_unequal_batches() -> None:
         )
     assert held_out_loss(model, parts, ALONE, torch.device("cpu")) == pytest.approx(float(expected) / (4 * 32), rel=1e-6)
     assert model.training
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_step_leaves_no_tensor_to_the_garbage_collector(precision: torch.dtype) -> None:
+    """Which is held back while steps are launched: a cycle of objects would keep its tensors until the next evaluation."""
+    model, optimizer = made(precision)
+    step(model, optimizer, batches(rows(4), 2))
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        for seed in range(3):
+            step(model, optimizer, batches(rows(4, seed), 2))
+        gc.collect()
+        assert [thing for thing in gc.garbage if isinstance(thing, Tensor)] == []
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from minifoundation import config
-from minifoundation.config import PretrainOptions, RunConfig
+from minifoundation.config import PretrainOptions, RunConfig, RunOptions
 from minifoundation.errors import UserError
 
 
@@ -17,7 +17,7 @@ def pretrain(options: PretrainOptions, values: dict[str, Any]) -> None:
     run(run_config, resume=options.resume, allowed=options.allow_change, dry_run=options.dry_run)
 
 
-def layered(options: PretrainOptions, values: dict[str, Any], *, below: dict[str, Any]) -> dict[str, Any]:
+def layered(options: RunOptions, values: dict[str, Any], *, below: dict[str, Any]) -> dict[str, Any]:
     """Return nested settings: ``below`` < YAML < command line, with ``--amp`` and ``--bf16`` spelled as ``train.precision``.
 
     Raises:
@@ -35,6 +35,6 @@ def layered(options: PretrainOptions, values: dict[str, Any], *, below: dict[str
     return config.merged(config.merged(below, from_yaml), given)
 
 
-def sources(options: PretrainOptions) -> str:
+def sources(options: RunOptions) -> str:
     """Return where settings came from, for messages."""
     return f"{options.config}, command line" if options.config else "command line"

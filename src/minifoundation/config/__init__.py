@@ -6,6 +6,7 @@ have a short flag name it in ``flag=``. Precedence: defaults < checkpoint (longf
 
 from minifoundation.config.options import (
     REPOSITORY,
+    BenchOptions,
     CheckOptions,
     ContaminationOptions,
     DoctorOptions,
@@ -19,6 +20,7 @@ from minifoundation.config.options import (
     PretrainOptions,
     PullOptions,
     ReportOptions,
+    RunOptions,
 )
 from minifoundation.config.reading import build, changed, dotted_names, fields, flags, merged, nearest, read_yaml, to_yaml, yaml_values
 from minifoundation.config.run import DataConfig, ModelConfig, QualityFilter, RopeConfig, RunConfig, TokenizerConfig, TrainConfig
@@ -26,6 +28,7 @@ from minifoundation.config.setting import Settings, setting
 
 __all__ = [
     "REPOSITORY",
+    "BenchOptions",
     "CheckOptions",
     "ContaminationOptions",
     "DataConfig",
@@ -44,6 +47,7 @@ __all__ = [
     "ReportOptions",
     "RopeConfig",
     "RunConfig",
+    "RunOptions",
     "Settings",
     "TokenizerConfig",
     "TrainConfig",

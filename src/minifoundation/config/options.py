@@ -21,12 +21,17 @@ Folders = Annotated[
 """``a,b`` on a command line."""
 
 
-class PretrainOptions(Settings):
-    """What ``pretrain`` and ``longft`` take beside the settings of the run."""
+class RunOptions(Settings):
+    """What every command that takes the settings of a run takes beside them."""
 
     config: Path | None = setting(None, flag="config", help="YAML file with settings")
     amp: bool = setting(False, flag="amp", help="mixed precision: fp16 with loss scaling, or bf16 with --bf16")
     bf16: bool = setting(False, flag="bf16", help="bf16 compute over fp32 weights; means --amp --bf16")
+
+
+class PretrainOptions(RunOptions):
+    """``pretrain`` and ``longft``: the same, and whether to go on or only to plan."""
+
     resume: str | None = setting(
         None,
         flag="resume",
@@ -59,6 +64,21 @@ class LongftOptions(PretrainOptions):
     """``longft``: the same, and the model to begin from."""
 
     ckpt_in: Path = setting(help="final.pth (or a step folder) of the run whose context is extended", flag="ckpt_in")
+
+
+class BenchOptions(RunOptions):
+    """``bench``: what this machine does with the settings of a run."""
+
+    steps: int = setting(10, ge=2, flag="steps", help="steps that count, after three to warm up")
+    json_out: Path | None = setting(None, flag="json", help="also write the figures to this file")
+    fit: tuple[float, ...] = setting(
+        (), flag="fit", help="measure nothing: what is predicted to fit GPUs of so many GiB, as --fit 24,40,80"
+    )
+
+    @field_validator("fit", mode="before")
+    @classmethod
+    def _sizes_in_words(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
 class PrepareOptions(Settings):

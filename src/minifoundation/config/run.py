@@ -54,12 +54,19 @@ class ModelConfig(Settings):
         "[DeepSeek LLM, arXiv:2401.02954: 0.006 at 4096 = 0.38/sqrt], "
         "the branch outputs smaller by sqrt(2 n_layer) [GPT-2]",
     )
-    attention: Literal["auto", "flash4", "cudnn", "flash", "efficient", "math"] = setting(
-        "auto", help="kernel of scaled dot-product attention; flash4 is FlashAttention-4 (pip install flash-attn-4)"
+    attention: Literal["auto", "flash4", "cudnn", "flash", "flex", "efficient", "math"] = setting(
+        "auto",
+        help="kernel of scaled dot-product attention; auto times those that can run at the first start and keeps the fastest; "
+        "flash4 is FlashAttention-4 (pip install flash-attn-4)",
     )
-    checkpointing: Literal["none", "attention", "full"] = setting(
+    swiglu: Literal["auto", "quack", "own"] = setting(
+        "auto",
+        help="where SwiGLU is computed in half precision: in the products beside it by QuACK (pip install quack-kernels), or by itself",
+    )
+    checkpointing: Literal["none", "matmul", "attention", "full"] = setting(
         "none",
-        help="activation checkpointing of a block: attention keeps the attention outputs and recomputes the rest, full recomputes all",
+        help="activation checkpointing of a block: matmul keeps the outputs of matrix products and attention and recomputes the rest, "
+        "attention keeps the attention outputs alone, full recomputes all",
     )
     checkpoint_every: int = setting(1, ge=1, help="apply checkpointing to every k-th block")
 
@@ -174,13 +181,17 @@ class TrainConfig(Settings):
 
     tokens: int = setting(help="training tokens in all", flag="tokens", ge=1)
     seq_len: int = setting(4096, ge=8, flag="seq_len", help="tokens in a row")
-    batch_size: int | Literal["auto"] = setting(
-        1, flag="batch_size", help="rows in a micro-batch on each device; auto finds the largest that fits"
+    batch_size: int | Literal["auto"] = setting(1, flag="batch_size", help="rows in a micro-batch on each device; auto: the most that fit")
+    grad_accum: int = setting(
+        1,
+        ge=1,
+        flag="grad_accum",
+        help="micro-batches summed into one step on each device; beside --batch_size auto: the rows of a step, split as they fit",
     )
-    grad_accum: int = setting(1, ge=1, flag="grad_accum", help="micro-batches summed into one step on each device")
-    precision: Literal["fp32", "bf16", "fp16"] = setting(
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = setting(
         "fp32",
-        help="dtype of compute; weights, gradients and optimizer stay fp32 (--amp --bf16: bf16; --amp alone: fp16 with loss scaling)",
+        help="dtype of compute; weights, gradients and optimizer stay fp32 (--amp --bf16: bf16; --amp alone: fp16 with loss scaling); "
+        "fp8 is bf16 with the factors of all products but one in 8 bits (docs/speed.md)",
     )
     compile: bool = setting(False, flag="compile", help="torch.compile for each block")
     lr: float = setting(
@@ -248,9 +259,26 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.train.precision == "fp8":
+            self._fits_8_bits()
         if self.train.seq_len > self.model.max_seq_len:
             raise ValueError(
                 f"train.seq_len {self.train.seq_len} is longer than the model's {self.model.max_seq_len} "
                 "(model.original_seq_len x model.rope.factor); shorten it, or extend the model with longft"
             )
         return self
+
+    def _fits_8_bits(self) -> None:
+        model, train = self.model, self.train
+        widths = {
+            "model.d_model": model.d_model,
+            "model.d_ff": model.d_ff,
+            "model.vocab_size": model.vocab_size,
+            "train.seq_len": train.seq_len,
+            "train.loss_chunk": train.loss_chunk,
+        }
+        for name, width in widths.items():
+            if width % 16:
+                raise ValueError(f"{name} {width} is no multiple of 16, which train.precision fp8 needs; choose one, or take bf16")
+        if model.dropout:
+            raise ValueError(f"model.dropout {model.dropout:g} cannot be had with train.precision fp8; set it to 0, or take bf16")

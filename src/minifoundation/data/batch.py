@@ -58,25 +58,29 @@ class Batch:
         """Return the batch in page-locked memory."""
         return self._moved(Tensor.pin_memory)
 
+    def read_on(self, stream: torch.cuda.Stream) -> None:
+        """Tell the allocator that ``stream`` reads the batch, which another one has made: its memory is not given away before."""
+        for x in (self.tokens, self.targets, self.cu_seqlens):
+            if x is not None:
+                x.record_stream(stream)
+
     def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
         cu_seqlens = None if self.cu_seqlens is None else move(self.cu_seqlens)
         return replace(self, tokens=move(self.tokens), targets=move(self.targets), cu_seqlens=cu_seqlens)
 
 
 @contextmanager
-def prefetch(steps: Iterable[list[Batch]], *, pin: bool, ahead: int = 2) -> Iterator[Iterator[list[Batch]]]:
-    """Give an iterator over ``steps`` that a background thread keeps ``ahead`` steps in front; leaving the context stops it.
+def prefetch(steps: Iterable[list[Batch]], device: torch.device, *, ahead: int = 2) -> Iterator[Iterator[list[Batch]]]:
+    """Give an iterator over ``steps`` on ``device`` that a background thread keeps ``ahead`` steps in front; leaving the context stops it.
 
-    What goes wrong in the thread is raised where the next step is asked for.
-
-    Args:
-        pin: put the batches in page-locked memory, so that copies to the device need not be waited for.
+    A GPU copies them from page-locked memory on a stream of its own, beside the steps before. What goes wrong in the thread is raised
+    where the next step is asked for.
     """
-    ready: queue.Queue[list[Batch] | BaseException | None] = queue.Queue(maxsize=ahead)
+    ready: queue.Queue[tuple[list[Batch], torch.cuda.Event | None] | BaseException | None] = queue.Queue(maxsize=ahead)
     stopped = threading.Event()
-    device = torch.cuda.current_device() if pin else None
+    copying = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def offer(item: list[Batch] | BaseException | None) -> None:
+    def offer(item: tuple[list[Batch], torch.cuda.Event | None] | BaseException | None) -> None:
         while not stopped.is_set():
             with suppress(queue.Full):
                 ready.put(item, timeout=0.1)
@@ -84,10 +88,15 @@ def prefetch(steps: Iterable[list[Batch]], *, pin: bool, ahead: int = 2) -> Iter
 
     def read() -> None:
         try:
-            if device is not None:
+            if copying is not None:
                 torch.cuda.set_device(device)  # a new thread begins on device 0, where pinning would open a context
             for batches in steps:
-                offer([batch.pin_memory() for batch in batches] if pin else batches)
+                if copying is None:
+                    offer(([batch.to(device) for batch in batches], None))
+                else:
+                    with torch.cuda.stream(copying):
+                        there = [batch.pin_memory().to(device) for batch in batches]
+                        offer((there, copying.record_event()))
                 if stopped.is_set():
                     return
             offer(None)
@@ -98,7 +107,13 @@ def prefetch(steps: Iterable[list[Batch]], *, pin: bool, ahead: int = 2) -> Iter
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            yield item
+            batches, copied = item
+            if copied is not None:
+                now = torch.cuda.current_stream(device)
+                now.wait_event(copied)  # the device waits for the copy, Python does not
+                for batch in batches:
+                    batch.read_on(now)
+            yield batches
 
     thread = threading.Thread(target=read, name="data", daemon=True)
     thread.start()

@@ -54,6 +54,8 @@ class Scales(nn.Module):
 
     def __init__(self, n_layer: int) -> None:
         super().__init__()
+        self.settled = False
+        """Whether scales come from what was seen, here or before a checkpoint."""
         formats = FORMATS * n_layer + (E4M3,)
         first = torch.tensor([FIRST[dtype] for dtype in formats], device="cpu")
         for name, value in {
@@ -104,3 +106,4 @@ class Scales(nn.Module):
         for name, value in state.items():
             getattr(self, name).copy_(value)
         self.inverse.copy_(1 / self.scale)
+        self.settled = True

@@ -124,7 +124,8 @@ def weight_gradient(d_out: Operand, x: Operand) -> Tensor:
     if isinstance(d_out, Rounded) and isinstance(x, Rounded):
         return small_product(d_out.columns, x.columns, d_out.inverse, x.inverse, dtype=torch.float32)
     assert isinstance(d_out, Tensor) and isinstance(x, Tensor)
-    return full_weight_gradient(d_out, x)
+    result: Tensor = full_weight_gradient(d_out, x)
+    return result
 
 
 def small_product(
@@ -146,12 +147,10 @@ def small_product(
         extra = {} if out is None else {"out": out}
         result: Tensor = torch._scaled_mm(left, right.T, left_inverse, right_inverse, out_dtype=dtype, use_fast_accum=False, **extra)
         return result
-    exact: Tensor = (left.float() @ right.float().T) * (left_inverse * right_inverse)
-    if out is None:
-        rounded: Tensor = exact.to(dtype)
-        return rounded
-    out.copy_(exact)
-    return out
+    exact = (left.float() @ right.float().T) * (left_inverse * right_inverse)
+    into = torch.empty(exact.shape, dtype=dtype, device=exact.device) if out is None else out
+    into.copy_(exact)
+    return into
 
 
 @torch.library.custom_op("minifoundation::weight_gradient", mutates_args=())

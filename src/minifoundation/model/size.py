@@ -62,7 +62,7 @@ def memory_bytes(
 
     Args:
         grad_accum: micro-batches in a step.
-        precision: fp32, bf16 or fp16.
+        precision: fp32, bf16, fp16 or fp8.
         optimizer_states: fp32 or int8.
         ema: whether an averaged copy of the weights is kept on the device.
         loss_chunk: tokens whose logits are held at once.
@@ -70,15 +70,17 @@ def memory_bytes(
     parameters, N, V, D = n_parameters(config), batch_size * seq_len, config.vocab_size, config.d_model
     item = 4 if precision == "fp32" else 2
     checkpointed = 0 if config.checkpointing == "none" else -(-config.n_layer // config.checkpoint_every)
-    of_checkpointed = {"none": 0, "attention": _attention_kept(config, item) + D * item, "full": D * item}[config.checkpointing]
-    of_block = N * _saved_by_block(config, item)
-    activations = (config.n_layer - checkpointed) * of_block + checkpointed * N * of_checkpointed
+    of_checkpointed = {"none": 0, "matmul": _products_kept(config, item), "attention": _attention_kept(config, item), "full": 0}
+    kept = N * (of_checkpointed[config.checkpointing] + D * item)  # with the input of the block
+    fp8 = precision == "fp8"
+    of_block = N * (_saved_by_block(config, item) + (config.n_head * config.head_dim if fp8 else 0))  # what attention mixed, once more
+    activations = (config.n_layer - checkpointed) * of_block + checkpointed * kept
     # The widest gradients of a block: of gate, up and their product; in half precision the product again.
     block_workspace = N * item * (4 if item == 2 else 3) * config.d_ff
     head_gradient = 4 * V * D
     always = {
         "weights": 4 * parameters,
-        "weight_copies": 2 * n_matmul_parameters(config) if item == 2 else 0,
+        "weight_copies": 2 * n_matmul_parameters(config) + (2 * V * D if fp8 else 0) if item == 2 else 0,
         "optimizer": round(MOMENT_BYTES[optimizer_states] * parameters),
         "ema": 4 * parameters if ema else 0,
     }
@@ -88,7 +90,7 @@ def memory_bytes(
         "gradients": earlier_gradients,
         "activations": activations + N * D * item,
         # The head's gradient, that of the hidden states, and a chunk of logits, which their gradient overwrites.
-        "loss": head_gradient + N * D * item + min(loss_chunk, N) * V * item,
+        "loss": head_gradient + N * D * item + min(loss_chunk, N) * V * item + (N * D + min(loss_chunk, N) * V if fp8 else 0),
     }
     at_last_block = {
         **always,
@@ -104,10 +106,16 @@ def memory_bytes(
 def _saved_by_block(config: ModelConfig, item: int) -> int:
     """Return the bytes a token that a block saves for its backward."""
     D, h, H, K = config.d_model, config.head_dim, config.n_head, config.n_kv_head
-    # Two inputs of norms, two normed copies; q, k and v as attention reads them and its output; gate and up. Their product is made again
-    # in half precision.
-    feed_forward = (2 if item == 2 else 3) * config.d_ff
-    return item * (4 * D + (H + 2 * K) * h + H * h + feed_forward) + 4 * (H + 2)  # logsumexp of attention, two norms
+    # Two inputs of norms; q, k and v as attention reads them and its output; gate and up. Normed values and the product of gate and up are
+    # made again in half precision.
+    made_again = 0 if item == 2 else 2 * D + config.d_ff
+    return item * (2 * D + (H + 2 * K) * h + H * h + 2 * config.d_ff + made_again) + 4 * (H + 2)  # logsumexp of attention, two norms
+
+
+def _products_kept(config: ModelConfig, item: int) -> int:
+    """Return the bytes a token that ``matmul`` checkpointing keeps: what attention does, q, k and v, the first branch, gate and up."""
+    heads = (config.n_head + 2 * config.n_kv_head) * config.head_dim
+    return _attention_kept(config, item) + item * (heads + config.d_model + 2 * config.d_ff)
 
 
 def _attention_kept(config: ModelConfig, item: int) -> int:

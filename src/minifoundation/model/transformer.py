@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from minifoundation.config import ModelConfig
-from minifoundation.model.attention import KERNEL_OPERATORS, Backend, attend, documents_for, resolve
+from minifoundation.model.attention import KERNEL_OPERATORS, Backend, Mask, attend, documents_for, resolve, rows_for
 from minifoundation.model.fp8 import Scales, Sites
 from minifoundation.model.fused import AfterAttention, AttentionInputs, Norm
+from minifoundation.model.initial import draw_normals
 from minifoundation.model.kernels.language import runs_on
 from minifoundation.model.kernels.quantise import Rounded, Site
 from minifoundation.model.matrix import Matrix, refresh
@@ -64,14 +65,14 @@ class Block(nn.Module):
         self.down = Matrix(config.d_ff, D, dtype, small=fp8, half=not fp8)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Tensor | None, sites: Sites | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Mask | None, sites: Sites | None = None
     ) -> Tensor:  # (B, T, D)
         """Return the block's output (B, T, D); by hand (``fused``) with ``sites``, which say what of it is in 8 bits."""
         whole = self.branches if sites is None else partial(self.fused, sites=sites)
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return whole(x, cos, sin, kernel, documents)
         # Inside forward, so that a compiled block sees it; a selective policy around compiled code would see no operators.
-        extra: dict[str, Any] = {"context_fn": _keep_attention} if self.checkpointing == "attention" else {}
+        extra: dict[str, Any] = {} if self.checkpointing == "full" else {"context_fn": KEEPING[self.checkpointing]}
         result: Tensor = checkpoint(
             whole,
             x,
@@ -85,11 +86,11 @@ class Block(nn.Module):
         )
         return result
 
-    def branches(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Tensor | None) -> Tensor:
+    def branches(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Mask | None) -> Tensor:
         x = x + F.dropout(self.attention(self.attention_norm(x), cos, sin, kernel, documents), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
-    def fused(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Tensor | None, *, sites: Sites) -> Tensor:
+    def fused(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Mask | None, *, sites: Sites) -> Tensor:
         """Return what ``branches`` does, by the functions of ``model/fused.py``."""
         B, T, _ = x.shape
         turned_inside = self.q_norm is None
@@ -109,7 +110,7 @@ class Block(nn.Module):
         )
         return result.view_as(x)
 
-    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Tensor | None) -> Tensor:
+    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Mask | None) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2K, h)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=-2)
         if self.q_norm is not None and self.k_norm is not None:
@@ -127,11 +128,28 @@ class Block(nn.Module):
 
 
 def _keep_attention() -> Any:
-    return create_selective_checkpoint_contexts(_policy)
+    return create_selective_checkpoint_contexts(_attention_policy)
 
 
-def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+def _keep_products() -> Any:
+    return create_selective_checkpoint_contexts(_products_policy)
+
+
+KEEPING = {"attention": _keep_attention, "matmul": _keep_products}
+"""What ``config.checkpointing`` keeps of a block, as the context that ``checkpoint`` takes."""
+
+PRODUCT_OPERATORS = frozenset(
+    {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default, torch.ops.aten._scaled_mm.default}
+)
+
+
+def _attention_policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operator in KERNEL_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _products_policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    kept = operator in PRODUCT_OPERATORS or operator in KERNEL_OPERATORS
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Transformer(nn.Module):
@@ -139,6 +157,8 @@ class Transformer(nn.Module):
 
     Args:
         dtype: of activations.
+        fp8: factors of the blocks' products are in 8 bits, and of two of the head's three.
+        in_epilogue: SwiGLU is computed in the products beside it, by QuACK.
     """
 
     frequencies: Tensor
@@ -199,7 +219,7 @@ class Transformer(nn.Module):
         x = F.embedding(tokens, self.embedding.weight).to(self.dtype)
         cos, sin = rotary_tables(self.frequencies, self.gain, tokens.shape[1])
         kernel = self.kernel(tokens.device, masked=cu_seqlens is not None)
-        documents = None
+        documents = rows_for(kernel, tokens)
         if cu_seqlens is not None:
             positions = positions_within(cu_seqlens, *tokens.shape)
             cos, sin = cos[positions], sin[positions]  # (B, T, h/2)
@@ -238,18 +258,23 @@ class Transformer(nn.Module):
         Normal with ``config.weight_std``; the matrices that write to the residual stream smaller by sqrt(2 n_layer) (GPT-2), so that its
         variance does not grow with depth; norms are one.
         """
-        generator = torch.Generator("cpu").manual_seed(seed)
+        matrices = []
         for name, weight in self.named_parameters():
             if weight.ndim == 1:
                 weight.fill_(1.0)
                 continue
             residual = name.endswith((".out.weight", ".down.weight"))
-            std = self.config.weight_std / (2 * self.config.n_layer) ** 0.5 if residual else self.config.weight_std
-            weight.copy_(torch.empty(weight.shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator))
+            matrices.append((weight, self.config.weight_std / (2 * self.config.n_layer) ** 0.5 if residual else self.config.weight_std))
+        draw_normals(matrices, seed)
         self.frequencies.copy_(rope_frequencies(self.config.rope, self.config.head_dim, self.config.original_seq_len)[0])
 
     def compile_blocks(self) -> None:
-        """Compile each block and the final norm in place; blocks share one graph, and the names in the state dict stay as they are."""
+        """Compile each block and the final norm in place; blocks share one graph, and the names in the state dict stay as they are.
+
+        Blocks by hand are left as they are: theirs are kernels already.
+        """
+        if self.by_hand_on(torch.empty(0, dtype=self.dtype, device=self.embedding.weight.device)):
+            return
         for module in (*self.blocks, self.norm):
             # Static shapes: with automatic dynamic ones, which of two graphs runs would depend on the history of the process.
             module.compile(dynamic=False)

@@ -58,7 +58,7 @@ class Feed:
         starts = list(training.progress.places(training.plan.steps - training.progress.step, training.plan.samples_per_step))
         world = training.world
         steps = (list(micro_batches(training.loader, start, **split, rank=world.rank, world_size=world.size)) for start in starts)
-        with prefetch(steps, pin=training.machine.is_cuda) as batches:
+        with prefetch(steps, training.machine.device) as batches:
             try:
                 yield self._handed_over(batches)
             finally:
@@ -97,7 +97,9 @@ class Feed:
                 mine = level()
             except (UserError, OSError) as error:
                 fault = error
-            votes = torch.tensor([mine, not self._told(), fault is None], dtype=torch.int64, device=self._training.machine.device)
+            # One process has nobody to agree with, and the device is not made to wait.
+            device = self._training.machine.device if self._training.world.size > 1 else "cpu"
+            votes = torch.tensor([mine, not self._told(), fault is None], dtype=torch.int64, device=device)
             least, going_on, working = self._training.world.least(votes).tolist()
             if least >= needed:
                 return int(least)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,14 +13,14 @@ from tqdm import tqdm
 
 from minifoundation.data.batch import Batch
 from minifoundation.model.size import flops_per_token
-from minifoundation.runtime import Moment
+from minifoundation.runtime import Moment, collector_held, compiled_graphs
 from minifoundation.train.feed import Feed, NoData
 from minifoundation.train.guard import GOOD, OVERFLOW, REASONS
 from minifoundation.train.metrics import MetricsLog, Row, bits_per_byte, model_flops_utilisation
 from minifoundation.train.rollback import Bad
 from minifoundation.train.schedule import learning_rate
 from minifoundation.train.state import Training
-from minifoundation.train.step import Figures, StepStats, held_out_loss, train_step
+from minifoundation.train.step import Figures, StepStats, held_out_loss, settle, train_step
 from minifoundation.train.stop import Stop
 
 
@@ -54,11 +54,11 @@ def fit(training: Training, log: MetricsLog, stop: Stop) -> Literal["finished", 
     """
     report = _Report(training, log)
     feed = Feed(training, lambda: stop.asked, report.bar)
-    with report.bar:
+    with report.bar, collector_held() as collect:
         try:
             _make_up(training, feed, report, stop)
             with feed.open() as steps:
-                return _train(training, feed, steps, report, stop)
+                return _train(training, feed, steps, report, stop, collect)
         except _Diverged as diverged:
             return diverged.bad
         except NoData as lack:
@@ -92,17 +92,22 @@ def _evaluated(training: Training, feed: Feed, stop: Stop) -> bool:
     return True
 
 
-def _train(training: Training, feed: Feed, steps: Iterator[list[Batch]], report: _Report, stop: Stop) -> Literal["finished", "stopped"]:
+def _train(
+    training: Training, feed: Feed, steps: Iterator[list[Batch]], report: _Report, stop: Stop, collect: Callable[[], None]
+) -> Literal["finished", "stopped"]:
     config, plan, progress = training.config.train, training.plan, training.progress
     world, machine, saver = training.world, training.machine, training.saver
     stop.nothing_to_save = world.size == 1  # several processes leave together, at the same step
+    scales, first = training.transformer.scales, progress.step + 1
     while progress.step < plan.steps:
         started = time.perf_counter()
-        micro = [batch.to(machine.device) for batch in next(steps)]
+        micro = next(steps)
         waited = time.perf_counter() - started
         saver.check()
         rate = learning_rate(progress.step, plan.steps, config)
         torch.manual_seed(_dropout_seed(config.seed, progress.step, world.rank))
+        graphs = compiled_graphs()
+        settle(training.model, scales, micro[0], tokens=plan.tokens_per_step, world=world)
         stats = train_step(
             training.model,
             training.optimizer,
@@ -115,6 +120,7 @@ def _train(training: Training, feed: Feed, steps: Iterator[list[Batch]], report:
             stop=stop.asked,
             guard=training.guard,
             hold=saver.hold,
+            scales=scales,
         )
         sample = progress.place(plan.samples_per_step)
         progress.step += 1
@@ -122,6 +128,12 @@ def _train(training: Training, feed: Feed, steps: Iterator[list[Batch]], report:
         progress.tokens += plan.tokens_per_step
         if training.average is not None:
             training.average.update(progress.step, stats.taken)
+        if progress.step == first:
+            collect()  # all that compiling has left
+        elif compiled_graphs() > graphs:
+            training.say(
+                f"warning: train.compile: step {progress.step} was compiled again, which costs seconds; TORCH_LOGS=recompiles says why"
+            )
         before = report.catch_up()
         now = report.pending = _Pending(progress.step, sample, rate, stats, waited, Moment(machine))
         stop.nothing_to_save = False
@@ -146,6 +158,8 @@ def _train(training: Training, feed: Feed, steps: Iterator[list[Batch]], report:
             if stopping:
                 saver.finish()
                 world.wait()  # so that none leaves while the first one writes
+            if evaluating or saving:
+                collect()
             report.resume_clock()
         if stopping:
             return "stopped"
@@ -218,6 +232,7 @@ class _Report:
             "mfu": model_flops_utilisation(rate, flops, machine.peak_flops, self.training.world.size),
             "peak_memory_gib": machine.peak_memory_bytes() / 2**30,
             "data_wait_seconds": pending.wait_seconds,
+            "cut_off": found.cut_off if self.training.transformer.scales is not None else None,
             "skipped": REASONS.get(found.verdict),
         }
 

@@ -26,9 +26,11 @@ COLUMNS = (
     "mfu",
     "peak_memory_gib",
     "data_wait_seconds",
+    "cut_off",
     "skipped",
 )
-"""``skipped`` is why a step changed nothing; empty for the others."""
+"""``cut_off``: tensors in 8 bits of which some value was larger than its scale foresaw.
+``skipped`` is why a step changed nothing; empty for the others."""
 
 
 Row = dict[str, Any]

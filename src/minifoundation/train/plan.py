@@ -11,7 +11,7 @@ from minifoundation.runtime import PEAK_TFLOPS, Machine, free_disk_bytes
 from minifoundation.train.schedule import warmup_steps
 
 USABLE_MEMORY = 0.92
-"""Share of the device's memory that a batch found by ``auto`` may be predicted to take; the rest is the context and fragmentation."""
+"""Share of the device's memory that may be predicted to be taken; the rest is the context and fragmentation."""
 
 USUAL = "H100"
 """The GPU whose hours are told where this machine's peak rate is not known."""
@@ -43,7 +43,7 @@ class Plan:
 
 
 def plan(config: RunConfig, world_size: int) -> Plan:
-    """Return the plan of a run; ``batch_size`` must be a number by now (see ``with_batch_size``).
+    """Return the plan of a run; ``batch_size`` must be a number by now (see ``train.finder``).
 
     Raises:
         UserError: fewer tokens than one step takes.
@@ -60,7 +60,7 @@ def plan(config: RunConfig, world_size: int) -> Plan:
             f"x seq_len {train.seq_len} x {world_size} processes)",
             "raise --tokens or lower --grad_accum",
         )
-    memory = _memory(config, train.batch_size)
+    memory = predicted_memory(config)
     final = memory["weights"] + memory["ema"]
     return Plan(
         steps=steps,
@@ -74,11 +74,13 @@ def plan(config: RunConfig, world_size: int) -> Plan:
     )
 
 
-def _memory(config: RunConfig, batch_size: int) -> dict[str, int]:
+def predicted_memory(config: RunConfig) -> dict[str, int]:
+    """Return the predicted peak of device memory by what it holds, in bytes; ``batch_size`` must be a number."""
     train = config.train
+    assert isinstance(train.batch_size, int)
     return memory_bytes(
         config.model,
-        batch_size=batch_size,
+        batch_size=train.batch_size,
         seq_len=train.seq_len,
         grad_accum=train.grad_accum,
         precision=train.precision,
@@ -86,25 +88,6 @@ def _memory(config: RunConfig, batch_size: int) -> dict[str, int]:
         ema=train.ema is not None,
         loss_chunk=train.loss_chunk,
     )
-
-
-def with_batch_size(config: RunConfig, machine: Machine) -> RunConfig:
-    """Return ``config`` with ``batch_size: auto`` replaced by the largest power of two up to 64 that is predicted to fit.
-
-    Raises:
-        UserError: not even one row fits.
-    """
-    if config.train.batch_size != "auto":
-        return config
-    usable = USABLE_MEMORY * machine.memory_bytes
-    fitting = [rows for rows in (1, 2, 4, 8, 16, 32, 64) if sum(_memory(config, rows).values()) <= usable]
-    if not fitting:
-        raise UserError(
-            "train.batch_size",
-            f"not even one row of {config.train.seq_len} tokens fits {machine.name} ({machine.memory_bytes / 2**30:.1f} GiB)",
-            "use --model.checkpointing full, --train.optimizer_states int8 or a shorter --seq_len",
-        )
-    return config.model_copy(update={"train": config.train.model_copy(update={"batch_size": fitting[-1]})})
 
 
 def describe(config: RunConfig, plan: Plan, machine: Machine, world_size: int) -> str:

@@ -21,16 +21,17 @@ from minifoundation.errors import Stopped
 from minifoundation.lock import LOCK, held
 from minifoundation.model.attention import resolve
 from minifoundation.model.training import TrainingModel
-from minifoundation.model.transformer import Transformer
 from minifoundation.runtime import Machine
 from minifoundation.train.corpus import TrainingData, described, training_data
 from minifoundation.train.ema import Average
+from minifoundation.train.finder import steps_fit, with_batch_size
 from minifoundation.train.guard import Guard
+from minifoundation.train.kernels import Kernels, chosen_kernels, transformer_for
 from minifoundation.train.loop import fit
 from minifoundation.train.metrics import METRICS, MetricsLog
 from minifoundation.train.optimizer import adamw, restore_optimizer
 from minifoundation.train.out_of_memory import is_out_of_memory, too_large
-from minifoundation.train.plan import Plan, describe, plan, with_batch_size
+from minifoundation.train.plan import Plan, describe, plan
 from minifoundation.train.provenance import record_start, typed
 from minifoundation.train.resume import checkpoint_to_resume, set_later_aside
 from minifoundation.train.rollback import Bad, go_back, stepped_over
@@ -55,7 +56,8 @@ def run(config: RunConfig, *, resume: str | None, dry_run: bool, allowed: tuple[
     with join() as world, stop_on_signals(config.train.max_hours) as stop:
         machine = runtime.machine(world.local_rank)
         say = Printer(world)
-        config = with_batch_size(_supported(config, machine, say), machine)
+        asked = _supported(config, machine, say)
+        config = with_batch_size(asked, machine)
         planned = plan(config, world.size)
         if dry_run:
             if world.is_first:
@@ -70,6 +72,9 @@ def run(config: RunConfig, *, resume: str | None, dry_run: bool, allowed: tuple[
             with _owned(config.out_dir, world):
                 if world.is_first:
                     set_later_aside(config.out_dir, resumed.progress["step"] if resumed else 0, say)
+                if asked.train.batch_size == "auto":
+                    config = _fitting(asked, planned, machine, world, say, resumed)
+                    planned = plan(config, world.size)
                 return _trained(config, planned, machine, world, say, stop, resumed=resumed, start=start)
         except KeyboardInterrupt:
             if stop.nothing_to_save:
@@ -126,6 +131,15 @@ def _trained(
         again = True
 
 
+def _fitting(asked: RunConfig, planned: Plan, machine: Machine, world: World, say: Printer, resumed: Checkpoint | None) -> RunConfig:
+    """Return ``asked`` with the batch size that real steps show to fit; a resumed run stays at the rows of its steps."""
+    if resumed is not None:
+        asked = asked.model_copy(update={"train": asked.train.model_copy(update={"grad_accum": planned.samples_per_step // world.size})})
+    config = with_batch_size(asked, machine, lambda one: steps_fit(one, machine, world, say))
+    say(f"train.batch_size: auto is {config.train.batch_size} rows x {config.train.grad_accum} micro-batches")
+    return config
+
+
 class Printer:
     """Prints on the first process only, above the progress bar."""
 
@@ -139,6 +153,9 @@ class Printer:
 
 def _supported(config: RunConfig, machine: Machine, say: Printer) -> RunConfig:
     """Return ``config`` with what this machine cannot do replaced by the fallback, each said in one line."""
+    if config.train.precision == "fp8" and (obstacle := runtime.fp8_obstacle(machine)):
+        say(f"warning: train.precision: fp8 cannot run here: {obstacle}; using bf16")
+        config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "bf16"})})
     dtype = runtime.compute_dtype(config.train.precision, machine)
     if config.train.precision == "fp16" and not machine.is_cuda:
         say("warning: --amp alone is fp16, which is slow on a CPU; --amp --bf16 is faster")
@@ -190,9 +207,12 @@ def _train(
     planned = plan(config, world.size)
     if not again:
         _tell(config, planned, machine, world, data, say)
+    kernels, choices = chosen_kernels(config, machine, world, resumed.kernels if resumed else {})
+    for choice in [] if again else choices:
+        say(choice)
     background = Supply(data.to_make, config.data, data.tokenizer.path) if data.to_make and world.is_first else nullcontext()
     with background as supply, _saver(config, say) as saver:
-        training = _built(config, planned, machine, world, data, supply, saver, say, resumed=resumed, start=start)
+        training = _built(config, planned, machine, world, data, supply, saver, say, kernels=kernels, resumed=resumed, start=start)
         progress = data.progress
         if world.is_first:
             write_whole(out_dir / "config.yaml", to_yaml(config).encode())
@@ -262,17 +282,17 @@ def _built(
     saver: Saver,
     say: Printer,
     *,
+    kernels: Kernels,
     resumed: Checkpoint | None,
     start: Start | None,
 ) -> Training:
     """Return the model, optimizer and the rest in the state in which the phase begins or goes on."""
     before = resumed or (start.checkpoint if start else None)
-    transformer = Transformer(config.model, dtype=runtime.compute_dtype(config.train.precision, machine))
+    transformer = transformer_for(config, machine, kernels)
     if before is None:
         transformer.initialise(config.train.seed)
     else:
         transformer.load_state_dict(before.model)
-    transformer.to(machine.device)
     training_model = TrainingModel(transformer, z_loss=config.train.z_loss, chunk=config.train.loss_chunk)
     if config.train.compile:
         transformer.compile_blocks()
@@ -286,6 +306,8 @@ def _built(
     earlier = start.checkpoint.ledger if start else []
     if resumed is not None:
         restore_optimizer(optimizer, {weight: name for name, weight in transformer.named_parameters()}, resumed.optimizer)
+        if transformer.scales is not None:
+            transformer.scales.load({name: value.to(machine.device) for name, value in resumed.kernel_state.items()})
         if resumed.scaler:
             scaler.load_state_dict(resumed.scaler)
         earlier = resumed.ledger[: -len(data.loader.sources)]
@@ -294,6 +316,7 @@ def _built(
         plan=planned,
         machine=machine,
         world=world,
+        kernels=kernels,
         transformer=transformer,
         model=model,
         optimizer=optimizer,

@@ -20,6 +20,7 @@ from minifoundation.model.transformer import Transformer
 from minifoundation.runtime import Machine
 from minifoundation.train.ema import Average
 from minifoundation.train.guard import Guard
+from minifoundation.train.kernels import Kernels
 from minifoundation.train.optimizer import optimizer_state
 from minifoundation.train.plan import Plan
 
@@ -89,6 +90,7 @@ class Training:
     plan: Plan
     machine: Machine
     world: World
+    kernels: Kernels
     transformer: Transformer
     model: nn.Module
     """``transformer`` with its loss, spread over the processes: what a step calls."""
@@ -118,12 +120,13 @@ class Training:
             progress=self.progress.as_dict(),
             ledger=[*self.earlier, *(entry.as_dict() for entry in read)],
             ema=self.average.state() if self.average else None,
-            kernels={"attention": self.transformer.kernel(self.machine.device, masked=self.config.data.mask_documents)},
+            kernels=self.kernels._asdict(),
         )
         if with_optimizer:
             checkpoint.optimizer = optimizer_state(self.optimizer, self.names)
             checkpoint.scaler = self.scaler.state_dict()
             checkpoint.window = self.guard.state()
+            checkpoint.kernel_state = self.transformer.scales.state() if self.transformer.scales is not None else {}
         return checkpoint
 
     @property

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minifoundation.data.batch import Batch
 from minifoundation.distributed import World, local_gradients
+from minifoundation.model.fp8 import SETTLING, Scales
 from minifoundation.train.guard import GOOD, Guard
 from minifoundation.train.optimizer import clip, set_learning_rate, update
 
@@ -31,6 +32,8 @@ class Figures(NamedTuple):
     loss_deviations: float = 0.0
     """How far the loss is above the median of the steps before, in robust standard deviations."""
     norm_deviations: float = 0.0
+    cut_off: float = 0.0
+    """Tensors in 8 bits of which some value was larger than its scale foresaw."""
 
 
 class StepStats:
@@ -77,6 +80,7 @@ def train_step(
     stop: bool = False,
     guard: Guard | None = None,
     hold: Callable[[], None] | None = None,
+    scales: Scales | None = None,
 ) -> StepStats:
     """Update the weights with the gradient of the mean loss over ``batches`` and return what was measured.
 
@@ -89,6 +93,7 @@ def train_step(
         stop: whether this process has been told to stop; summed with the losses, so that all processes learn of it at the same step.
         guard: judges the step; None skips only a step whose loss or gradient is not finite.
         hold: called before anything of the state is changed.
+        scales: of the model's 8-bit tensors; they follow what this step has seen, a skipped one too.
     """
     set_learning_rate(optimizer, lr)
     sums: list[Tensor] = []
@@ -110,7 +115,33 @@ def train_step(
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     figures = torch.cat([mean, grad_norm[None].to(mean.dtype), total[2:], verdict])
+    if scales is not None:
+        figures = torch.cat([figures, _followed(scales, world)[None]])
     return StepStats(figures, attended_length=fmean(batch.attended_length for batch in batches))
+
+
+def settle(model: nn.Module, scales: Scales | None, batch: Batch, *, tokens: int, world: World) -> None:
+    """Find the first scales of 8-bit tensors by a few passes over ``batch`` that change nothing else; later calls do nothing.
+
+    Args:
+        scales: None where nothing is in 8 bits.
+        tokens: targets in a step over all processes.
+    """
+    if scales is None or scales.settled:
+        return
+    for _ in range(SETTLING):
+        with local_gradients(model):
+            (model(batch.tokens, batch.targets, batch.cu_seqlens).total * (world.size / tokens)).backward()
+        model.zero_grad(set_to_none=True)
+        _followed(scales, world)
+    scales.settled = True
+
+
+def _followed(scales: Scales, world: World) -> Tensor:
+    """Set the scales of the next step, the same on every process, and return how many tensors were cut off."""
+    if world.size > 1:
+        scales.largest.copy_(-world.least(-scales.largest))
+    return scales.update()
 
 
 @torch.no_grad()

@@ -1,0 +1,72 @@
+"""How many rows at once: the most that are predicted to fit, shown to fit by real steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from minifoundation.config import RunConfig
+from minifoundation.distributed import World
+from minifoundation.errors import UserError
+from minifoundation.runtime import Machine
+from minifoundation.train.plan import USABLE_MEMORY, predicted_memory
+from minifoundation.train.trial import trial
+
+MOST_ROWS = 64
+"""More rows at once are no faster: the products are large by then."""
+
+
+def predicted_to_fit(config: RunConfig, machine: Machine) -> list[RunConfig]:
+    """Return ``config`` with each number of rows at once that is predicted to fit, the most first.
+
+    Where ``grad_accum`` was given, a step stays at that many rows: they are split into larger micro-batches, fewer of them. Else a
+    micro-batch is the step, and its rows are a power of two.
+    """
+    rows = config.train.grad_accum
+    if "grad_accum" in config.train.model_fields_set:
+        splits = [(most, rows // most) for most in range(min(rows, MOST_ROWS), 0, -1) if rows % most == 0]
+    else:
+        splits = [(2**power, 1) for power in range(MOST_ROWS.bit_length() - 1, -1, -1)]
+    tried = [
+        config.model_copy(update={"train": config.train.model_copy(update={"batch_size": most, "grad_accum": parts})})
+        for most, parts in splits
+    ]
+    return [one for one in tried if sum(predicted_memory(one).values()) <= USABLE_MEMORY * machine.memory_bytes]
+
+
+def with_batch_size(config: RunConfig, machine: Machine, fits: Callable[[RunConfig], bool] = lambda _: True) -> RunConfig:
+    """Return ``config`` with ``batch_size: auto`` replaced by the most rows that are predicted to fit, and of which ``fits`` says so too.
+
+    Raises:
+        UserError: not even one row fits.
+    """
+    if config.train.batch_size != "auto":
+        return config
+    for one in predicted_to_fit(config, machine):
+        if fits(one):
+            return one
+    raise UserError(
+        "train.batch_size",
+        f"not even one row of {config.train.seq_len} tokens fits {machine.name} ({machine.memory_bytes / 2**30:.1f} GiB)",
+        "use --model.checkpointing full, --train.optimizer_states int8 or a shorter --seq_len",
+    )
+
+
+def steps_fit(config: RunConfig, machine: Machine, world: World, say: Callable[[str], None]) -> bool:
+    """Return whether two steps fit the GPU of every process; off CUDA nothing is tried, and the prediction counts alone."""
+    if not machine.is_cuda:
+        return True
+    # Two micro-batches hold what any number of them do, and are sooner done.
+    short = config.model_copy(update={"train": config.train.model_copy(update={"grad_accum": min(2, config.train.grad_accum)})})
+    try:
+        trial(short, machine, steps=1, warm_up=1)
+        fit = True
+    except torch.OutOfMemoryError:
+        fit = False
+    machine.forget()
+    fit = bool(world.least(torch.tensor([int(fit)], device=machine.device)).item())
+    if not fit:
+        torch.compiler.reset()  # it keeps a limited number of shapes, and these are of no use
+        say(f"train.batch_size: {config.train.batch_size} rows were predicted to fit {machine.name}, and do not; trying fewer")
+    return fit

@@ -1,0 +1,86 @@
+"""``bench`` on a CPU: every table, the figures as JSON, and what fits."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minifoundation import cli
+from minifoundation.commands import bench
+from minifoundation.commands.bench import bench as command
+from minifoundation.config import BenchOptions
+from minifoundation.runtime import Machine
+from minifoundation.train.trial import trial
+
+TINY = "{model: {d_model: 32, n_layer: 4, n_head: 4, n_kv_head: 2, d_ff: 64, vocab_size: 8192}}"
+
+
+@pytest.fixture
+def yaml(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY, encoding="utf-8")
+    return path
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there bench measures the model as it is")
+def test_every_table_on_a_cpu(yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "figures" / "bench.json"
+    assert cli.main(["bench", "--config", str(yaml), "--json", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "on a CPU: two blocks of it" in said
+    for table in ("matrix products by themselves", "attention of a block", "a step of 1 x 256 x 1", "where its time goes"):
+        assert table in said
+    figures = json.loads(path.read_text(encoding="utf-8"))
+    assert {product["name"] for product in figures["ceilings"]["products"]} == {"qkv", "out", "gate, up", "down", "head"}
+    assert set(figures["attention_ms"]) == {"auto", "math"} and all(ms > 0 for ms in figures["attention_ms"].values())
+    assert figures["step"]["tokens_per_second"] > 0 and figures["step"]["profile"]["ms"]["matrix products"] > 0
+    assert f"{figures['step']['tokens_per_second']:,}" in said
+
+
+def pretended(rows_that_fit: dict[str, int], rates: dict[str, float]) -> Any:
+    """Return a ``trial`` on a GPU with room for so many rows, whose tokens/s depend on checkpointing."""
+    real = trial
+
+    def tried(run: Any, _machine: Machine, **how: Any) -> Any:
+        way = run.model.checkpointing
+        if run.train.batch_size > rows_that_fit[way]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        small = run.model_copy(update={"train": run.train.model_copy(update={"batch_size": 1, "grad_accum": 1, "seq_len": 16})})
+        found = real(small, Machine(torch.device("cpu"), "CPU", 2**34, None), steps=1, warm_up=1, profiled=how.get("profiled", False))
+        object.__setattr__(found, "seconds", [found.tokens_per_step / rates[way]])
+        return found
+
+    return tried
+
+
+def test_the_fastest_of_what_fits_is_recommended(yaml: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where no recomputation leaves room for two rows, and some for eight at a higher rate."""
+    monkeypatch.setattr(bench, "ON_A_CPU", {"train": {"seq_len": 64}})
+    fitting = {"none": 2, "matmul": 4, "attention": 8, "full": 16}
+    monkeypatch.setattr(bench, "trial", pretended(fitting, {"none": 100.0, "matmul": 110.0, "attention": 130.0, "full": 90.0}))
+    command(BenchOptions(config=yaml), {"train": {"grad_accum": 16}})
+    said = capsys.readouterr().out
+    assert "recommended: --batch_size 8 --grad_accum 2 --model.checkpointing attention --model.attention auto" in said
+    for way, rows in (("none", "2 x 64 x 8"), ("matmul", "4 x 64 x 4"), ("attention", "8 x 64 x 2"), ("full", "16 x 64 x 1")):
+        assert re.search(rf"^  {way} +{rows} ", said, re.MULTILINE)
+
+
+def test_rows_that_were_given_and_do_not_fit(yaml: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(bench, "ON_A_CPU", {"train": {"seq_len": 64}})
+    monkeypatch.setattr(bench, "trial", pretended({"none": 2}, {"none": 100.0}))
+    assert cli.main(["bench", "--config", str(yaml), "--batch_size", "4"]) == 2
+    assert "error: train.batch_size: 4 rows of 64 tokens do not fit the memory of CPU" in capsys.readouterr().err
+
+
+def test_what_fits_is_told_without_measuring(yaml: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "trial", lambda *_: pytest.fail("measured"))
+    assert cli.main(["bench", "--config", str(yaml), "--fit", "24,80", "--seq_len", "1024"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("  24", "  80"))]
+    assert [line[:2] for line in lines] == [[size, way] for size in ("24", "80") for way in bench.CHECKPOINTING]
+    assert cli.main(["bench", "--config", str(yaml), "--fit", "24,large"]) == 2
+    assert "error: fit" in capsys.readouterr().err
