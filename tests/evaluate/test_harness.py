@@ -212,6 +212,26 @@ def test_programs_are_run_only_when_allowed(tiny: Model, tmp_path: Path, monkeyp
     assert wrong.score == 0.0
 
 
+def test_generation_that_does_not_fit_the_memory_is_done_in_smaller_batches(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from lm_eval.api.instance import Instance
+
+    generate, rows = tiny._model_generate, []
+
+    def limited(context: Any, **options: Any) -> Any:
+        rows.append(len(context))
+        if len(context) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(context, **options)
+
+    options = {"until": ["\n"], "max_gen_toks": 4, "do_sample": False}
+    requests = [Instance("generate_until", {}, (f"How much is {i}?", options), i) for i in range(6)]
+    alone = [tiny.generate_until([request], disable_tqdm=True)[0] for request in requests]
+    monkeypatch.setattr(tiny, "_model_generate", limited)
+    assert tiny.generate_until(requests, disable_tqdm=True) == alone
+    assert max(rows) == 6 and min(rows) <= 3
+
+
 def test_more_new_tokens_than_the_context_holds_is_said(tiny: Model, tmp_path: Path) -> None:
     (outcome,) = evaluated(tiny, "humaneval", data_dir=code_mirror(tmp_path), code=True)
     assert outcome.not_run == "context: 1024 tokens are generated, the model reads 1024; extend it with longft"

@@ -89,7 +89,7 @@ def test_log_likelihoods_and_choices_are_those_of_plain_lm_eval(
         ),
         pytest.param("humaneval", 0, lambda doc: doc["canonical_solution"], marks=pytest.mark.slow),
         pytest.param("mbpp", 0, lambda doc: doc["code"], marks=pytest.mark.slow),
-        pytest.param("hendrycks_math", 0, lambda doc: f" ${_boxed(doc['solution'])}$", marks=pytest.mark.slow),
+        pytest.param("hendrycks_math", 100, lambda doc: f" ${_boxed(doc['solution'])}$", marks=pytest.mark.slow),
     ],
 )
 def test_a_model_that_knows_the_answers_scores_one(
@@ -124,9 +124,7 @@ def test_a_model_that_knows_nothing_scores_chance(tiny_folder: Path, monkeypatch
         return [(-5.0 * len(request.args[1]) + random.normal(0, 1e-3), False) for request in requests]
 
     monkeypatch.setattr(model, "loglikelihood", uniform)
-    for outcome in outcomes(
-        model, "mmlu:0,arc_easy,arc_challenge_mcf:0,hellaswag:0,piqa,winogrande:0,mmlu_pro_mc:0,lambada_openai", limit=0
-    ):
+    for outcome in outcomes(model, "mmlu:0,arc_easy,arc_challenge_mcf:0,hellaswag:0,piqa,winogrande:0,lambada_openai", limit=300):
         chance = outcome.request.row.chance
         assert outcome.score is not None and outcome.stderr is not None and chance is not None, outcome.not_run
         assert math.isclose(outcome.score, chance, abs_tol=4 * outcome.stderr + 1e-3), (outcome.label, outcome.score, chance)

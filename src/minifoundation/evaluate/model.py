@@ -109,8 +109,16 @@ class Model(HFLM):
             raise UserError("context", f"{max(room)} tokens are generated, the model reads {self.max_length}", "extend it with longft")
         self.truncated += sum(prompt > self.max_length - new for prompt, new in zip(prompts, room, strict=True))
         longest = min(self.max_length, max(map(sum, zip(prompts, room, strict=True))))
-        self._rows_to_generate = self.fixed_rows or max(1, BRANCHING * self.batch_tokens // longest)  # a row is mostly its cache
-        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        fitting = min(2 * self.batch_tokens // max(prompts), BRANCHING * self.batch_tokens // longest)  # reading prompts; holding caches
+        self._rows_to_generate = self.fixed_rows or max(1, fitting)
+        while True:
+            try:
+                return super().generate_until(requests, disable_tqdm=disable_tqdm)
+            except torch.OutOfMemoryError:
+                if self._rows_to_generate == 1:
+                    raise
+                torch.cuda.empty_cache()
+                self._rows_to_generate //= 2
 
     def facts(self) -> dict[str, Any]:
         """Return what identifies the model: sizes, dtype, and the hash of every file that decides its answers."""

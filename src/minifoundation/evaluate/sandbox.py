@@ -66,7 +66,9 @@ class Sandbox:
     def description(self) -> str:
         """Return what confines a program here, each part tried out."""
         confined = [f"{name}: {'yes' if self.passes(probe) else 'NO'}" for name, probe in _PROBES.items()]
-        return f"python -I -S, empty environment, temporary folder, {SECONDS} s of processor time, {MEMORY >> 20} MiB; {', '.join(confined)}"
+        return (
+            f"python -I -S, empty environment, temporary folder, {SECONDS} s of processor time, {MEMORY >> 20} MiB; {', '.join(confined)}"
+        )
 
 
 @cache
