@@ -48,6 +48,8 @@ demo: $(PACKAGES)
 	$(RUN) longft --ckpt_in $(DEMO)/pretrain/final.pth --out_dir $(DEMO)/longft --seq_len 1024 --batch_size 2 --tokens 32_768 --lr 1e-4
 	$(RUN) export_hf --ckpt $(DEMO)/longft/final.pth --out_dir $(DEMO)/hf_export
 	$(RUN) eval --model_path $(DEMO)/hf_export --tasks configs/tasks_demo.txt --data_dir examples/benchmarks --limit 0
+	$(RUN) contamination --ckpt $(DEMO)/longft/final.pth --tasks configs/tasks_demo.txt --data_dir examples/benchmarks
+	$(RUN) report --runs $(DEMO)/pretrain,$(DEMO)/longft --evals $(DEMO)/hf_export/eval --out_dir $(DEMO)/report --name demo
 	$(RUN) generate --model $(DEMO)/hf_export --prompt "ROMEO:" --max_new_tokens 100
 	@cat examples/after_the_demo.txt
 

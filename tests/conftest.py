@@ -16,6 +16,10 @@ COMMANDS = {
     "bench": ("minifoundation.commands.bench", "bench"),
     "export_hf": ("minifoundation.commands.export_hf", "export_hf"),
     "eval": ("minifoundation.commands.eval", "evaluate"),
+    "eval-data pull": ("minifoundation.commands.eval_data", "pull"),
+    "eval-data check": ("minifoundation.commands.eval_data", "check"),
+    "contamination": ("minifoundation.commands.contamination", "contamination"),
+    "report": ("minifoundation.commands.report", "report"),
     "generate": ("minifoundation.commands.generate", "generate"),
     "doctor": ("minifoundation.commands.doctor", "doctor"),
 }
@@ -30,8 +34,9 @@ class Calls(list[tuple[str, Any, dict[str, Any]]]):
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     made = Calls()
+    stubs: dict[str, ModuleType] = {}
     for name, (module, function) in COMMANDS.items():
-        stub = ModuleType(module)
+        stub = stubs.setdefault(module, ModuleType(module))
 
         def called(options: Any, values: dict[str, Any] | None = None, *, name: str = name) -> None:
             if made.failure is not None:

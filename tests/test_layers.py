@@ -14,12 +14,12 @@ LAYERS = (
     {"errors"},
     {"config", "distributed", "lock"},
     {"model", "data", "evaluate", "runtime", "checkpoint"},
-    {"train", "export"},
+    {"train", "export", "report"},
     {"commands"},
     {"cli"},
 )
 HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
-BLIND = {"model": {"distributed"}, "data": {"distributed"}, "evaluate": {"distributed"}, "cli": {"distributed"}}
+BLIND = {"model": {"distributed"}, "data": {"distributed"}, "evaluate": {"distributed"}, "report": {"distributed"}, "cli": {"distributed"}}
 """What a part does not see although it lies lower: models, data and benchmarks know no process."""
 
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

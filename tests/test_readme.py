@@ -21,7 +21,8 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 LINE = re.compile(
-    r"(?:-m src\.cli|\$\(RUN\)|^[ `$]*minifoundation)\s+((?:prepare|pretrain|longft|bench|export_hf|eval|generate)\s+-[^\n`]*)",
+    r"(?:-m src\.cli|\$\(RUN\)|^[ `$]*minifoundation)\s+"
+    r"((?:prepare|pretrain|longft|bench|export_hf|eval|eval-data \w+|contamination|report|generate)\s+-[^\n`]*)",
     re.MULTILINE,
 )
 SESSION = re.compile(r"^\$ python -m src\.cli (.*)\n(error: .*)$", re.MULTILINE)
@@ -70,7 +71,18 @@ def test_a_documented_line_is_accepted(calls: Calls, monkeypatch: pytest.MonkeyP
 def test_lines_were_found_in_every_kind_of_document() -> None:
     found = {document for document, _ in documented()}
     assert {"README.md", "Makefile", "after_the_demo.txt"} <= found
-    assert {line.split()[0] for _, line in documented()} == {"prepare", "pretrain", "longft", "bench", "export_hf", "eval", "generate"}
+    assert {line.split()[0] for _, line in documented()} == {
+        "prepare",
+        "pretrain",
+        "longft",
+        "bench",
+        "export_hf",
+        "eval",
+        "eval-data",
+        "contamination",
+        "report",
+        "generate",
+    }
 
 
 @pytest.mark.parametrize(("line", "message"), SESSION.findall(joined(README)))
@@ -94,7 +106,7 @@ def test_the_table_of_flags_is_that_of_the_settings() -> None:
 
 def test_the_table_of_commands_is_that_of_the_program() -> None:
     table = README.split("| command | what it makes |")[1].split("\n\n")[0]
-    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(cli.program().commands)
+    assert re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE) == list(cli.program().commands)
 
 
 @pytest.mark.parametrize("name", ["model_0p5b", "model_1b"])

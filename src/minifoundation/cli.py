@@ -134,7 +134,12 @@ def program() -> Commands:
     version = click.Option(["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_version, help="print the version")
     group.params.append(version)
     run = config.RunConfig
-    for command in (
+    mirror = Commands("eval-data", help="Keep the data of benchmarks in a mirror folder, for eval --data_dir.", no_args_is_help=True)
+    mirror.add_command(_command("pull", "eval_data.pull", "Write the data of tasks from the hub to a mirror folder.", config.PullOptions))
+    mirror.add_command(
+        _command("check", "eval_data.check", "Compare a mirror folder with its manifest and the tasks.", config.CheckOptions)
+    )
+    commands: tuple[click.Command, ...] = (
         _command("prepare", "prepare.prepare", "Turn a corpus into token shards.", config.PrepareOptions, config.PrepareConfig),
         _command("inspect", "inspect.inspect", "Show what is in token shards, or what a checkpoint has read.", config.InspectOptions),
         _command("pretrain", "pretrain.pretrain", "Train a model from scratch.", config.PretrainOptions, run),
@@ -143,10 +148,14 @@ def program() -> Commands:
             "bench", "bench.bench", "Measure what this machine does with a model, and say which settings suit it.", config.BenchOptions, run
         ),
         _command("export_hf", "export_hf.export_hf", "Write a Hugging Face folder and prove it equal.", config.ExportOptions),
-        _command("eval", "eval.evaluate", "Run benchmarks on a Hugging Face folder.", config.EvalOptions),
+        _command("eval", "eval.evaluate", "Run benchmarks on a model.", config.EvalOptions),
+        mirror,
+        _command("contamination", "contamination.contamination", "Find test items in the training text.", config.ContaminationOptions),
+        _command("report", "report.report", "Write an HTML page and a model card of runs and evaluations.", config.ReportOptions),
         _command("generate", "generate.generate", "Continue a prompt.", config.GenerateOptions),
         _command("doctor", "doctor.doctor", "Check this machine, and the folder of a run.", config.DoctorOptions),
-    ):
+    )
+    for command in commands:
         group.add_command(command)
     return group
 

@@ -1,12 +1,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from minifoundation.cli import main
-from tests.evaluate.tiny import BUNDLED, ROOT, write_tiny_model
+from tests.evaluate.tiny import BUNDLED, ROOT, WHOLE, write_tiny_model
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def test_the_demo_list_ends_in_a_table_and_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,3 +81,137 @@ def test_a_broken_model_folder_is_one_line(tmp_path: Path, capsys: pytest.Captur
     (folder / "model.safetensors").write_bytes(b"not weights")
     assert main(["eval", "--model_path", str(folder), "--tasks", "piqa", "--data_dir", str(BUNDLED)]) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"error: --model_path: {folder} does not load (")
+
+
+def items(folder: Path, label: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "items" / f"{label}.jsonl").read_text().splitlines()]
+
+
+def test_a_stopped_evaluation_goes_on_and_ends_as_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from minifoundation.evaluate import harness
+
+    line = ["eval", "--model_path", str(write_tiny_model(tmp_path / "model")), "--data_dir", str(BUNDLED), "--limit", "5"]
+    line += ["--tasks", "arc_easy,piqa,hellaswag:0", "--out_dir"]
+    assert main([*line, str(tmp_path / "whole")]) == 0
+    run = harness.run
+    ran: list[str] = []
+
+    def stopped(*args: Any, **options: Any) -> Iterator[Any]:
+        for place, outcomes in enumerate(run(*args, **options)):
+            if place == 2:
+                raise KeyboardInterrupt
+            yield outcomes
+
+    def watched(model: Any, manager: Any, requests: Any, **options: Any) -> Iterator[Any]:
+        ran.extend(request.label for request in requests)
+        return run(model, manager, requests, **options)
+
+    monkeypatch.setattr(harness, "run", stopped)
+    assert main([*line, str(tmp_path / "out")]) == 130
+    assert not json.loads((tmp_path / "out" / "results.json").read_text())["complete"]
+    assert "| piqa" in (tmp_path / "out" / "report.md").read_text(), "what is done can be read"
+    monkeypatch.setattr(harness, "run", watched)
+    capsys.readouterr()
+    assert main([*line, str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert f"{tmp_path / 'out'}: going on with an evaluation that was stopped, 2 of 3 tasks are done" in printed and ran == ["hellaswag:0"]
+    whole, resumed = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "out"))
+    assert resumed["complete"]
+    for rows in (whole["rows"], resumed["rows"]):
+        for row in rows:
+            del row["seconds"], row["lm_eval"]
+    assert whole["rows"] == resumed["rows"]
+    assert (tmp_path / "whole" / "report.md").read_text() == (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_checkpoint_scores_as_the_folder_it_is_exported_to(final: Callable[..., Path], tmp_path: Path, ema: bool) -> None:
+    import torch
+
+    from minifoundation.checkpoint import load_checkpoint, save_final
+    from minifoundation.export.verify import random_state
+    from minifoundation.model.transformer import Transformer
+
+    made = load_checkpoint(final(original_seq_len=512, qk_norm=True))
+    made.model = random_state(made.model)  # weights as initialised would hardly notice a wrong position
+    made.ema = {name: weight.flip(0) for name, weight in made.model.items()}
+    path = save_final(made, tmp_path)
+    flags = ["--ema"] if ema else []
+    assert main(["export_hf", "--ckpt", str(path), "--out_dir", str(tmp_path / "hf"), "--dtype", "fp32", *flags]) == 0
+    line = ["eval", "--tasks", "arc_easy,hellaswag:0", "--data_dir", str(BUNDLED), "--limit", "8", "--model_path"]
+    assert main([*line, str(path), *flags]) == 0
+    assert main([*line, str(tmp_path / "hf")]) == 0
+    checkpoint = load_checkpoint(path)
+    transformer = Transformer(checkpoint.config.model)
+    transformer.load_state_dict(checkpoint.ema if ema and checkpoint.ema else checkpoint.model)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for label in ("arc_easy", "hellaswag_0"):
+        native, exported = items(path.parent / "eval_final", label), items(tmp_path / "hf" / "eval", label)
+        assert len(native) == len(exported) == 8
+        for ours, theirs in zip(native, exported, strict=True):
+            assert ours["log_likelihoods"] == pytest.approx(theirs["log_likelihoods"], abs=1e-3) and ours["score"] == theirs["score"]
+    (question,) = [json.loads(line) for line in (BUNDLED / "allenai/ai2_arc/ARC-Easy/test.jsonl").read_text().splitlines()[:1]]
+    prompt = f"Question: {question['question']}\nAnswer:"
+    for choice, found in zip(question["choices"]["text"], items(path.parent / "eval_final", "arc_easy")[0]["log_likelihoods"], strict=True):
+        begin, whole = (tokenizer(text).input_ids for text in (prompt, f"{prompt} {choice}"))
+        with torch.no_grad():
+            table = transformer.logits(torch.tensor([whole]))[0].log_softmax(-1)
+        expected = sum(float(table[place - 1, whole[place]]) for place in range(len(begin), len(whole)))
+        assert found == pytest.approx(expected, abs=1e-3), "the transformer that was trained says the same"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ema"], "--ema: {path} holds no averaged weights; leave --ema away"),
+        (["--device", "cuda:7"], "--device: cuda:7 does not work here"),
+    ],
+)
+def test_what_a_checkpoint_cannot_do_is_one_line(
+    final: Callable[..., Path], capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    path = final()
+    assert main(["eval", "--model_path", str(path), "--tasks", "piqa", "--data_dir", str(BUNDLED), *flags]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"error: {message.format(path=path)}")
+
+
+def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "final.pth").write_bytes(b"no")
+    assert main(["eval", "--model_path", str(tmp_path / "final.pth"), "--tasks", "piqa", "--data_dir", str(BUNDLED)]) == 2
+    assert "final.pth: not a checkpoint" in capsys.readouterr().err
+
+
+def test_a_model_shorter_than_the_prompts_is_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_tiny_model(tmp_path / "model", context=32)
+    assert main(["eval", "--model_path", str(folder), "--tasks", "piqa", "--data_dir", str(BUNDLED), "--limit", "20"]) == 0
+    row = json.loads((folder / "eval" / "results.json").read_text())["rows"][0]
+    assert 0 < row["truncated"] <= row["requests"] == 40
+    assert f"{row['truncated']} of 40" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not WHOLE.is_dir(), reason=f"no complete benchmarks at {WHOLE}")
+def test_a_mirror_made_by_hand_is_sealed_and_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    for name in ("baber/piqa", "allenai/ai2_arc"):
+        shutil.copytree(WHOLE / name, tmp_path / name, copy_function=shutil.copyfile)
+    line = ["eval-data", "check", "--data_dir", str(tmp_path), "--tasks", "arc_easy,piqa"]
+    assert main(line) == 2
+    assert "has no manifest.json; write one with --seal" in capsys.readouterr().err
+    assert main([*line, "--seal"]) == 0
+    assert main(line) == 0
+    assert "arc_easy: has its data\npiqa: has its data" in capsys.readouterr().out
+    assert main([*line[:-1], "winogrande"]) == 2
+    assert "1 tasks have no data; pull it with eval-data pull" in capsys.readouterr().err
+    file = next((tmp_path / "baber/piqa").rglob("validation.parquet"))
+    file.write_bytes(file.read_bytes() + b"x")
+    assert main(line) == 2
+    assert "1 files are not as in manifest.json, the first baber/piqa/default/validation.parquet: changed" in capsys.readouterr().err
+    folder = write_tiny_model(tmp_path / "model")
+    assert main(["eval", "--model_path", str(folder), "--tasks", "piqa,arc_easy", "--limit", "2", "--data_dir", str(tmp_path)]) == 0
+    rows = json.loads((folder / "eval" / "results.json").read_text())["rows"]
+    assert "validation.parquet: has changed since the mirror's manifest was written" in rows[0]["not_run"] and rows[1]["n"] == 2

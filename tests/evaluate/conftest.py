@@ -7,10 +7,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.evaluate.tiny import write_tiny_model
+from tests.evaluate.tiny import loaded, write_tiny_model
 
 if TYPE_CHECKING:
-    from minifoundation.evaluate.harness import Model
+    from minifoundation.evaluate.model import Model
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of encoded requests: each test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "minifoundation" / "requests"
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +27,4 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tiny_folder: Path) -> Model:
-    from minifoundation.evaluate.harness import load_model, quieten
-
-    quieten()
-    return load_model(str(tiny_folder), dtype="auto", device="cpu", rows=None)
+    return loaded(tiny_folder)

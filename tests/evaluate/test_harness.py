@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -11,18 +10,21 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from minifoundation.errors import UserError
-from minifoundation.evaluate.protocols import ROWS, Outcome, Request, read_tasks
-from tests.evaluate.tiny import BUNDLED, WHOLE, write_items, write_tiny_model
+from minifoundation.evaluate.protocols import ROWS
+from minifoundation.evaluate.requests import Request, read_tasks
+from minifoundation.evaluate.results import Outcome
+from tests.evaluate.tiny import BUNDLED, WHOLE, loaded, write_items, write_tiny_model
 
 if TYPE_CHECKING:
-    from minifoundation.evaluate.harness import Model
+    from minifoundation.evaluate.model import Model
 
 
 def evaluated(model: Model, tasks: str, *, limit: int = 0, data_dir: Path | None = BUNDLED, code: bool = False) -> list[Outcome]:
     from minifoundation.evaluate import harness
 
     requests = read_tasks(tasks)
-    return list(harness.run(model, harness.task_manager(requests), requests, limit=limit, data_dir=data_dir, code=code))
+    found = harness.run(model, harness.task_manager(requests), requests, limit=limit, data_dir=data_dir, code=code)
+    return [outcome for outcomes in found for outcome in outcomes]
 
 
 def log_likelihood(folder: Path, context: str, continuation: str) -> float:
@@ -81,23 +83,8 @@ def test_the_batch_size_changes_nothing(tiny: Model, monkeypatch: pytest.MonkeyP
     assert likelihoods() == pytest.approx(by_memory, abs=1e-4)
 
 
-def test_batches_keep_the_token_budget_and_lose_no_request(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lm_eval.models.utils import Collator
-
-    monkeypatch.setattr(tiny, "batch_tokens", 100)
-    lengths = sorted([70, 40, 33, 33, 33, 30, 9, 8, 8, 7, 6, 5, 4, 4, 3, 2, 1, 150], reverse=True)
-    requests = [(("", ""), [0] * (length - 1), [0]) for length in lengths]
-    batches: list[Sequence[Any]] = list(Collator.get_chunks(requests, fn=tiny._batch_scheduler))
-    assert [request for batch in batches for request in batch] == requests
-    sizes = [(len(batch), len(batch) * (len(batch[0][1]) + 1)) for batch in batches]
-    assert all(tokens <= 100 or rows == 1 for rows, tokens in sizes)
-    assert [rows for rows, _ in sizes] == [1, 1, 2, 3, 11]
-
-
 def test_requests_longer_than_the_context_are_counted(tmp_path: Path) -> None:
-    from minifoundation.evaluate.harness import load_model
-
-    short = load_model(str(write_tiny_model(tmp_path, context=48)), dtype="auto", device="cpu", rows=None)
+    short = loaded(write_tiny_model(tmp_path, context=48))
     (outcome,) = evaluated(short, "arc_easy", limit=20)
     lengths = [
         len(short.tokenizer(context + continuation).input_ids)
@@ -173,7 +160,8 @@ def test_an_edited_mirror_is_read_anew(tmp_path: Path) -> None:
 def outcome_of(name: str, leaves: dict[str, list[float]], metric: str) -> Outcome:
     row = ROWS[name]
     results = {leaf: {f"{metric},none": fmean(values)} for leaf, values in leaves.items()}
-    samples = {leaf: [{"filter": "none", metric: value} for value in values] for leaf, values in leaves.items()}
+    logged = {"filter": "none", "doc_id": 0, "doc_hash": "", "target": "", "resps": [[(-1.0, True)]]}
+    samples = {leaf: [logged | {metric: value} for value in values] for leaf, values in leaves.items()}
     return Outcome(Request(row, row.shots), name, raw={"results": results}, samples=samples)
 
 
@@ -222,6 +210,26 @@ def test_programs_are_run_only_when_allowed(tiny: Model, tmp_path: Path, monkeyp
     monkeypatch.setattr(tiny, "generate_until", lambda requests, disable_tqdm=False: ["    return 2\n" for _ in requests])
     (wrong,) = evaluated(tiny, "humaneval", data_dir=mirror, code=True)
     assert wrong.score == 0.0
+
+
+def test_generation_that_does_not_fit_the_memory_is_done_in_smaller_batches(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from lm_eval.api.instance import Instance
+
+    generate, rows = tiny._model_generate, []
+
+    def limited(context: Any, **options: Any) -> Any:
+        rows.append(len(context))
+        if len(context) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(context, **options)
+
+    options = {"until": ["\n"], "max_gen_toks": 4, "do_sample": False}
+    requests = [Instance("generate_until", {}, (f"How much is {i}?", options), i) for i in range(6)]
+    alone = [tiny.generate_until([request], disable_tqdm=True)[0] for request in requests]
+    monkeypatch.setattr(tiny, "_model_generate", limited)
+    assert tiny.generate_until(requests, disable_tqdm=True) == alone
+    assert max(rows) == 6 and min(rows) <= 3
 
 
 def test_more_new_tokens_than_the_context_holds_is_said(tiny: Model, tmp_path: Path) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minifoundation.evaluate.model import Model
 
 ROOT = Path(__file__).parents[2]
 BUNDLED = ROOT / "examples" / "benchmarks"
-WHOLE = ROOT.parent / "shared" / "benchmarks"
-"""Complete benchmarks beside the clone; tests that read them are skipped where there are none."""
+WHOLE = Path(os.environ.get("BENCHMARK_MIRROR") or ROOT.parent / "shared" / "benchmarks")
+"""A mirror folder of complete benchmarks (eval-data pull); tests that read it are skipped where there is none."""
 
 
 def write_tiny_model(folder: Path, *, context: int = 1024) -> Path:
@@ -48,3 +52,12 @@ def write_tiny_model(folder: Path, *, context: int = 1024) -> Path:
 def write_items(folder: Path, split: str, items: list[dict[str, Any]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{split}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+
+
+def loaded(folder: Path, *, rows: int | None = None) -> Model:
+    """Return the model in ``folder`` as ``eval`` loads it on a CPU."""
+    from minifoundation.evaluate.harness import quieten
+    from minifoundation.evaluate.model import Model, from_folder
+
+    quieten()
+    return Model(from_folder(str(folder), dtype="auto", device="cpu"), rows=rows)

@@ -22,7 +22,7 @@ from minifoundation.data import hub, survey
 from minifoundation.data.ledger import Entry
 from minifoundation.data.shards import Shards
 from minifoundation.errors import UserError
-from minifoundation.evaluate.protocols import read_tasks
+from minifoundation.evaluate.requests import read_tasks
 from minifoundation.lock import holder
 from minifoundation.model.attention import resolve
 from minifoundation.runtime import Machine

@@ -1,41 +1,115 @@
-"""``eval``: benchmarks of a folder in Hugging Face form."""
+"""``eval``: benchmarks of a folder in Hugging Face form, or of a checkpoint as it would be exported."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minifoundation.config import EvalOptions
 from minifoundation.errors import UserError
-from minifoundation.evaluate import report
-from minifoundation.evaluate.protocols import Outcome, read_tasks
+from minifoundation.evaluate import tables
+from minifoundation.evaluate.baselines import Baselines
+from minifoundation.evaluate.mirror import fingerprint
+from minifoundation.evaluate.requests import read_tasks
+from minifoundation.evaluate.results import RESULTS, Outcome, folder_for, key, replace_text
+
+if TYPE_CHECKING:
+    from minifoundation.evaluate.model import Loaded
 
 
 def evaluate(options: EvalOptions) -> None:
     """Run the tasks of ``options``, write the results after each, print the table."""
     requests = read_tasks(options.tasks)
-    baselines = report.Baselines.load()
+    baselines = Baselines.load(reruns=options.beside)
     if options.data_dir is not None and not options.data_dir.is_dir():
         raise UserError("--data_dir", f"{options.data_dir}: no such folder", "give a mirror folder, or leave it out to read from the hub")
     try:
         from minifoundation.evaluate import harness
+        from minifoundation.evaluate.model import Model
     except ImportError as error:
         raise UserError("lm-eval", f"is not installed ({error})", "pip install -e '.[eval]'") from None
     harness.quieten()
     manager = harness.task_manager(requests)
-    model = harness.load_model(options.model_path, dtype=options.dtype, device=options.device, rows=options.batch_size)
-    is_local = Path(options.model_path).is_dir()
-    default = Path(options.model_path) / "eval" if is_local else Path("outputs") / "eval" / options.model_path.replace("/", "--")
-    folder = report.free_folder(options.out_dir or default)
-    sandboxed = None
-    if options.allow_code_exec and any(request.row.runs_code for request in requests):
-        from minifoundation.evaluate.sandbox import sandbox
+    with _loaded(options) as loaded:
+        model = Model(loaded, rows=options.batch_size)
+        sandboxed = None
+        if options.allow_code_exec and any(request.row.runs_code for request in requests):
+            from minifoundation.evaluate.sandbox import sandbox
 
-        sandboxed = sandbox().description()
-    facts = {"settings": options.model_dump(mode="json"), "model": model.facts(), "versions": harness.versions(), "sandbox": sandboxed}
-    outcomes: list[Outcome] = []
-    for outcome in harness.run(model, manager, requests, limit=options.limit, data_dir=options.data_dir, code=options.allow_code_exec):
-        outcomes.append(outcome)
-        report.write(folder, outcomes, facts, baselines)
-    print(f"\n{report.table(outcomes, baselines)}\n\n{folder / 'report.md'}\n{folder / 'results.json'}")
+            sandboxed = sandbox().description()
+        facts = {
+            "settings": options.model_dump(mode="json"),
+            "model": model.facts(),
+            "versions": harness.versions(),
+            "sandbox": sandboxed,
+            "identity": {
+                "model": loaded.sha256,
+                "dtype": str(model.model.dtype),
+                "limit": options.limit,
+                "data": fingerprint(options.data_dir),
+                "versions": harness.versions(),
+            },
+        }
+        folder = folder_for(options.out_dir or _default_folder(options.model_path), facts, requests)
+        left = [request for request in requests if key(request) not in folder.done]
+        if folder.done:
+            count = f"{len(requests) - len(left)} of {len(requests)}"
+            print(f"{folder.path}: going on with an evaluation that was stopped, {count} tasks are done")
+        running = harness.run(model, manager, left, limit=options.limit, data_dir=options.data_dir, code=options.allow_code_exec)
+        outcomes: list[Outcome] = []
+        for place, request in enumerate(requests, 1):
+            if key(request) in folder.done:
+                outcomes += folder.done[key(request)]
+                continue
+            print(f"[{place}/{len(requests)}] {request.label}", flush=True)
+            outcomes += next(running)
+            for outcome in outcomes:
+                outcome.samples.clear()  # prompts of every document: more than memory should hold for all tasks
+            folder.write(outcomes, complete=False)
+            replace_text(folder.path / "report.md", tables.report(outcomes, facts, baselines))
+        folder.write(outcomes, complete=True)
+    replace_text(folder.path / "report.md", tables.report(outcomes, facts, baselines))
+    print(f"\n{tables.table(outcomes, baselines)}\n\n{folder.path / 'report.md'}\n{folder.path / RESULTS}")
     if all(outcome.not_run for outcome in outcomes):
         raise UserError("eval", "no task could run", "the table says why for each")
+
+
+@contextmanager
+def _loaded(options: EvalOptions) -> Iterator[Loaded]:
+    """Give the model, from a folder, the hub or a checkpoint."""
+    from minifoundation.evaluate import model
+
+    path = Path(options.model_path)
+    if not is_checkpoint(path):
+        if options.ema:
+            raise UserError("--ema", f"{path} is no checkpoint", "leave it away: an exported folder holds what export_hf --ema was told")
+        yield model.from_folder(options.model_path, dtype=options.dtype, device=options.device)
+        return
+    from minifoundation.checkpoint import TENSORS, load_checkpoint
+    from minifoundation.commands.export_hf import trained_tokens
+    from minifoundation.commands.native import in_memory
+
+    checkpoint = load_checkpoint(path)
+    if options.ema and checkpoint.ema is None:
+        raise UserError("--ema", f"{path} holds no averaged weights", "leave --ema away, or train with --train.ema 0.999")
+    device = model.default_device(options.device)
+    dtype = model.DTYPES["fp32" if device == "cpu" else "bf16"] if options.dtype == "auto" else model.DTYPES[options.dtype]
+    file = path / TENSORS if path.is_dir() else path
+    hashes = {file.name: model.sha256(file)} | ({"weights": "ema"} if options.ema else {})
+    with in_memory(checkpoint, dtype=dtype, ema=options.ema) as inside:
+        network = model.placed(inside.network, device)
+        yield model.Loaded(network, inside.tokenizer, options.model_path, inside.folder, hashes, trained_tokens(checkpoint))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether ``path`` is to be read as a checkpoint: a file, or a folder that is none of Hugging Face's."""
+    return path.is_file() or (path.is_dir() and path.name.startswith("step_") and not (path / "config.json").exists())
+
+
+def _default_folder(model_path: str) -> Path:
+    path = Path(model_path)
+    if is_checkpoint(path):
+        return path.parent / f"eval_{path.stem}"
+    return path / "eval" if path.is_dir() else Path("outputs") / "eval" / model_path.replace("/", "--")

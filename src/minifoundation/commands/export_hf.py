@@ -86,8 +86,14 @@ def _write(checkpoint: Checkpoint, folder: Path, *, ema: bool, dtype: torch.dtyp
         parity = verify.verify(transformer, config, folder, dtype=dtype)
         bar.update()
     report = verify.report(parity, dtype) | {"texts_with_equal_token_ids": len(TEXTS), "weights": "ema" if ema else "trained"}
+    report |= {"trained_tokens": trained_tokens(checkpoint)}
     (folder / "parity.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return parity
+
+
+def trained_tokens(checkpoint: Checkpoint) -> int:
+    """Return how many tokens all phases up to a checkpoint have read."""
+    return sum(entry["samples"] * entry["seq_len"] for entry in checkpoint.ledger) or int(checkpoint.progress.get("tokens", 0))
 
 
 @contextmanager

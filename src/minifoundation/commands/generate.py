@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minifoundation.checkpoint import load_checkpoint
-from minifoundation.commands.export_hf import native_tokenizer
+from minifoundation.commands.native import in_memory
 from minifoundation.config import GenerateOptions
 from minifoundation.errors import UserError
-from minifoundation.export.tokenizer import write_tokenizer
 from minifoundation.export.verify import quiet_transformers
-from minifoundation.export.weights import hf_config, to_hf
 
 
 def generate(options: GenerateOptions) -> None:
@@ -61,12 +58,5 @@ def _from_folder(folder: Path) -> tuple[Any, Any]:
 
 
 def _from_checkpoint(path: Path) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    checkpoint = load_checkpoint(path)
-    config = checkpoint.config.model
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config(config)), dtype=torch.float32)
-    model.load_state_dict(to_hf(config, checkpoint.model), strict=False)  # a tied head is in the embedding
-    with tempfile.TemporaryDirectory() as folder, native_tokenizer(checkpoint) as native:
-        write_tokenizer(native, Path(folder), max_seq_len=config.max_seq_len)
-        return model, AutoTokenizer.from_pretrained(folder)
+    with in_memory(load_checkpoint(path), dtype=torch.float32) as model:
+        return model.network, model.tokenizer

@@ -7,6 +7,8 @@ have a short flag name it in ``flag=``. Precedence: defaults < checkpoint (longf
 from minifoundation.config.options import (
     REPOSITORY,
     BenchOptions,
+    CheckOptions,
+    ContaminationOptions,
     DoctorOptions,
     EvalOptions,
     ExportOptions,
@@ -16,6 +18,8 @@ from minifoundation.config.options import (
     PrepareConfig,
     PrepareOptions,
     PretrainOptions,
+    PullOptions,
+    ReportOptions,
     RunOptions,
 )
 from minifoundation.config.reading import build, changed, dotted_names, fields, flags, merged, nearest, read_yaml, to_yaml, yaml_values
@@ -25,6 +29,8 @@ from minifoundation.config.setting import Settings, setting
 __all__ = [
     "REPOSITORY",
     "BenchOptions",
+    "CheckOptions",
+    "ContaminationOptions",
     "DataConfig",
     "DoctorOptions",
     "EvalOptions",
@@ -36,7 +42,9 @@ __all__ = [
     "PrepareConfig",
     "PrepareOptions",
     "PretrainOptions",
+    "PullOptions",
     "QualityFilter",
+    "ReportOptions",
     "RopeConfig",
     "RunConfig",
     "RunOptions",

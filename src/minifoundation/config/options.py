@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import field_validator
+from pydantic import BeforeValidator, field_validator
 
 from minifoundation.config.reading import dotted_names, nearest
 from minifoundation.config.run import DataConfig, RunConfig, TokenizerConfig
@@ -13,6 +13,12 @@ from minifoundation.config.setting import Settings, setting
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 """The clone this package is installed from; ``configs/`` lies here."""
+
+
+Folders = Annotated[
+    tuple[Path, ...], BeforeValidator(lambda value: [part.strip() for part in value.split(",")] if isinstance(value, str) else value)
+]
+"""``a,b`` on a command line."""
 
 
 class RunOptions(Settings):
@@ -120,25 +126,84 @@ class ExportOptions(Settings):
 
 
 class EvalOptions(Settings):
-    """``eval``: benchmarks of a Hugging Face folder through lm-eval."""
+    """``eval``: benchmarks of a model through lm-eval."""
 
-    model_path: str = setting(help="folder in Hugging Face form, ours or any other", flag="model_path")
+    model_path: str = setting(
+        help="folder in Hugging Face form, ours or any other; final.pth or a step folder of a run; org/name of the hub", flag="model_path"
+    )
     tasks: str = setting(
-        str(REPOSITORY / "configs" / "tasks.txt"), flag="tasks", help="file with one task a line, or names separated by commas"
+        str(REPOSITORY / "configs" / "tasks.txt"),
+        flag="tasks",
+        help="a suite (quick, paper, code, long), names separated by commas, or a file with one task a line",
     )
     limit: int = setting(0, ge=0, flag="limit", help="documents of each task, 0 means all")
     batch_size: int | None = setting(None, ge=1, flag="batch_size", help="rows in a batch; default: by memory")
     data_dir: Path | None = setting(
         None, flag="data_dir", help="mirror folder <org>/<name>/<config>/<split>.parquet to read benchmarks from instead of the hub"
     )
-    out_dir: Path | None = setting(None, flag="out_dir", help="where results.json and report.md go; default <model_path>/eval")
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
-        "auto", flag="dtype", help="dtype of the weights in memory; auto: as stored, fp32 on a CPU"
+    out_dir: Path | None = setting(
+        None,
+        flag="out_dir",
+        help="where results.json and report.md go; default <model_path>/eval, beside a checkpoint, or outputs/eval/<name>",
     )
+    beside: Folders = setting((), flag="beside", help="folders that eval wrote for other models: their scores become columns")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto", flag="dtype", help="dtype of the weights in memory; auto: as stored (of a checkpoint bf16), fp32 on a CPU"
+    )
+    ema: bool = setting(False, flag="ema", help="evaluate the averaged weights of a checkpoint")
     device: str | None = setting(None, flag="device", help="cuda, cpu; default: cuda where there is one")
     allow_code_exec: bool = setting(
         False, flag="allow_code_exec", help="run programs written by the model (HumanEval, MBPP) in a sandboxed process"
     )
+
+
+class PullOptions(Settings):
+    """``eval-data pull``: benchmark data from the hub to a mirror folder."""
+
+    data_dir: Path = setting(help="mirror folder to write: <org>/<name>/<config>/<split>.parquet and manifest.json", flag="data_dir")
+    tasks: str = setting("paper", flag="tasks", help="whose data: a suite, names separated by commas, or a file, as for eval")
+
+
+class CheckOptions(Settings):
+    """``eval-data check``: whether a mirror folder is whole."""
+
+    data_dir: Path = setting(help="mirror folder to read", flag="data_dir")
+    tasks: str = setting("paper", flag="tasks", help="whose data should be there: a suite, names separated by commas, or a file")
+    seal: bool = setting(False, flag="seal", help="write the manifest anew: the files are right as they are")
+
+
+class ContaminationOptions(Settings):
+    """``contamination``: test items in the training text."""
+
+    ckpt: Path | None = setting(None, flag="ckpt", help="final.pth or a step folder: the shards its ledger names, its tokenizer")
+    shards: Path | None = setting(None, flag="shards", help="a folder of token shards instead, with --tokenizer")
+    tokenizer: Path | None = setting(None, flag="tokenizer", help="the SentencePiece .model of --shards")
+    tasks: str = setting("paper", flag="tasks", help="whose items: a suite, names separated by commas, or a file, as for eval")
+    data_dir: Path | None = setting(None, flag="data_dir", help="mirror folder to read benchmarks from instead of the hub")
+    evals: Folders = setting((), flag="evals", help="folders that eval wrote: their scores on clean and dirty items are printed")
+    workers: int | None = setting(None, ge=1, flag="workers", help="processes that read shards; default: one a core")
+    out: Path | None = setting(None, flag="out", help="the file to write; default contamination.json beside the checkpoint or the shards")
+
+
+class ReportOptions(Settings):
+    """``report``: one HTML page and a model card."""
+
+    runs: Folders = setting((), flag="runs", help="run folders of pretrain and longft, in the order in which they were trained")
+    evals: Folders = setting(
+        (), flag="evals", help="folders that eval wrote; the first gives the table, all the scores over training tokens"
+    )
+    out_dir: Path = setting(Path("outputs/report"), flag="out_dir", help="where report.html and README.md (the model card) go")
+    name: str | None = setting(None, flag="name", help="of the model; default: that of the folder that was evaluated or trained")
+    vendors: str | None = setting(
+        None, flag="vendors", help="models of configs/baselines.yaml beside ours, separated by commas; default: those under beside there"
+    )
+    beside: Folders = setting((), flag="beside", help="folders that eval wrote for other models: their scores become columns")
+    contamination: Path | None = setting(None, flag="contamination", help="contamination.json; default: the one beside the last run")
+    license: str = setting("apache-2.0", flag="license", help="of the weights, as the hub spells it")
+    price_per_hour: float | None = setting(
+        None, ge=0, flag="price_per_hour", help="of the machine, in any currency: shows the cost of training"
+    )
+    watts: float | None = setting(None, ge=0, flag="watts", help="that the machine draws: shows the energy of training")
 
 
 class GenerateOptions(Settings):

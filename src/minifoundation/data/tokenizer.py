@@ -98,7 +98,8 @@ class Tokenizer:
         return tuple((p.piece, p.score, p.type == _NORMAL) for p in self._model.pieces)
 
     @cached_property
-    def _bytes(self) -> list[bytes]:
+    def surfaces(self) -> list[bytes]:
+        """The bytes of text that each id stands for; special tokens have none."""
         return [_surface(p) for p in self._model.pieces]
 
     def encode(self, text: str) -> list[int]:
@@ -119,12 +120,12 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ``ids``; special tokens and ids beyond the vocabulary are empty, broken UTF-8 becomes U+FFFD."""
-        known = self._bytes
+        known = self.surfaces
         return b"".join([known[token] for token in ids if token < len(known)]).decode("utf-8", "replace")
 
     def text_bytes(self, ids: npt.NDArray[np.integer[Any]]) -> int:
         """Return how many UTF-8 bytes of text ``ids`` stand for; special tokens have none."""
-        lengths = np.array([len(piece) for piece in self._bytes], np.int64)
+        lengths = np.array([len(piece) for piece in self.surfaces], np.int64)
         return int(lengths[ids].sum())
 
 

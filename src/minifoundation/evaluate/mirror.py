@@ -1,21 +1,80 @@
 """Benchmark data: from a mirror folder ``<org>/<name>/<config or default>/<split>.parquet`` (or ``.jsonl``), or from the hub.
 
 A mirror is read into memory as it is: a local data set folder given to ``datasets`` would be served from a cache that ignores edits.
+``manifest.json`` at its top, where there is one, holds the hash of every file; a file that is not what it says is not read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from minifoundation.errors import UserError
+
+MANIFEST = "manifest.json"
+SUFFIXES = (".parquet", ".jsonl")
+PULL = "pull it again with eval-data pull, or accept it with eval-data check --seal"
+
+
+def files(data_dir: Path) -> list[Path]:
+    """Return the data files of a mirror."""
+    return sorted(path for path in data_dir.rglob("*") if path.suffix in SUFFIXES)
+
+
+def read_manifest(data_dir: Path) -> dict[str, str] | None:
+    """Return the sha256 of every file of a mirror by its relative path, None where there is no manifest.
+
+    Raises:
+        UserError: the manifest is damaged.
+    """
+    path = data_dir / MANIFEST
+    try:
+        hashes: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["sha256"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(str(path), "is not a manifest of a mirror", "write it anew with eval-data check --seal") from None
+    return hashes
+
+
+def seal(data_dir: Path) -> int:
+    """Write the manifest of a mirror as it lies there, and return the number of its files."""
+    hashes = {str(path.relative_to(data_dir)): _sha256(path) for path in files(data_dir)}
+    part = data_dir / f"{MANIFEST}.part"
+    part.write_text(json.dumps({"format": 1, "sha256": hashes}, indent=1) + "\n", encoding="utf-8")
+    part.replace(data_dir / MANIFEST)
+    return len(hashes)
+
+
+def faults(data_dir: Path, hashes: dict[str, str]) -> list[str]:
+    """Return what in a mirror is not as its manifest says, one line a file."""
+    there = {str(path.relative_to(data_dir)) for path in files(data_dir)}
+    missing = [f"{name}: missing" for name in sorted(hashes.keys() - there)]
+    foreign = [f"{name}: not in the manifest" for name in sorted(there - hashes.keys())]
+    changed = [f"{name}: changed" for name in sorted(there & hashes.keys()) if _sha256(data_dir / name) != hashes[name]]
+    return [*missing, *changed, *foreign]
+
+
+def fingerprint(data_dir: Path | None) -> str | None:
+    """Return what tells the content of a mirror from another: the hash over its files' hashes; None for the hub."""
+    if data_dir is None:
+        return None
+    digest = hashlib.sha256()
+    for path in files(data_dir):
+        digest.update(f"{path.relative_to(data_dir)} {_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def go_offline_unless_reachable() -> None:
     """Ask the hub once; without an answer let the libraries use what they have cached, instead of 25 s of retries for each data set."""
+    import datasets
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
@@ -27,23 +86,39 @@ def go_offline_unless_reachable() -> None:
 
 
 class Splits(dict[str, Any]):
-    """The splits of a data set in a mirror folder; a missing one is a UserError."""
+    """The splits of a data set in a mirror folder; a missing one is a UserError.
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__({path.stem: _read(path) for path in sorted(folder.glob("*")) if path.suffix in (".parquet", ".jsonl")})
+    Raises:
+        UserError: a file is not what the mirror's manifest says.
+    """
+
+    def __init__(self, data_dir: Path, folder: Path) -> None:
         self.folder = folder
+        hashes = read_manifest(data_dir)
+        found = [path for path in sorted(folder.glob("*")) if path.suffix in SUFFIXES]
+        for path in found:
+            expected = hashes.get(str(path.relative_to(data_dir))) if hashes is not None else None
+            if hashes is not None and expected != _sha256(path):
+                problem = "is not in the mirror's manifest" if expected is None else "has changed since the mirror's manifest was written"
+                raise UserError(str(path), problem, PULL)
+        super().__init__({path.stem: read_file(path) for path in found})
 
     def __missing__(self, split: str) -> Any:
         file = self.folder / f"{split}.parquet"
         raise UserError(str(file), "no such file in --data_dir", "add it as .parquet or .jsonl, or leave --data_dir out")
 
 
-def _read(path: Path) -> datasets.Dataset:
-    if path.suffix == ".jsonl":
-        return datasets.Dataset.from_list([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+def read_file(path: Path) -> Any:
+    """Return the documents of one file of a mirror; raises a UserError that names the file when it cannot be read."""
+    import datasets
     from pyarrow import parquet
 
-    return datasets.Dataset.from_list(parquet.read_table(path).to_pylist())
+    try:
+        if path.suffix == ".jsonl":
+            return datasets.Dataset.from_list([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+        return datasets.Dataset.from_list(parquet.read_table(path).to_pylist())
+    except (OSError, ValueError) as error:
+        raise UserError(str(path), f"cannot be read ({first_line(error)})", "replace the file") from None
 
 
 def read_dataset(data_dir: Path | None, path: str, name: str | None, options: dict[str, Any] | None = None) -> Any:
@@ -56,7 +131,9 @@ def read_dataset(data_dir: Path | None, path: str, name: str | None, options: di
         folder = data_dir / path / (name or "default")
         if not folder.is_dir():
             raise UserError(str(folder), "no such folder in --data_dir", "add <split>.parquet or .jsonl there, or leave --data_dir out")
-        return Splits(folder)
+        return Splits(data_dir, folder)
+    import datasets
+
     go_offline_unless_reachable()
     label = path if name is None else f"{path} ({name})"
     try:

@@ -1,18 +1,13 @@
-"""The benchmarks: one row a benchmark, with how it is measured; and the list of tasks a person asks for.
+"""The benchmarks: one row a benchmark, with how it is measured.
 
 Shots follow the Gemma 3 model card where it names a benchmark. A row names either a task of lm-eval or one of ours in
-``evaluate/tasks``; ``name:shots`` overrides the shots of one run.
+``evaluate/tasks``; what a person may ask differently of it is in ``requests``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from difflib import get_close_matches
-from pathlib import Path
-from typing import Any, Literal
-
-from minifoundation.errors import UserError
+from dataclasses import dataclass
+from typing import Literal
 
 OWN = "own"
 """Stands for the folder of our own task files among the folders of a row."""
@@ -94,88 +89,3 @@ ROWS: dict[str, Row] = {
         Row("ruler_vt", ("ruler",), 0, None, "string match", 0.0, lengths=True),
     )
 }
-
-
-@dataclass(frozen=True)
-class Request:
-    """A row asked for, with the shots to use."""
-
-    row: Row
-    shots: int | None
-
-    @property
-    def label(self) -> str:
-        return self.row.name if self.shots == self.row.shots else f"{self.row.name}:{self.shots}"
-
-    @property
-    def known(self) -> bool:
-        return self.row.name in ROWS
-
-
-@dataclass
-class Outcome:
-    """What one request came to: a score with its standard error as shares (0 to 1), or the reason why there is none.
-
-    ``samples`` are lm-eval's logged documents by task; they are not written to disk. ``raw`` is everything else it returned.
-    """
-
-    request: Request
-    label: str
-    score: float | None = None
-    stderr: float | None = None
-    n: int = 0
-    shots: int = 0
-    metric: str = ""
-    measure: str = ""
-    also: dict[str, float] = field(default_factory=dict)
-    truncated: int = 0
-    requests: int = 0
-    seconds: float = 0.0
-    not_run: str | None = None
-    raw: dict[str, Any] = field(default_factory=dict)
-    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-
-    @property
-    def protocol(self) -> str:
-        return f"{self.shots}-shot, {self.measure}"
-
-
-def read_tasks(tasks: str) -> list[Request]:
-    """Return what ``tasks`` asks for: a file with one ``name`` or ``name:shots`` a line, or such names separated by commas.
-
-    ``#`` begins a comment. A name without a row here becomes one that keeps lm-eval's own settings; whether it exists is for
-    ``check_names`` to say, once the tasks of lm-eval are known.
-
-    Raises:
-        UserError: no such file, nothing in it, or shots that are not a number.
-    """
-    path = Path(tasks)
-    if path.is_file():
-        entries = [line.split("#", 1)[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    elif path.suffix or len(path.parts) > 1:
-        raise UserError("--tasks", f"{tasks}: no such file", "give a file with one task a line, or names separated by commas")
-    else:
-        entries = [entry.strip() for entry in tasks.split(",")]
-    requests = [_request(entry) for entry in entries if entry]
-    if not requests:
-        raise UserError("--tasks", f"{tasks!r} names no task", f"write one task a line, for example {next(iter(ROWS))}")
-    return list(dict.fromkeys(requests))
-
-
-def _request(entry: str) -> Request:
-    name, _, shots = entry.partition(":")
-    row = ROWS.get(name) or Row(name, (), None, None, "as lm-eval", None)
-    if not shots:
-        return Request(row, row.shots)
-    if not shots.isdigit():
-        raise UserError("--tasks", f"{entry!r} does not end in a number of shots", f"write {name}:5, or {name} alone")
-    return Request(row, int(shots))
-
-
-def check_names(requests: Sequence[Request], known: Sequence[str]) -> None:
-    """Raise UserError with the nearest name when a request is neither a row nor among the ``known`` names of lm-eval."""
-    for request in requests:
-        name = request.row.name
-        if not request.known and name not in known:
-            near = get_close_matches(name, list(ROWS), n=1) or get_close_matches(name, known, n=1)
-            raise UserError("--tasks", f"{name!r} is no task", f"did you mean {near[0]}?" if near else f"choose from {', '.join(ROWS)}")

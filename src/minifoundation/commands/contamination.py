@@ -1,0 +1,167 @@
+"""``contamination``: the test items that stand in the very token shards a model was trained on."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from minifoundation.config import ContaminationOptions
+from minifoundation.data import survey
+from minifoundation.data.shards import Shard, Shards
+from minifoundation.data.tokenizer import BOS, EOS, Tokenizer
+from minifoundation.errors import UserError
+from minifoundation.evaluate.contamination import SIZES, findings, items_of, separated
+from minifoundation.evaluate.overlap import Index, Item, Scan, Vocabulary, chunks
+from minifoundation.evaluate.requests import read_tasks
+from minifoundation.evaluate.results import read_items, read_results
+
+Seen = dict[int, npt.NDArray[np.bool_]]
+
+WORTH_A_PROCESS = 20_000_000
+"""Tokens: fewer are read sooner than a process has started."""
+
+
+def contamination(options: ContaminationOptions) -> None:
+    """Look for the items of the tasks in the training text, print the share of each benchmark, and write ``contamination.json``."""
+    shards, vocabulary, place = _text(options)
+    items, missing = _items(options)
+    if not items:
+        raise UserError("contamination", f"no task has its data, the first says: {missing[0]}", "give --data_dir, or other --tasks")
+    started = time.monotonic()
+    indexes = [Index(items, n) for n in SIZES]
+    seen = scanned(shards, vocabulary, indexes, options.workers or os.cpu_count() or 1)
+    rows = findings(items, indexes, seen)
+    text: dict[str, Any] = {
+        "shards": [str(shard.path) for shard in shards],
+        "tokens": sum(shard.n_tokens for shard in shards),
+        "bytes": sum(shard.text_bytes for shard in shards),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    from minifoundation.checkpoint import write_whole
+
+    out = options.out or place
+    write_whole(out, json.dumps({"sizes": SIZES, "text": text, "benchmarks": rows, "not_read": missing}, indent=1).encode())
+    print(f"{text['tokens']:,} tokens ({text['bytes'] / 1e6:,.0f} MB of text) in {text['seconds']:,} s")
+    for row in rows:
+        shares = ", ".join(f"{len(row['dirty'][str(n)]) / row['items']:.2%} by {n}-grams ({row['short'][str(n)]} too short)" for n in SIZES)
+        print(f"{row['benchmark']}: {row['items']:,} items, {shares}")
+    for line in missing:
+        print(line)
+    for folder in options.evals:
+        _print_scores(folder, rows)
+    print(out)
+
+
+def scanned(shards: Sequence[Shard], vocabulary: Vocabulary, indexes: Sequence[Index], workers: int) -> Seen:
+    """Return which n-grams of the indexes the shards have, read by at most so many processes (which import no torch)."""
+    seen = {index.n: np.zeros(len(index.hashes), bool) for index in indexes}
+    total = sum(shard.n_tokens for shard in shards)
+    workers = min(workers, len(shards), 1 + total // WORTH_A_PROCESS)
+    with tqdm(total=total, desc="contamination", unit="token", unit_scale=True, leave=False) as bar:
+        if workers == 1:
+            _start(vocabulary, indexes)
+            results = ((shard, _read(shard)) for shard in shards)
+            for shard, found in results:
+                _add(seen, found)
+                bar.update(shard.n_tokens)
+            return seen
+        with ProcessPoolExecutor(workers, get_context("spawn"), _start, (vocabulary, indexes)) as pool:
+            waiting = {pool.submit(_read, shard): shard for shard in shards}
+            for done in as_completed(waiting):
+                _add(seen, done.result())
+                bar.update(waiting[done].n_tokens)
+    return seen
+
+
+def _add(seen: Seen, found: Seen) -> None:
+    for n, flags in found.items():
+        seen[n] |= flags
+
+
+_state: tuple[Vocabulary, Scan] | None = None
+"""Of a worker process: sent to it once."""
+
+
+def _start(vocabulary: Vocabulary, indexes: Sequence[Index]) -> None:
+    global _state
+    _state = vocabulary, Scan(indexes)
+
+
+def _read(shard: Shard) -> Seen:
+    """Return what has been seen so far by this process, ``shard`` included."""
+    assert _state is not None
+    vocabulary, scan = _state
+    for chunk in chunks(shard.tokens()):
+        scan.read(vocabulary.words(chunk))
+    return scan.seen
+
+
+def _text(options: ContaminationOptions) -> tuple[list[Shard], Vocabulary, Path]:
+    """Return the shards that were trained on, what their tokens are, and where the result goes by default."""
+    if options.ckpt is not None:
+        from minifoundation.checkpoint import load_checkpoint
+
+        checkpoint = load_checkpoint(options.ckpt)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "tokenizer.model"
+            path.write_bytes(checkpoint.tokenizer_model)
+            tokenizer = Tokenizer.load(path)
+        found: dict[Path, Shard] = {}
+        for entry in checkpoint.ledger:
+            every = Shards.open(Path(entry["folder"])).train
+            touched = [every[(entry["first_shard"] + i) % len(every)] for i in range(min(entry["shards"], len(every)))]
+            found |= {shard.path: shard for shard in touched}
+        place = options.ckpt.parent / "contamination.json"
+    elif options.shards is not None and options.tokenizer is not None:
+        tokenizer = Tokenizer.load(options.tokenizer)
+        opened = [Shards.open(folder) for folder in survey.folders(options.shards)]
+        found = {shard.path: shard for shards in opened for shard in shards.train}
+        place = options.shards / "contamination.json"
+    else:
+        raise UserError("contamination", "no text to look in", "give --ckpt, or --shards with --tokenizer")
+    if not found:
+        raise UserError("contamination", "no training shards", "give the checkpoint of a run that has trained, or a folder of shards")
+    return list(found.values()), Vocabulary.of(tokenizer.surfaces, breaks=(BOS, EOS)), place
+
+
+def _items(options: ContaminationOptions) -> tuple[list[Item], list[str]]:
+    """Return the items of the tasks, each benchmark once, and a line for each that cannot be read."""
+    from minifoundation.evaluate import harness
+
+    harness.quieten()
+    requests = {request.row.name: request for request in read_tasks(options.tasks) if not request.row.lengths}
+    manager = harness.task_manager(list(requests.values()))
+    items: list[Item] = []
+    missing = []
+    for name, request in tqdm(requests.items(), desc="items", unit="benchmark", leave=False):
+        try:
+            items += items_of(name, harness.loaded_tasks(manager, request, data_dir=options.data_dir)["tasks"])
+        except UserError as error:
+            missing.append(f"{name} not read: {error}")
+    return items, missing
+
+
+def _print_scores(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    of_name = {row["benchmark"]: row for row in rows}
+    for result in read_results(folder)["rows"]:
+        row, items = of_name.get(result["row"]["name"]), read_items(folder, result["label"])
+        if row is None or not items:
+            continue
+        for n in SIZES:
+            parts = separated(items, row, n)
+            shown = [
+                f"{kind} {'-' if part.score is None else f'{100 * part.score:.1f}'} ({part.n:,})"
+                for kind, part in (("clean", parts.clean), ("dirty", parts.dirty))
+            ]
+            print(f"{result['label']} by {n}-grams: {', '.join(shown)}")

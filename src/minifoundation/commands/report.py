@@ -1,0 +1,47 @@
+"""``report``: one HTML page and a model card from run folders and evaluations."""
+
+from __future__ import annotations
+
+from minifoundation.checkpoint import write_whole
+from minifoundation.config import ReportOptions
+from minifoundation.errors import UserError
+from minifoundation.evaluate.baselines import Baselines
+from minifoundation.evaluate.contamination import read_findings
+from minifoundation.evaluate.tables import columns
+
+
+def report(options: ReportOptions) -> None:
+    """Write ``report.html`` and ``README.md`` to ``options.out_dir``.
+
+    Raises:
+        UserError: nothing to report on, a folder that is no run or no evaluation, or an unknown vendor.
+    """
+    if not options.runs and not options.evals:
+        raise UserError("report", "nothing to report on", "give --runs, --evals or both")
+    try:
+        from minifoundation.report.card import card
+        from minifoundation.report.evaluations import read_evaluation
+        from minifoundation.report.page import Content, Cost, html, read_parity
+        from minifoundation.report.runs import read_run
+    except ImportError as error:
+        raise UserError("report", f"needs a package that is not installed ({error})", "pip install -e '.[eval]'") from None
+    runs = tuple(read_run(folder) for folder in options.runs)
+    evaluations = tuple(read_evaluation(folder) for folder in options.evals)
+    baselines = Baselines.load(reruns=options.beside)
+    if options.vendors is not None:
+        baselines = baselines.with_columns([name.strip() for name in options.vendors.split(",")])
+    place = options.contamination or (runs[-1].folder / "contamination.json" if runs else None)
+    contamination = read_findings(place) if place is not None and (options.contamination or place.exists()) else None
+    content = Content(
+        name=options.name or (evaluations[0].name if evaluations else runs[-1].folder.name),
+        runs=runs,
+        evaluations=evaluations,
+        baselines=baselines,
+        columns=tuple(columns(evaluations[0].outcomes, baselines)) if evaluations else (),
+        contamination=contamination,
+        parity=read_parity(options.evals),
+        cost=Cost(options.price_per_hour, options.watts),
+    )
+    for name, text in (("report.html", html(content)), ("README.md", card(content, license=options.license))):
+        write_whole(options.out_dir / name, text.encode())
+        print(options.out_dir / name)

@@ -1,0 +1,119 @@
+"""Which test items stand in the training text, and the scores on clean and dirty ones apart.
+
+An item is dirty when one n-gram of words of any of its fields (question, choices, solution) is in the text, as in GPT-3 (arXiv:2005.14165,
+appendix C, n = 13); n = 8 finds shorter and partly changed copies, and more by chance.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from minifoundation.errors import UserError
+from minifoundation.evaluate.overlap import Index, Item
+
+SIZES = (13, 8)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Scores of the items of one kind: mean and its standard error, None where there are too few, and their number."""
+
+    score: float | None
+    stderr: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Separated:
+    """An outcome's score on clean and on dirty items."""
+
+    share: float
+    clean: Split
+    dirty: Split
+    short: int
+    """Items whose fields all have fewer words than an n-gram: they count as clean."""
+
+
+def fields_of(document: Any) -> Iterator[str]:
+    """Yield every text in a document of a data set, however deep."""
+    match document:
+        case str():
+            yield document
+        case dict():
+            for value in document.values():
+                yield from fields_of(value)
+        case list() | tuple():
+            for value in document:
+                yield from fields_of(value)
+
+
+def items_of(name: str, tasks: dict[str, Any]) -> Iterator[Item]:
+    """Yield the test items of lm-eval's ``tasks`` that make up the benchmark ``name``."""
+    from lm_eval.utils import handle_non_serializable, hash_string
+
+    for task_name, task in tasks.items():
+        for document in task.eval_docs:
+            content = json.dumps(document, indent=2, default=handle_non_serializable, ensure_ascii=False)
+            yield Item(name, task_name, hash_string(content), tuple(dict.fromkeys(fields_of(document))))
+
+
+def findings(items: Sequence[Item], indexes: Sequence[Index], seen: dict[int, npt.NDArray[np.bool_]]) -> list[dict[str, Any]]:
+    """Return a row for each benchmark: how many items, and by n how many are too short and the hashes of the dirty ones."""
+    coverage = {index.n: index.coverage(seen[index.n]) for index in indexes}
+    rows = []
+    for name in dict.fromkeys(item.label for item in items):
+        own = [number for number, item in enumerate(items) if item.label == name]
+        rows.append(
+            {
+                "benchmark": name,
+                "items": len(own),
+                "short": {str(n): int(np.isnan(share[own]).sum()) for n, share in coverage.items()},
+                "dirty": {str(n): [items[number].doc_hash for number in own if share[number] > 0] for n, share in coverage.items()},
+            }
+        )
+    return rows
+
+
+def read_findings(path: Path) -> dict[str, Any]:
+    """Return the content of a ``contamination.json``.
+
+    Raises:
+        UserError: there is none, or it is something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(str(path), "no such file", "write one with the command contamination") from None
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not {"benchmarks", "text"} <= content.keys():
+        raise UserError(str(path), "is not a result of the command contamination", "write it again")
+    return content
+
+
+def separated(items: Sequence[dict[str, Any]], row: dict[str, Any], n: int) -> Separated:
+    """Return the score on clean and on dirty items.
+
+    Args:
+        items: of an outcome, as ``eval`` keeps them.
+        row: of the benchmark, from ``findings``.
+    """
+    hashes = set(row["dirty"][str(n)])
+    dirty = [float(item["score"]) for item in items if item["doc_hash"] in hashes]
+    clean = [float(item["score"]) for item in items if item["doc_hash"] not in hashes]
+    return Separated(len(dirty) / max(1, len(items)), _split(clean), _split(dirty), row["short"][str(n)])
+
+
+def _split(scores: Sequence[float]) -> Split:
+    if not scores:
+        return Split(None, None, 0)
+    return Split(fmean(scores), stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None, len(scores))

@@ -1,0 +1,218 @@
+"""The model under evaluation: lm-eval's interface over a model of transformers, a folder's or one in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
+
+from minifoundation.errors import UserError
+from minifoundation.evaluate.encoding import Encoded, cache_folder, encoded_pairs
+from minifoundation.evaluate.likelihood import BRANCHING, Network, Span, log_likelihoods
+from minifoundation.evaluate.mirror import first_line, go_offline_unless_reachable
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+REMEDY = "write one with export_hf, or give a checkpoint, or the hub name of a model as org/name"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model of transformers with its tokenizer, and what it is: a name to show and the hashes of the files it came from."""
+
+    network: Any
+    tokenizer: Any
+    name: str
+    folder: Path
+    """Holds the tokenizer's files."""
+    sha256: dict[str, str]
+    trained_tokens: int | None = None
+    """That it had read in training, where somebody knows."""
+
+
+class Model(HFLM):
+    """lm-eval's Hugging Face model, its log-likelihoods by ``likelihood``, with a count of truncated requests.
+
+    Args:
+        rows: rows in a batch; None fits them to the free memory.
+    """
+
+    def __init__(self, loaded: Loaded, *, rows: int | None) -> None:
+        loaded.network.eval()
+        super().__init__(pretrained=loaded.network, tokenizer=loaded.tokenizer, batch_size="auto", softmax_dtype="float32")
+        self.loaded = loaded
+        self.parts = Network(loaded.network)
+        self.fixed_rows = rows
+        self.batch_tokens = _batch_tokens(self.parts)
+        self.truncated = 0
+        self._rows_to_generate = 1
+        backend = getattr(loaded.tokenizer, "backend_tokenizer", None)
+        described = backend.to_str() if backend is not None else json.dumps(loaded.tokenizer.get_vocab(), sort_keys=True)
+        self._identity = hashlib.sha256(f"{described} {self.add_bos_token} {self.prefix_token_id}".encode()).hexdigest()
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return (log-likelihood, whether greedy) of lm-eval's requests."""
+        pairs = [request.args for request in requests]
+        contexts = [place for place, (context, _) in enumerate(pairs) if context.strip()]
+        found: dict[int, Encoded] = dict(
+            zip(
+                contexts,
+                encoded_pairs([pairs[i] for i in contexts], self._encode, identity=self._identity, folder=cache_folder()),
+                strict=True,
+            )
+        )
+        spans: list[tuple[tuple[str, str], Any, Any]] = []
+        for place, (context, continuation) in enumerate(pairs):
+            if place in found:
+                spans.append((("", ""), found[place].context, found[place].continuation))
+            else:  # nothing but space before it: after the beginning-of-text token
+                ids = self.tok_encode(context + continuation, add_special_tokens=False)
+                first = [self.prefix_token_id] if ids[0] != self.prefix_token_id else []
+                spans.append((("", ""), [*first, *ids][:1], [*first, *ids][1:]))
+        return self._loglikelihood_tokens(spans, disable_tqdm=disable_tqdm)
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the same ids as ``tok_encode`` for each of ``texts``."""
+        first = self.tokenizer.decode(self.prefix_token_id)
+        if any(text.startswith(first) for text in texts):  # then lm-eval adds no second one
+            return [self.tok_encode(text) for text in texts]
+        options = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
+        ids: list[list[int]] = self.tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False, **options)["input_ids"]
+        return ids
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> list[tuple[float, bool]]:
+        spans = []
+        for _, context, continuation in requests:
+            tokens = np.concatenate([np.asarray(context, dtype=np.int64), np.asarray(continuation, dtype=np.int64)])
+            kept = tokens[-(self.max_length + 1) :]  # a prompt too long loses its beginning
+            self.truncated += len(kept) < len(tokens)
+            spans.append(Span(kept, max(1, len(kept) - len(continuation))))
+        with tqdm(total=len(spans), desc="log-likelihoods", unit="request", leave=False, disable=disable_tqdm) as bar:
+            scores = log_likelihoods(self.parts, spans, batch_tokens=self.batch_tokens, rows=self.fixed_rows, done=bar.update)
+        return [(score.log_likelihood, score.is_greedy) for score in scores]
+
+    def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
+        return self._rows_to_generate
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        prompts = [len(ids) for ids in self._encode([request.args[0] for request in requests])]
+        room = [request.args[1].get("max_gen_toks", self.max_gen_toks) for request in requests]
+        if max(room) >= self.max_length:
+            raise UserError("context", f"{max(room)} tokens are generated, the model reads {self.max_length}", "extend it with longft")
+        self.truncated += sum(prompt > self.max_length - new for prompt, new in zip(prompts, room, strict=True))
+        longest = min(self.max_length, max(map(sum, zip(prompts, room, strict=True))))
+        fitting = min(2 * self.batch_tokens // max(prompts), BRANCHING * self.batch_tokens // longest)  # reading prompts; holding caches
+        self._rows_to_generate = self.fixed_rows or max(1, fitting)
+        while True:
+            try:
+                return super().generate_until(requests, disable_tqdm=disable_tqdm)
+            except torch.OutOfMemoryError:
+                if self._rows_to_generate == 1:
+                    raise
+                torch.cuda.empty_cache()
+                self._rows_to_generate //= 2
+
+    def facts(self) -> dict[str, Any]:
+        """Return what identifies the model: sizes, dtype, and the hash of every file that decides its answers."""
+        return {
+            "path": self.loaded.name,
+            "architecture": self.model.config.architectures,
+            "parameters": self.model.num_parameters(),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device),
+            "max_length": self.max_length,
+            "bos": self.tok_encode("a")[:1] == [self.tokenizer.bos_token_id],
+            "batch_tokens": self.batch_tokens,
+            "batch_rows": self.fixed_rows,
+            "shares_prefixes": self.parts.branches,
+            "trained_tokens": self.loaded.trained_tokens,
+            "sha256": self.loaded.sha256,
+        }
+
+
+def sha256(path: Path) -> str:
+    """Return the hash of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _batch_tokens(network: Network) -> int:
+    """Return how many tokens a batch may have, so that half of the free memory holds its activations, caches and branches of them."""
+    config, width = network.model.config.get_text_config(), network.model.dtype.itemsize
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    a_cached_token = 2 * config.num_hidden_layers * heads * head * width
+    activations = 4 * width * (config.hidden_size + (getattr(config, "intermediate_size", None) or 4 * config.hidden_size))
+    states = 12 * network.vocab_size if network.body is None else 0  # then every position has its logits
+    if network.model.device.type == "cuda":
+        free, most = torch.cuda.mem_get_info(network.model.device)[0], 65_536
+    else:
+        free, most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"), 4_096
+    fitting: int = free // 2 // ((1 + BRANCHING) * a_cached_token + activations + states)
+    return max(1, min(most, fitting))
+
+
+def default_device(asked: str | None) -> str:
+    """Return the device to compute on: the one asked for, else the GPU where there is one."""
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def from_folder(path: str, *, dtype: str, device: str | None) -> Loaded:
+    """Return the model in folder ``path``, or on the hub under that name.
+
+    Args:
+        dtype: fp32, bf16, fp16, or auto: as stored, and fp32 on a CPU, where bf16 takes five times as long.
+
+    Raises:
+        UserError: no model there, or one that transformers cannot load.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = _downloaded(path)
+    if not (folder / "config.json").is_file():
+        raise UserError("--model_path", f"{path} holds no config.json", "give a folder written by export_hf or in the same form")
+    where = default_device(device)
+    stored: Any = "auto" if where != "cpu" else torch.float32
+    try:
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES.get(dtype, stored))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # what a bad file raises is as varied as the libraries that read it
+        problem = f"{path} does not load ({first_line(error)})"
+        raise UserError("--model_path", problem, "check that AutoModelForCausalLM and AutoTokenizer load it") from error
+    files = [one for one in sorted(folder.iterdir()) if one.suffix in (".safetensors", ".bin", ".json", ".model") and one.is_file()]
+    hashes = {one.name: sha256(one) for one in files}
+    proof = folder / "parity.json"
+    tokens = json.loads(proof.read_text(encoding="utf-8")).get("trained_tokens") if proof.is_file() else None
+    return Loaded(placed(network, where), tokenizer, path, folder, hashes, tokens)
+
+
+def placed(network: Any, device: str) -> Any:
+    """Return the model on ``device``; raises a UserError when it does not fit, or there is none."""
+    try:
+        return network.to(device)
+    except torch.OutOfMemoryError:
+        raise UserError("--device", f"the model does not fit the memory of {device}", "give --dtype bf16, or --device cpu") from None
+    except (RuntimeError, AssertionError) as error:
+        raise UserError("--device", f"{device} does not work here ({first_line(error)})", "give cuda or cpu") from None
+
+
+def _downloaded(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    if name.count("/") != 1 or name.startswith((".", "/", "outputs/")):
+        raise UserError("--model_path", f"{name}: no such folder", REMEDY)
+    go_offline_unless_reachable()
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except (OSError, ValueError):
+        raise UserError("--model_path", f"{name}: no such folder, and not to be had from the hub", REMEDY) from None

@@ -1,0 +1,175 @@
+"""What an evaluation comes to, and the folder it is kept in, written anew after each task so that a killed evaluation goes on.
+
+``results.json`` holds settings, versions, hashes and one row an outcome; ``items/<label>.jsonl`` a line for each document: what was
+answered and what that scored.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minifoundation.errors import UserError
+from minifoundation.evaluate.protocols import Row
+from minifoundation.evaluate.requests import Request
+
+RESULTS = "results.json"
+IDENTITY = ("model", "dtype", "limit", "data", "versions")
+"""What must be equal for a killed evaluation to go on."""
+
+
+@dataclass
+class Outcome:
+    """What one request came to: a score with its standard error as shares (0 to 1), or the reason why there is none.
+
+    Attributes:
+        n: documents that were scored.
+        truncated: requests that were longer than the model's context and lost their beginning.
+        items: a line for each document, written to ``items/``.
+        samples: lm-eval's logged documents by task, with their prompts; not written.
+        raw: everything else that lm-eval returned.
+    """
+
+    request: Request
+    label: str
+    score: float | None = None
+    stderr: float | None = None
+    n: int = 0
+    shots: int = 0
+    metric: str = ""
+    measure: str = ""
+    also: dict[str, float] = field(default_factory=dict)
+    truncated: int = 0
+    requests: int = 0
+    seconds: float = 0.0
+    not_run: str | None = None
+    raw: dict[str, Any] = field(default_factory=dict)
+    items: list[dict[str, Any]] = field(default_factory=list)
+    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def protocol(self) -> str:
+        return f"{self.shots}-shot, {self.measure}"
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether fewer documents were read than the benchmark has."""
+        return self.n < (self.request.row.documents or 0)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where one evaluation is kept, and the outcomes of it that are there already."""
+
+    path: Path
+    facts: dict[str, Any]
+    done: dict[str, list[Outcome]]
+    """By the key of their request."""
+
+    def write(self, outcomes: Sequence[Outcome], *, complete: bool) -> None:
+        """Write ``results.json`` and the items of ``outcomes``, each whole or not at all."""
+        (self.path / "items").mkdir(parents=True, exist_ok=True)
+        for outcome in outcomes:
+            if outcome.items:
+                replace_text(self.path / "items" / f"{file_name(outcome.label)}.jsonl", _lines(outcome.items))
+        rows = [_row(outcome) for outcome in outcomes]
+        content = {"complete": complete, **self.facts, "rows": rows}
+        replace_text(self.path / RESULTS, json.dumps(content, indent=1, default=_plain, ensure_ascii=False) + "\n")
+
+
+def key(request: Request) -> str:
+    """Return what tells requests apart in one folder."""
+    return f"{request.label} limit={request.limit}"
+
+
+def folder_for(wanted: Path, facts: dict[str, Any], requests: Sequence[Request]) -> Folder:
+    """Return the folder to write to: ``wanted``, or ``wanted-2``, ``wanted-3`` ... when finished or different results are there.
+
+    A folder whose evaluation was killed, of the same model, data, settings and versions, is gone on with.
+    """
+    path, number = wanted, 1
+    while (path / RESULTS).exists():
+        kept = read_results(path)
+        if not kept["complete"] and all(kept.get("identity", {}).get(name) == facts["identity"][name] for name in IDENTITY):
+            return Folder(path, facts, _done(path, kept["rows"], requests))
+        number += 1
+        path = wanted.with_name(f"{wanted.name}-{number}")
+    if path.exists() and not path.is_dir():
+        raise UserError("--out_dir", f"{path} is a file", "give the name of a folder")
+    return Folder(path, facts, {})
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Return the content of the folder's ``results.json``.
+
+    Raises:
+        UserError: there is none, or it is no result of ``eval``.
+    """
+    path = folder / RESULTS
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(str(folder), f"holds no {RESULTS}", "give a folder that eval wrote") from None
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not {"complete", "rows", "model"} <= content.keys():
+        raise UserError(str(path), "is not a result of eval of this version", "run eval again, or remove the folder")
+    return content
+
+
+def read_items(folder: Path, label: str) -> list[dict[str, Any]]:
+    """Return the documents of an outcome as they were scored; none where they were not kept."""
+    path = folder / "items" / f"{file_name(label)}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def file_name(label: str) -> str:
+    """Return ``label`` as the name of a file."""
+    return re.sub(r"[^\w.@=-]+", "_", label)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _done(path: Path, rows: Iterable[dict[str, Any]], requests: Sequence[Request]) -> dict[str, list[Outcome]]:
+    asked = {key(request): request for request in requests}
+    done: dict[str, list[Outcome]] = {}
+    for row in rows:
+        request = asked.get(row["request"])
+        if request is None or row["not_run"]:
+            continue
+        outcome = restored(row)
+        outcome.request = request
+        outcome.items = read_items(path, row["label"])
+        done.setdefault(row["request"], []).append(outcome)
+    return done
+
+
+def restored(row: dict[str, Any]) -> Outcome:
+    """Return the outcome of a row of ``results.json``, without its items."""
+    fields = {name: value for name, value in row.items() if name not in ("request", "row", "lm_eval")}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row["row"].items()}
+    benchmark = Row(**values)
+    return Outcome(Request(benchmark, row["shots"]), **fields, raw=row["lm_eval"])
+
+
+def _row(outcome: Outcome) -> dict[str, Any]:
+    fields = {name: value for name, value in vars(outcome).items() if name not in ("request", "items", "samples", "raw")}
+    return {"request": key(outcome.request), **fields, "row": asdict(outcome.request.row), "lm_eval": outcome.raw}
+
+
+def _lines(items: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(item, ensure_ascii=False, default=_plain) + "\n" for item in items)
+
+
+def _plain(value: Any) -> Any:
+    """Return numpy scalars as numbers, anything else that JSON does not know as text."""
+    return value.item() if hasattr(value, "item") else str(value)

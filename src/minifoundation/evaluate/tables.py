@@ -1,0 +1,93 @@
+"""The tables of an evaluation in Markdown: ``report.md``, and what is printed at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from textwrap import shorten
+from typing import Any
+
+from minifoundation.evaluate.baselines import MARKS, Baselines
+from minifoundation.evaluate.results import Outcome
+
+FIGURES_BESIDE = 6
+"""Columns of other models at most: the table stays readable in a terminal."""
+
+
+def table(outcomes: Sequence[Outcome], baselines: Baselines) -> str:
+    """Return the main table in Markdown: one line an outcome, scores in percent."""
+    shown = columns(outcomes, baselines)
+    header = ["benchmark", "protocol", "score", "± s.e.", "chance", "n", "truncated", *shown]
+    lines = []
+    for outcome in outcomes:
+        chance = outcome.request.row.chance
+        if outcome.not_run or outcome.score is None:
+            lines.append([outcome.label, _not_run(outcome), "", "", _percent(chance), "", "", *[""] * len(shown)])
+            continue
+        also = "".join(f" ({name} {value:.4g})" for name, value in outcome.also.items())
+        cells = [outcome.label, outcome.protocol, _percent(outcome.score) + also, _percent(outcome.stderr, 2), _percent(chance)]
+        cells.append(f"{outcome.n} of {outcome.request.row.documents}" if outcome.is_sample else str(outcome.n))
+        cells.append(f"{outcome.truncated} of {outcome.requests}" if outcome.truncated else "0")
+        for model in shown:
+            best = next((one for one in baselines.of(outcome) if one.model == model), None)
+            cells.append(f"{best.score:.1f} {best.mark(outcome)}" if best else "")
+        lines.append(cells)
+    legend = "; ".join(f"{mark} {meaning}" for mark, meaning in MARKS.items())
+    cut = [outcome for outcome in outcomes if outcome.not_run and outcome.not_run not in _not_run(outcome)]
+    parts = [_markdown(header, lines), *(f"{outcome.label} not run: {outcome.not_run}" for outcome in cut)]
+    return "\n\n".join(parts + [f"Published figures beside ours: {legend}."] * bool(shown))
+
+
+def columns(outcomes: Sequence[Outcome], baselines: Baselines) -> list[str]:
+    """Return the models beside ours that have a figure for one of ``outcomes``; re-runs, which come last, before published ones."""
+    shown = [model for model in baselines.beside if any(one.model == model for outcome in outcomes for one in baselines.of(outcome))]
+    return shown[-FIGURES_BESIDE:]
+
+
+def _not_run(outcome: Outcome) -> str:
+    return f"not run ({shorten(outcome.not_run or 'no result', 60, placeholder=' ...')})"
+
+
+def published_table(outcomes: Sequence[Outcome], baselines: Baselines) -> str:
+    """Return every published figure for the benchmarks that were run, with its protocol and source."""
+    lines = [
+        [outcome.label, f"{one.score:.1f}", one.mark(outcome), one.protocol, one.model, one.kind, one.status, one.source]
+        for outcome in outcomes
+        if outcome.score is not None
+        for one in baselines.of(outcome)
+    ]
+    return _markdown(["benchmark", "figure", "", "its protocol", "model", "kind", "status", "source"], lines) if lines else ""
+
+
+def report(outcomes: Sequence[Outcome], facts: dict[str, Any], baselines: Baselines) -> str:
+    """Return the content of ``report.md``.
+
+    Args:
+        facts: settings, model, versions and sandbox, as ``results.json`` holds them.
+    """
+    model, settings = facts["model"], facts["settings"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    parts = [
+        f"# Benchmarks of {model['path']}",
+        f"{model['parameters']:,} parameters, {model['dtype']} on {model['device']}, context {model['max_length']:,}; {versions}.",
+    ]
+    if settings["limit"]:
+        parts.append(f"**Only the first {settings['limit']} documents of each task were read: compare these scores with nothing.**")
+    parts.append("Scores are percent, with the standard error of their mean over documents. Truncated prompts lost their beginning.")
+    parts.append(table(outcomes, baselines))
+    if published := published_table(outcomes, baselines):
+        parts += ["## Published figures", published]
+    if facts["sandbox"]:
+        parts.append(f"Programs written by the model ran under: {facts['sandbox']}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _percent(share: float | None, digits: int = 1) -> str:
+    return "" if share is None else f"{100 * share:.{digits}f}"
+
+
+def _markdown(header: list[str], lines: list[list[str]]) -> str:
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    widths = [max(len(line[column]) for line in [header, *lines]) for column in range(len(header))]
+    padded = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [header, *lines]]
+    rule = " | ".join("-" * max(width, 3) for width in widths)
+    return "\n".join(f"| {line} |" for line in [padded[0], rule, *padded[1:]])

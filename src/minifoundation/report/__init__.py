@@ -1,0 +1,1 @@
+"""One page and one model card from run folders and evaluations."""

@@ -1,0 +1,155 @@
+"""The report as one HTML page that needs no network: tiles, tables, plots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from minifoundation import __version__
+from minifoundation.config import RunConfig, changed
+from minifoundation.evaluate.baselines import Baselines
+from minifoundation.model.size import n_parameters
+from minifoundation.report import evaluations, plots
+from minifoundation.report.evaluations import LEGEND, Evaluation, Line
+from minifoundation.report.runs import Run
+
+CURVES = (
+    ("loss", "Training loss", "nats a token"),
+    ("held_out_bits_per_byte", "Held-out text", "bits a byte"),
+    ("lr", "Learning rate", ""),
+    ("grad_norm", "Gradient norm", ""),
+    ("tokens_per_second", "Speed", "tokens a second"),
+    ("peak_memory_gib", "Peak memory", "GiB"),
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an hour costs and takes, where the person said so."""
+
+    per_hour: float | None
+    watts: float | None
+
+
+@dataclass(frozen=True)
+class Content:
+    """Everything the report is made from."""
+
+    name: str
+    runs: tuple[Run, ...]
+    evaluations: tuple[Evaluation, ...]
+    baselines: Baselines
+    columns: tuple[str, ...]
+    """Models beside ours."""
+    contamination: dict[str, Any] | None
+    parity: dict[str, Any] | None
+    cost: Cost
+
+    @property
+    def settings(self) -> RunConfig | None:
+        return self.runs[-1].settings if self.runs else None
+
+    @property
+    def main(self) -> Evaluation | None:
+        """The evaluation whose table is shown: the first."""
+        return self.evaluations[0] if self.evaluations else None
+
+    @property
+    def lines(self) -> list[Line]:
+        return evaluations.lines(self.main, self.baselines, self.columns, self.contamination) if self.main else []
+
+    @property
+    def parameters(self) -> int | None:
+        if self.settings is not None:
+            return n_parameters(self.settings.model)
+        return self.main.facts["model"]["parameters"] if self.main else None
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens of all runs."""
+        return sum(run.tokens for run in self.runs)
+
+    @property
+    def hours(self) -> float:
+        return sum(run.hours for run in self.runs)
+
+
+def tiles(content: Content) -> list[tuple[str, str]]:
+    """Return the figures at the top: value and what it is."""
+    made = []
+    if content.parameters:
+        made.append((plots.short_count(content.parameters), "parameters"))
+    if content.runs:
+        made.append((plots.short_count(content.tokens), "training tokens"))
+        bits = content.runs[-1].last("held_out_bits_per_byte")
+        if bits is not None:
+            made.append((f"{bits:.3f}", "bits a byte, held-out"))
+        made.append((f"{content.settings.model.max_seq_len:,}" if content.settings else "", "tokens of context"))
+        made.append((f"{content.hours:,.1f} h" if content.hours >= 0.1 else f"{content.hours * 60:,.1f} min", "training"))
+        if content.cost.watts is not None:
+            made.append((f"{content.hours * content.cost.watts / 1000:,.2f} kWh", f"at {content.cost.watts:,.0f} W"))
+        if content.cost.per_hour is not None:
+            made.append((f"{content.hours * content.cost.per_hour:,.2f}", f"cost at {content.cost.per_hour:g} an hour"))
+    return made
+
+
+def architecture(settings: RunConfig) -> list[tuple[str, str]]:
+    """Return the lines of the architecture table."""
+    model = settings.model
+    rope = "" if model.rope.scaling == "none" else f", {model.rope.scaling} scaling by {model.rope.factor:g}"
+    return [
+        ("layout", "Qwen3 (QK-norm)" if model.qk_norm else "Llama"),
+        ("blocks, width", f"{model.n_layer}, {model.d_model:,}"),
+        ("heads", f"{model.n_head} query, {model.n_kv_head} key-value, {model.head_dim} wide"),
+        ("MLP", f"SwiGLU, {model.d_ff:,} wide"),
+        ("vocabulary", f"{model.vocab_size:,}, {'tied' if model.tie_embeddings else 'untied'}"),
+        ("positions", f"RoPE θ = {model.rope.theta:,.0f}{rope}"),
+        ("context", f"{model.max_seq_len:,} tokens, pretrained at {model.original_seq_len:,}"),
+        ("parameters", f"{n_parameters(model):,}"),
+    ]
+
+
+def html(content: Content) -> str:
+    """Return the page."""
+    main = content.main
+    curves = [plots.curve(content.runs, column, title, unit, log=column == "grad_norm") for column, title, unit in CURVES]
+    shown = evaluations.points(main, content.baselines, content.columns, content.name) if main else []
+    environment = Environment(
+        loader=PackageLoader("minifoundation.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": _percent, "count": lambda value: f"{value:,}"}
+    template = environment.get_template("page.html.j2")
+    return template.render(
+        version=__version__,
+        content=content,
+        tiles=tiles(content),
+        architecture=architecture(content.settings) if content.settings else [],
+        curves=[svg for svg in curves if svg],
+        main=main,
+        lines=content.lines,
+        legend=LEGEND,
+        against=plots.against(shown, content.name),
+        over_tokens=plots.over_tokens(evaluations.over_tokens(content.evaluations)),
+        settings=[(run.folder.name, changed(run.settings)) for run in content.runs],
+        hashes=json.dumps(main.facts["model"]["sha256"], indent=1) if main else "",
+        worst=max((check["difference"] for check in content.parity["checks"]), default=0.0) if content.parity else None,
+    )
+
+
+def _percent(share: float | None, digits: int = 1) -> str:
+    return "" if share is None else f"{100 * share:.{digits}f}"
+
+
+def read_parity(folders: Sequence[Path]) -> dict[str, Any] | None:
+    """Return the content of the first ``parity.json`` in ``folders`` or beside them."""
+    for folder in folders:
+        for path in (folder / "parity.json", folder.parent / "parity.json"):
+            if path.is_file():
+                content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+                return content
+    return None

@@ -1,0 +1,108 @@
+"""A run folder as the report reads it: settings, metrics, ledger."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from minifoundation import config
+from minifoundation.checkpoint import FINAL, latest_good, load_checkpoint
+from minifoundation.config import RunConfig
+from minifoundation.data.ledger import Entry
+from minifoundation.errors import UserError
+
+WINDOW = 31
+"""Logged steps before a step, whose median and spread say whether its loss is a spike."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a folder of ``pretrain`` or ``longft`` holds.
+
+    Attributes:
+        columns: of ``metrics.csv`` by name; NaN where a cell is empty.
+        phase, step, ledger: of its checkpoint; an empty ledger where there is none.
+    """
+
+    folder: Path
+    settings: RunConfig
+    columns: dict[str, list[float]]
+    phase: str
+    step: int
+    ledger: tuple[Entry, ...]
+
+    def column(self, name: str) -> list[float]:
+        """Return a column of the metrics, NaN for a run that did not have it."""
+        return self.columns.get(name) or [math.nan] * len(self.columns["step"])
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens of this phase."""
+        return int(self.columns["tokens"][-1]) if self.columns["tokens"] else 0
+
+    @property
+    def hours(self) -> float:
+        """Hours of training by the logged rates, without start-up, evaluations and saves."""
+        before, seconds = 0.0, 0.0
+        for tokens, rate in zip(self.columns["tokens"], self.column("tokens_per_second"), strict=True):
+            seconds += (tokens - before) / rate if rate > 0 else 0.0
+            before = tokens
+        return seconds / 3600
+
+    def last(self, name: str) -> float | None:
+        """Return the last value of a column that is not empty."""
+        return next((value for value in reversed(self.column(name)) if not math.isnan(value)), None)
+
+    @property
+    def spikes(self) -> list[int]:
+        """Return the logged steps whose loss stands out of those before it."""
+        return [int(self.columns["step"][place]) for place in spikes(self.column("loss"))]
+
+
+def spikes(losses: Sequence[float]) -> list[int]:
+    """Return the places of losses more than 8 median absolute deviations, and 0.1 nats, above the median of the ``WINDOW`` before."""
+    found = []
+    for place in range(WINDOW, len(losses)):
+        before = losses[place - WINDOW : place]
+        middle = median(before)
+        spread = median(abs(value - middle) for value in before)
+        if losses[place] - middle > max(0.1, 8 * spread):
+            found.append(place)
+    return found
+
+
+def _number(cell: str | None) -> float:
+    """Return a cell of ``metrics.csv``, NaN where it is empty or a word."""
+    try:
+        return float(cell or "nan")
+    except ValueError:
+        return math.nan
+
+
+def read_run(folder: Path) -> Run:
+    """Return the run in ``folder``.
+
+    Raises:
+        UserError: no such folder, or one that holds no run.
+    """
+    remedy = "give the out_dir of a pretrain or longft run"
+    if not (folder / "config.yaml").is_file() or not (folder / "metrics.csv").is_file():
+        raise UserError("--runs", f"{folder} holds no config.yaml and metrics.csv", remedy)
+    settings = config.build(RunConfig, config.read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
+    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise UserError("--runs", f"{folder / 'metrics.csv'} has no rows yet", "wait for the first steps")
+    columns = {name: [_number(row[name]) for row in rows] for name in rows[0] if name}
+    path = folder / FINAL if (folder / FINAL).exists() else latest_good(folder, print)
+    progress: dict[str, Any] = {"phase": "pretrain", "step": int(columns["step"][-1])}
+    ledger: tuple[Entry, ...] = ()
+    if path is not None:
+        checkpoint = load_checkpoint(path)
+        progress, ledger = checkpoint.progress, tuple(Entry(**entry) for entry in checkpoint.ledger)
+    return Run(folder, settings, columns, progress["phase"], progress["step"], ledger)

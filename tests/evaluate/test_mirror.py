@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from minifoundation.errors import UserError
+from minifoundation.evaluate import mirror
+from tests.evaluate.tiny import write_items
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    for split in ("train", "test"):
+        write_items(tmp_path / "org/name/default", split, [{"text": split}])
+    return tmp_path
+
+
+def test_a_whole_mirror_is_as_its_manifest_says(made: Path) -> None:
+    assert mirror.read_manifest(made) is None
+    assert mirror.seal(made) == 2
+    hashes = mirror.read_manifest(made)
+    assert hashes is not None and sorted(hashes) == ["org/name/default/test.jsonl", "org/name/default/train.jsonl"]
+    assert mirror.faults(made, hashes) == []
+    assert mirror.read_dataset(made, "org/name", None)["test"]["text"][:] == ["test"]
+
+
+def test_a_changed_file_a_missing_and_a_foreign_one_are_named(made: Path) -> None:
+    mirror.seal(made)
+    write_items(made / "org/name/default", "test", [{"text": "edited"}])
+    (made / "org/name/default/train.jsonl").unlink()
+    write_items(made / "org/other/default", "test", [{"text": "new"}])
+    folder = "org/name/default"
+    assert mirror.faults(made, mirror.read_manifest(made) or {}) == [
+        f"{folder}/train.jsonl: missing",
+        f"{folder}/test.jsonl: changed",
+        "org/other/default/test.jsonl: not in the manifest",
+    ]
+    with pytest.raises(UserError, match=r"test\.jsonl: has changed since the mirror's manifest was written; pull it again"):
+        mirror.read_dataset(made, "org/name", None)
+    with pytest.raises(UserError, match=r"test\.jsonl: is not in the mirror's manifest"):
+        mirror.read_dataset(made, "org/other", None)
+
+
+def test_the_fingerprint_is_that_of_the_content(made: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    before = mirror.fingerprint(made)
+    mirror.seal(made)
+    (made / "README.md").write_text("notes")
+    assert mirror.fingerprint(made) == before
+    write_items(made / "org/name/default", "test", [{"text": "edited"}])
+    assert mirror.fingerprint(made) != before and mirror.fingerprint(None) is None
+
+
+@pytest.mark.parametrize(("suffix", "content"), [("parquet", b"PAR1 no"), ("jsonl", b'{"text": \n')])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, suffix: str, content: bytes) -> None:
+    folder = tmp_path / "org/name/default"
+    folder.mkdir(parents=True)
+    (folder / f"test.{suffix}").write_bytes(content)
+    with pytest.raises(UserError, match=rf"test\.{suffix}: cannot be read \("):
+        mirror.read_dataset(tmp_path, "org/name", None)
+
+
+def test_a_damaged_manifest_is_named(made: Path) -> None:
+    (made / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match=r"manifest\.json: is not a manifest of a mirror; write it anew"):
+        mirror.read_dataset(made, "org/name", None)

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minifoundation.errors import UserError
+from minifoundation.evaluate.requests import read_tasks
+from minifoundation.evaluate.results import file_name, folder_for, read_items, read_results
+from tests.evaluate.made import FACTS, outcome
+
+ITEM: dict[str, Any] = {"task": "piqa", "doc_id": 0, "doc_hash": "x", "score": 1.0, "target": 1, "log_likelihoods": [-1.5, -2.0]}
+
+
+def test_what_is_written_reads_back(tmp_path: Path) -> None:
+    raw = {"results": {"piqa": {"acc,none": np.float64(0.5), "count": np.int64(3), "flag": np.True_}}}
+    folder = folder_for(tmp_path / "eval", FACTS, [])
+    folder.write([outcome("piqa", raw=raw, items=[ITEM], samples={"piqa": [{"secret": 1}]})], complete=True)
+    results = read_results(tmp_path / "eval")
+    assert results["rows"][0]["lm_eval"]["results"]["piqa"] == {"acc,none": 0.5, "count": 3, "flag": True}
+    assert results["rows"][0]["row"]["name"] == "piqa" and results["versions"] == {"lm_eval": "0.4.13"} and results["complete"]
+    assert "secret" not in (tmp_path / "eval" / "results.json").read_text()
+    assert read_items(tmp_path / "eval", "piqa") == [ITEM] and read_items(tmp_path / "eval", "mmlu") == []
+
+
+def test_finished_results_are_not_overwritten(tmp_path: Path) -> None:
+    wanted = tmp_path / "eval"
+    for expected in ("eval", "eval-2", "eval-3"):
+        folder = folder_for(wanted, FACTS, [])
+        assert folder.path.name == expected and folder.done == {}
+        folder.write([], complete=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        folder_for(tmp_path / "file", FACTS, [])
+
+
+def test_a_stopped_evaluation_goes_on_with_what_is_done(tmp_path: Path) -> None:
+    requests = read_tasks("piqa,hellaswag,arc_easy limit=5")
+    done = outcome("piqa", items=[ITEM], also={"perplexity": 2.0})
+    failed = outcome("hellaswag")
+    failed.score, failed.not_run = None, "no data"
+    folder_for(tmp_path, FACTS, requests).write([done, failed], complete=False)
+    again = folder_for(tmp_path, FACTS, requests)
+    assert again.path == tmp_path and list(again.done) == ["piqa limit=0"], "what could not run is tried again"
+    (restored,) = again.done["piqa limit=0"]
+    assert vars(restored) == vars(done)
+    assert folder_for(tmp_path, FACTS, read_tasks("piqa limit=7")).done == {}, "another limit is another request"
+
+
+@pytest.mark.parametrize("changed", ["model", "dtype", "limit", "data", "versions"])
+def test_another_model_or_other_data_does_not_go_on(tmp_path: Path, changed: str) -> None:
+    folder_for(tmp_path / "eval", FACTS, []).write([outcome("piqa")], complete=False)
+    other = FACTS | {"identity": FACTS["identity"] | {changed: "another"}}
+    folder = folder_for(tmp_path / "eval", other, read_tasks("piqa"))
+    assert folder.path == tmp_path / "eval-2" and folder.done == {}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", json.dumps({"rows": []})])
+def test_results_of_something_else_are_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(UserError, match="is not a result of eval of this version"):
+        read_results(tmp_path)
+
+
+def test_labels_are_names_of_files() -> None:
+    assert file_name("mmlu:0 aggregate=micro") == "mmlu_0_aggregate=micro" and file_name("ruler_vt@4096") == "ruler_vt@4096"

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from minifoundation.cli import main
+from tests.report.made import SCORES, SPIKE, write_contamination, write_evaluation, write_run
+
+PARITY = {"checks": [{"difference": 3e-6}, {"difference": 1e-7}], "tolerance": 1e-4, "compared": "float32 on the CPU"}
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """A folder with a run, contamination found, three evaluations on the way, one of another model, and an export's proof."""
+    write_run(tmp_path / "pretrain")
+    write_contamination(tmp_path / "pretrain" / "contamination.json")
+    write_evaluation(tmp_path / "hf" / "eval")
+    (tmp_path / "hf" / "parity.json").write_text(json.dumps(PARITY))
+    write_evaluation(tmp_path / "half", tokens=600_000, shift=-0.03)
+    write_evaluation(tmp_path / "other", name="Qwen/Qwen2.5-0.5B", shift=0.1)
+    return tmp_path
+
+
+def line(made: Path, *more: str) -> list[str]:
+    evals = f"{made / 'hf/eval'},{made / 'half'}"
+    return ["report", "--runs", str(made / "pretrain"), "--evals", evals, "--out_dir", str(made / "out"), *more]
+
+
+class Parsed(HTMLParser):
+    """Tags that are open, and everything that would be loaded from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.loaded: list[str] = []
+        self.wrong: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "link", "br", "img"):
+            self.stack.append(tag)
+        self.loaded += [str(value) for name, value in attrs if name in ("src", "href", "xlink:href") and not str(value).startswith("#")]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if self.stack and self.stack[-1] == tag:
+            self.stack.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.stack or self.stack.pop() != tag:
+            self.wrong.append(tag)
+
+
+def test_the_page_holds_everything_and_loads_nothing(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line(made, "--beside", str(made / "other"), "--name", "mini <1>", "--price_per_hour", "2", "--watts", "700")) == 0
+    assert capsys.readouterr().out.splitlines() == [str(made / "out/report.html"), str(made / "out/README.md")]
+    page = (made / "out" / "report.html").read_text()
+    parsed = Parsed()
+    parsed.feed(page)
+    assert parsed.wrong == [] and parsed.stack == [] and parsed.loaded == [], "well formed, and no network"
+    assert "mini &lt;1&gt;" in page and "mini <1>" not in page.replace('aria-label="', "")
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
+    for score in SCORES.values():
+        assert f"{100 * score:.1f} ± 0.6" in text
+    for said in (
+        "not run: needs --allow_code_exec",
+        "12 of 4,688",
+        "32.2 =",
+        "47.5 ~",
+        "36.2 =",
+        "Qwen/Qwen2.5-0.5B (re-run here)",
+        f"loss spikes: {10 * (SPIKE + 1)}",
+        "10.00%",
+        "fineweb-edu",
+        "largest difference 3.0e-06",
+        "0.23 kWh",
+        "0.67 cost at 2 an hour",
+        "Score against training tokens",
+        "python -m src.cli eval --model_path outputs/hf_export --tasks paper --limit 0",
+    ):
+        assert said in text, said
+    assert page.count("<svg") == 7, "five curves (one column is empty), ours against others, scores over tokens"
+
+
+def test_the_card_reads_back_as_the_hub_reads_it(made: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    assert main(line(made, "--name", "mini-0.5b", "--license", "mit")) == 0
+    card = ModelCard.load(made / "out" / "README.md")
+    data = card.data.to_dict()
+    assert data["license"] == "mit" and data["datasets"] == ["HuggingFaceFW/fineweb-edu"] and data["pipeline_tag"] == "text-generation"
+    (model,) = data["model-index"]
+    found = {result["dataset"]["name"]: metric["value"] for result in model["results"] for metric in result["metrics"]}
+    assert model["name"] == "mini-0.5b" and found == pytest.approx({name: 100 * score for name, score in SCORES.items()})
+    assert "| arc_easy | 10.00% |" in card.text and "78,144" in card.text and "largest difference of logits 3.0e-06" in card.text
+
+
+def test_a_sample_is_not_indexed_and_marked(made: Path) -> None:
+    path = made / "hf/eval/results.json"
+    content = json.loads(path.read_text())
+    for row in content["rows"]:
+        row["n"] = 5 if row["score"] is not None else 0
+    path.write_text(json.dumps(content))
+    assert main(line(made)) == 0
+    assert "model-index" not in (made / "out/README.md").read_text()
+    assert "such scores compare with nothing" in (made / "out/report.html").read_text()
+
+
+def test_runs_alone_and_evaluations_alone(made: Path) -> None:
+    assert main(["report", "--runs", str(made / "pretrain"), "--out_dir", str(made / "a")]) == 0
+    assert main(["report", "--evals", str(made / "half"), "--out_dir", str(made / "b")]) == 0
+    runs, evals = (made / "a/report.html").read_text(), (made / "b/report.html").read_text()
+    assert 'id="benchmarks"' not in runs and 'id="training"' in runs
+    assert 'id="benchmarks"' in evals and 'id="training"' not in evals and "is not proven here" in evals
+
+
+def test_two_phases_are_one_line_of_training(made: Path) -> None:
+    from minifoundation.report.runs import read_run
+
+    write_run(made / "longft", rows=10, ledger=False)
+    assert main(["report", "--runs", f"{made / 'pretrain'},{made / 'longft'}", "--out_dir", str(made / "out")]) == 0
+    page = (made / "out/report.html").read_text()
+    assert "trained in 2 phases" in page and "1.3M" in page and "No checkpoint with a ledger" in page
+    assert read_run(made / "longft").tokens == 100_000
+
+
+def test_hours_are_those_of_the_logged_rates(tmp_path: Path) -> None:
+    from minifoundation.report.runs import read_run
+
+    run = read_run(write_run(tmp_path / "run"))
+    assert run.hours == pytest.approx(1_200_000 / 1000 / 3600)
+    assert run.last("held_out_bits_per_byte") == pytest.approx(1.1 + 1 / 120) and run.last("mfu") is None
+
+
+def test_a_spike_is_what_stands_out() -> None:
+    from minifoundation.report.runs import spikes
+
+    smooth = [2 + math.exp(-i / 30) + 0.01 * math.sin(i) for i in range(200)]
+    assert spikes(smooth) == []
+    assert spikes([value + (0.5 if i == 150 else 0) for i, value in enumerate(smooth)]) == [150]
+    assert spikes([value - (0.5 if i == 150 else 0) for i, value in enumerate(smooth)]) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "report: nothing to report on; give --runs, --evals or both"),
+        (["--runs", "nowhere"], "--runs: nowhere holds no config.yaml and metrics.csv; give the out_dir of a pretrain or longft run"),
+        (["--evals", "nowhere"], "nowhere: holds no results.json; give a folder that eval wrote"),
+        (
+            ["--evals", "EVAL", "--vendors", "Qwen2.5-0.5b"],
+            "--vendors: 'Qwen2.5-0.5b' has no figure in baselines.yaml; did you mean Qwen2.5-0.5B",
+        ),
+        (["--evals", "EVAL", "--contamination", "nowhere.json"], "nowhere.json: no such file; write one with the command contamination"),
+    ],
+)
+def test_what_is_missing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    write_evaluation(tmp_path / "eval")
+    given = [str(tmp_path / "eval") if option == "EVAL" else option for option in options]
+    assert main(["report", "--out_dir", str(tmp_path / "out"), *given]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: {message}") and not (tmp_path / "out").exists()
+
+
+CHROMIUM = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (Debian: apt-get install chromium)")
+@pytest.mark.parametrize("width", [1200, 500])
+def test_a_browser_shows_it_within_its_window(made: Path, tmp_path: Path, width: int) -> None:
+    """Headless Chromium lays the page out, asks for nothing else, and reports what it measured in the title."""
+    assert main(line(made, "--beside", str(made / "other"))) == 0
+    measure = """<script>
+    const wide = [...document.querySelectorAll('svg, h1, h2, .tile')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).length;
+    const small = [...document.querySelectorAll('svg')].filter(e => e.getBoundingClientRect().height < 80).length;
+    const shown = [...document.querySelectorAll('svg text')].filter(e => e.getBoundingClientRect().width > 0).length;
+    document.title = JSON.stringify({window: innerWidth, page: document.documentElement.scrollWidth, wide, small, shown,
+        loaded: performance.getEntriesByType('resource').length});
+    </script>"""
+    page = tmp_path / "measured.html"
+    page.write_text((made / "out/report.html").read_text().replace("</body>", f"{measure}</body>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [str(CHROMIUM), *flags, f"--screenshot={tmp_path / 'page.png'}", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = re.search(r"<title>(\{.*?\})</title>", done.stdout)
+    assert found is not None, done.stderr[-500:]
+    measured = json.loads(found[1])
+    assert measured["page"] <= measured["window"], "nothing makes the page scroll sideways"
+    assert (measured["wide"], measured["small"], measured["loaded"]) == (0, 0, 0) and measured["shown"] > 100
