@@ -35,7 +35,8 @@ class Row(NamedTuple):
     config: str
     batch_size: int
     grad_accum: int
-    attention: str = "cudnn"
+    attention: str = "auto"
+    swiglu: str = "auto"
     precision: str = "bf16"
     compile: bool = True
     checkpointing: str = "none"
@@ -50,7 +51,7 @@ class Row(NamedTuple):
         """Return the settings that differ from those of ``config``."""
         train = ("batch_size", "grad_accum", "precision", "compile", "loss_chunk", "seq_len", "optimizer_states")
         values = self._asdict()
-        model: dict[str, Any] = {name: values[name] for name in ("attention", "checkpointing")}
+        model: dict[str, Any] = {name: values[name] for name in ("attention", "swiglu", "checkpointing")}
         if self.seq_len > 4096:
             model["rope"] = {"scaling": "yarn", "factor": self.seq_len / 4096}
         return {"train": {name: values[name] for name in train}, "model": model}
@@ -59,14 +60,19 @@ class Row(NamedTuple):
 ROWS = [
     Row("0.5B 8x1", "model_0p5b", 8, 1),
     Row("0.5B 16x4", "model_0p5b", 16, 4),
-    Row("0.5B 16x4 flash4", "model_0p5b", 16, 4, attention="flash4"),
+    Row("0.5B 8x1 fp8", "model_0p5b", 8, 1, precision="fp8"),
+    Row("0.5B 16x4 fp8", "model_0p5b", 16, 4, precision="fp8"),
+    Row("0.5B 16x4 cudnn", "model_0p5b", 16, 4, attention="cudnn"),
+    Row("0.5B 16x4 own SwiGLU", "model_0p5b", 16, 4, swiglu="own", profiled=False),
+    Row("0.5B 8x1 own SwiGLU, flash", "model_0p5b", 8, 1, attention="flash", swiglu="own"),
     Row("1B 8x1", "model_1b", 8, 1),
-    Row("1B 8x4 flash4", "model_1b", 8, 4, attention="flash4"),
-    Row("0.5B 8x1 flash4", "model_0p5b", 8, 1, attention="flash4"),
-    Row("0.5B 8x1 flash", "model_0p5b", 8, 1, attention="flash"),
-    Row("0.5B 8x1 fp16", "model_0p5b", 8, 1, precision="fp16"),
-    Row("0.5B 4x1 no compile", "model_0p5b", 4, 1, compile=False),
-    Row("0.5B 2x1 fp32", "model_0p5b", 2, 1, attention="auto", precision="fp32"),
+    Row("1B 8x1 fp8", "model_1b", 8, 1, precision="fp8"),
+    Row("1B 8x4", "model_1b", 8, 4),
+    Row("1B 8x4 fp8", "model_1b", 8, 4, precision="fp8"),
+    Row("1B 16x4", "model_1b", 16, 4, profiled=False),
+    Row("1B 16x4 fp8", "model_1b", 16, 4, precision="fp8", profiled=False),
+    Row("0.5B 8x1 fp16", "model_0p5b", 8, 1, precision="fp16", profiled=False),
+    Row("0.5B 2x1 fp32", "model_0p5b", 2, 1, precision="fp32", profiled=False),
     # What the prediction of memory is held to: rows, length, recomputation, accumulation, a small card.
     Row("memory 0.5B 2x1", "model_0p5b", 2, 1, profiled=False),
     Row("memory 0.5B 8x2", "model_0p5b", 8, 2, profiled=False),

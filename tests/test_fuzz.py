@@ -8,7 +8,7 @@ from benchmarks import fuzz
 
 
 def test_settings() -> None:
-    outcomes = fuzz.fuzzed_settings(300)
+    outcomes = fuzz.fuzzed_settings(500)
     assert outcomes["accepted"] > 3 and outcomes["refused"] > 100
 
 
