@@ -13,10 +13,11 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 SOURCES := src tests $(wildcard benchmarks)
 DEMO := outputs/demo
 
-.PHONY: help demo test test-slow test-all check format clean
+.PHONY: help demo bench test test-slow test-all check format clean
 
 help:
 	@echo "make demo       text to benchmarked model on a CPU in five minutes, in $(DEMO)"
+	@echo "make bench      what this machine does with the 0.5B model, and the settings that suit it"
 	@echo "make test       the quick tests;  make test-all  the slow ones too"
 	@echo "make check      format, lint, types;  make format  mends what it can"
 	@echo "make clean      removes $(VENV), $(DEMO) and caches"
@@ -51,6 +52,9 @@ demo: $(PACKAGES)
 	$(RUN) report --runs $(DEMO)/pretrain,$(DEMO)/longft --evals $(DEMO)/hf_export/eval --out_dir $(DEMO)/report --name demo
 	$(RUN) generate --model $(DEMO)/hf_export --prompt "ROMEO:" --max_new_tokens 100
 	@cat examples/after_the_demo.txt
+
+bench: $(PACKAGES)
+	$(RUN) bench --config configs/model_0p5b.yaml
 
 test: $(TOOLS)
 	$(PYTEST) -m "not slow"

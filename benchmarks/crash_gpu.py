@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import os
 import random
 import shutil
@@ -16,10 +17,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks import speed
+from benchmarks.life import Life
 from benchmarks.record import ROOT, finish
-from minifoundation import config
-from minifoundation.checkpoint import TENSORS, load_checkpoint, step_folders
+from minifoundation import config, runtime
+from minifoundation.checkpoint import TENSORS, Checkpoint, Saver, load_checkpoint, step_folders
 from minifoundation.config import RunConfig
+from minifoundation.data.batch import Batch
+from minifoundation.distributed import World
+from minifoundation.runtime import Moment
+from minifoundation.train.guard import Guard
+from minifoundation.train.optimizer import adamw, optimizer_state
+from minifoundation.train.step import StepStats, train_step
+from minifoundation.train.trial import random_model
 
 SMALL = {"vocab_size": 1024, "d_model": 256, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "d_ff": 768, "original_seq_len": 256}
 TINY = {"d_model": 64, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_ff": 128, "vocab_size": 512, "original_seq_len": 64}
@@ -27,7 +39,7 @@ GIB = 2**30
 
 
 def measure(*, quick: bool) -> None:
-    """Measure all of it; with ``quick`` tiny models, on any device."""
+    """Measure all of it; with ``quick`` tiny models, on any device. The kills come first: a process that has used a GPU cannot fork."""
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # each life compiles little, and most of that is cached
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -45,15 +57,6 @@ def measure(*, quick: bool) -> None:
         "stop_seconds": results["stop"]["seconds"],
     }
     finish("crash_gpu", figures, results=results, quick=quick)
-
-
-def started(run_config: RunConfig, work: Path) -> subprocess.Popen[bytes]:
-    """Start a process that begins or goes on with the run."""
-    yaml = work / f"{run_config.out_dir.name}.yaml"
-    yaml.write_text(config.to_yaml(run_config), encoding="utf-8")
-    command = [sys.executable, "-m", "src.cli", "pretrain", "--config", str(yaml), "--resume", "auto"]
-    with (work / f"{run_config.out_dir.name}.log").open("ab") as log:
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "PYTHONWARNINGS": "ignore"})
 
 
 def killed(work: Path, kills: int, *, quick: bool) -> dict[str, Any]:
@@ -81,18 +84,16 @@ def killed(work: Path, kills: int, *, quick: bool) -> dict[str, Any]:
     for deterministic in (False, True):  # the first also fills the caches of the compiler
         reference = whole.model_copy(update={"train": whole.train.model_copy(update={"deterministic": deterministic})})
         shutil.rmtree(reference.out_dir, ignore_errors=True)
-        assert started(reference, work).wait(600) == 0, (work / "whole.log").read_text(encoding="utf-8")[-3000:]
+        assert Life(reference, work).ended(600) == 0, (work / "whole.log").read_text(encoding="utf-8")[-3000:]
         rates[deterministic] = statistics.median(float(row["tokens_per_second"]) for row in _table(reference))
     shutil.copytree(whole.out_dir / "tokenizer", one.out_dir / "tokenizer")
     for number in range(kills):
-        process = started(one, work)
-        while _step(one) < 20 * (number + 1) and process.poll() is None:
-            time.sleep(0.001)
+        life, enough = Life(one, work), 20 * (number + 1)
+        life.until(lambda enough=enough: _step(one) >= enough, 600, pause=0.001)  # type: ignore[misc]
         time.sleep(draw.uniform(0, 0.1))
-        assert process.poll() is None, (work / "killed.log").read_text(encoding="utf-8")[-3000:]
-        process.kill()
-        process.wait()
-    assert started(one, work).wait(600) == 0, (work / "killed.log").read_text(encoding="utf-8")[-3000:]
+        life.send(signal.SIGKILL)
+        assert life.ended() == -signal.SIGKILL, (work / "killed.log").read_text(encoding="utf-8")[-3000:]
+    assert Life(one, work).ended(600) == 0, (work / "killed.log").read_text(encoding="utf-8")[-3000:]
     a, b = (load_checkpoint(run.out_dir / "final.pth") for run in (whole, one))
     differing = [name for name, tensor in a.tensors().items() if not tensor.equal(b.tensors()[name])]
     last = [(step_folders(run.out_dir)[-1] / TENSORS).read_bytes() for run in (whole, one)]
@@ -121,19 +122,6 @@ def _step(run_config: RunConfig) -> int:
 
 def saves(size: str, work: Path, *, quick: bool) -> dict[str, Any]:
     """Time training steps of 131,072 tokens without a save, with one that begins, and while one is written."""
-    import torch
-
-    from benchmarks import speed
-    from minifoundation import runtime
-    from minifoundation.checkpoint import Checkpoint, Saver
-    from minifoundation.data.batch import Batch
-    from minifoundation.distributed import World
-    from minifoundation.runtime import Moment
-    from minifoundation.train.guard import Guard
-    from minifoundation.train.optimizer import adamw, optimizer_state
-    from minifoundation.train.step import train_step
-    from minifoundation.train.trial import random_model
-
     rows, micro = (8, 4) if size == "model_0p5b" else (4, 8)
     if quick:
         run = speed.settings(speed.Row("tiny", "tiny", 2, 2, attention="auto", compile=False, loss_chunk=48, seq_len=64))
@@ -142,6 +130,7 @@ def saves(size: str, work: Path, *, quick: bool) -> dict[str, Any]:
     assert isinstance(run.train.batch_size, int)
     where = runtime.machine()
     torch._dynamo.reset()
+    gc.collect()
     if where.is_cuda:
         torch.cuda.empty_cache()
     model = random_model(run, where)
@@ -161,10 +150,17 @@ def saves(size: str, work: Path, *, quick: bool) -> dict[str, Any]:
 
     saving = saver(background=True)
 
+    pending: StepStats | None = None
+
     def step() -> None:
+        nonlocal pending
         batches = [Batch(part[:, :-1], part[:, 1:]) for part in data]
         tokens = shape[0] * shape[1] * run.train.seq_len
-        train_step(model, optimizer, scaler, batches, lr=1e-5, grad_clip=1.0, tokens=tokens, world=World(), guard=guard, hold=saving.hold)
+        options: dict[str, Any] = {"lr": 1e-5, "grad_clip": 1.0, "tokens": tokens, "world": World()}
+        stats = train_step(model, optimizer, scaler, batches, guard=guard, hold=saving.hold, **options)
+        if pending is not None:
+            pending.read()  # one step late, as the loop does
+        pending = stats
 
     def checkpoint() -> Checkpoint:
         nonlocal number
@@ -185,11 +181,12 @@ def saves(size: str, work: Path, *, quick: bool) -> dict[str, Any]:
         began = time.perf_counter()
         for index in range(count):
             if save and index == 0:
+                if pending is not None:
+                    pending.read()  # the loop too has the verdict on a step before it saves it
+                began = time.perf_counter()
                 saving.save(checkpoint())
                 host = time.perf_counter() - began
             step()
-            if len(moments) > 1:
-                moments[-2].seconds_since(moments[-2])  # not further ahead of the device than a run is
             moments.append(Moment(where))
             if save and not written and saving.idle:
                 written = time.perf_counter() - began
@@ -200,10 +197,10 @@ def saves(size: str, work: Path, *, quick: bool) -> dict[str, Any]:
         return seconds, host, written
 
     timed(3, save=False)
-    plain = statistics.median(timed(5, save=False)[0])
+    plain = statistics.median(timed(4, save=False)[0])
     first = timed(2, save=True)[1]
     saving.finish()
-    runs = [timed(3 if quick else 8, save=True) for _ in range(1 if quick else 2)]
+    runs = [timed(3 if quick else 7, save=True) for _ in range(1 if quick else 2)]
     saving.finish()
     where.synchronize()
     extra = [sum(seconds) - plain * len(seconds) for seconds, _, _ in runs]
@@ -249,7 +246,14 @@ def stopped(work: Path, *, quick: bool) -> dict[str, Any]:
         },
     }
     run = config.build(RunConfig, config.merged(values, changes), "crash")
-    process = started(run, work)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    yaml = work / "stopped.yaml"
+    yaml.write_text(config.to_yaml(run), encoding="utf-8")
+    command = [sys.executable, "-m", "src.cli", "pretrain", "--config", str(yaml)]
+    with (work / "stopped.log").open("wb") as log:  # not forked: this process has used the GPU by now
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     while _step(run) < 2:
         assert process.poll() is None, (work / "stopped.log").read_text(encoding="utf-8")[-3000:]
         time.sleep(0.05)

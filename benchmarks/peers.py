@@ -326,16 +326,19 @@ def main() -> None:
             if found.get("tokens_per_second", before) < before:
                 break
             before = found.get("tokens_per_second", before)
-    best = {row.name: max((r.get("tokens_per_second", 0) for r in results if r["name"] == row.name), default=0) for row in rows}
-    ours = best.get("ours")
-    others = {name: rate for name, rate in best.items() if name != "ours" and rate}
-    figures: dict[str, Any] = {"config": name, "tokens_per_second": best}
-    if ours and others:
-        figures["ours_over"] = {name: round(ours / rate, 3) for name, rate in others.items()}
-        for name, rate in sorted(best.items(), key=lambda item: -item[1]):
-            print(f"{name:<24} {rate:>10,}  {'' if not rate else f'ours is {ours / rate:.2f} of it'}")
     if options.keep:
         results = with_kept("peers", results, alike=["name", "config", "rows", "precision"])
+    best: dict[str, int] = {}
+    for found in results:
+        if found.get("config") == name and "tokens_per_second" in found:
+            label = "ours, fp8" if found.get("precision") == "fp8" else found["name"]
+            best[label] = max(best.get(label, 0), found["tokens_per_second"])
+    figures: dict[str, Any] = {"config": name, "tokens_per_second": best}
+    for ours in (label for label in best if label.startswith("ours")):
+        figures[f"{ours} over"] = {other: round(best[ours] / rate, 3) for other, rate in best.items() if not other.startswith("ours")}
+    for label, rate in sorted(best.items(), key=lambda item: -item[1]):
+        ratios = [f"{ours} is {best[ours] / rate:.2f} of it" for ours in best if ours.startswith("ours") and ours != label]
+        print(f"{label:<24} {rate:>10,}  {', '.join(ratios)}")
     finish("peers", figures, results=results, quick=options.quick)
 
 

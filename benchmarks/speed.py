@@ -70,7 +70,6 @@ ROWS = [
     # What the prediction of memory is held to: rows, length, recomputation, accumulation, a small card.
     Row("memory 0.5B 2x1", "model_0p5b", 2, 1, profiled=False),
     Row("memory 0.5B 8x2", "model_0p5b", 8, 2, profiled=False),
-    Row("memory 0.5B 8x1 matmul", "model_0p5b", 8, 1, checkpointing="matmul", profiled=False),
     Row("memory 0.5B 8x1 attention", "model_0p5b", 8, 1, checkpointing="attention", profiled=False),
     Row("memory 0.5B 8x1 full", "model_0p5b", 8, 1, checkpointing="full", profiled=False),
     Row("memory 0.5B 1x1 16k", "model_0p5b", 1, 1, seq_len=16_384, profiled=False),

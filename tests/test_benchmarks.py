@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHARED = {"__init__", "apart", "crash_gpu", "record", "small_model"}
+SHARED = {"__init__", "apart", "crash_gpu", "life", "record", "small_model"}
 PROGRAMS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in SHARED)
 
 

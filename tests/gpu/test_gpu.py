@@ -176,7 +176,6 @@ def test_training_in_half_precision_follows_fp32_on_the_cpu() -> None:
     for dtype, compile, checkpointing in (
         (torch.float32, False, "none"),
         (torch.bfloat16, True, "none"),
-        (torch.bfloat16, True, "matmul"),
         (torch.bfloat16, True, "attention"),
         (torch.bfloat16, True, "full"),
         (torch.bfloat16, False, "attention"),
@@ -202,10 +201,9 @@ def test_every_layout_of_the_model_trains_like_fp32_on_the_cpu(changes: dict[str
         assert found[-1] == pytest.approx(exact[-1], abs=0.03), checkpointing
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "matmul"])
-def test_a_compiled_block_keeps_what_the_prediction_counts(checkpointing: str) -> None:
+def test_a_compiled_block_keeps_what_the_prediction_counts() -> None:
     """Bytes alive after the forward of 16 blocks, less those of 8, against ``memory_bytes``; activations prevail in both."""
-    sizes = {**SMALL, "d_model": 512, "n_head": 8, "d_ff": 1536, "checkpointing": checkpointing}
+    sizes = {**SMALL, "d_model": 512, "n_head": 8, "d_ff": 1536}
     tokens, alive = torch.zeros(4, 1024, dtype=torch.int64, device="cuda"), []
     for n_layer in (8, 16):
         torch._dynamo.reset()
@@ -249,7 +247,7 @@ def test_training_within_documents_follows_fp32_on_the_cpu_and_compiles_once() -
         counters.clear()
         found = losses("cuda", torch.bfloat16, compile=compile, checkpointing=checkpointing, masked=True, attention=attention)
         assert found[-1] == pytest.approx(exact[-1], abs=0.03), (attention, compile, checkpointing)
-        assert counters["stats"]["unique_graphs"] == graphs, "the number of documents differs from step to step, the graphs do not"
+        assert counters["stats"]["unique_graphs"] <= graphs, "the number of documents differs from step to step, the graphs do not"
 
 
 def test_8_bit_moments_train_and_come_back_from_a_checkpoint(tmp_path: Path) -> None:
@@ -334,7 +332,7 @@ def test_bench_measures_and_recommends(tmp_path: Path, capsys: pytest.CaptureFix
     assert cli.main(["bench", "--config", str(yaml), "--steps", "3", "--grad_accum", "32", "--json", str(path)]) == 0
     said, figures = capsys.readouterr().out, json.loads(path.read_text(encoding="utf-8"))
     assert figures["settings"]["recommended"] in said
-    assert set(figures["settings"]["tried"]) == {"none", "matmul", "attention", "full"}
+    assert set(figures["settings"]["tried"]) == {"none", "attention", "full"}
     assert {"flash", "flex", "efficient", "math"} <= set(figures["attention_ms"])
     step = figures["step"]
     assert step["graphs_after_warm_up"] == 0 and step["batch_size"] * step["grad_accum"] == 32

@@ -95,7 +95,6 @@ def test_memory_terms_that_are_exact() -> None:
 def test_memory_goes_where_it_should() -> None:
     assert total(optimizer_states="int8") < total() < total(ema=True)
     assert total(checkpointing="full") < total(checkpointing="attention") < total(checkpointing="full", checkpoint_every=2) < total()
-    assert total(checkpointing="attention") < total(checkpointing="matmul") < total()
     assert total(batch_size=1) < total(batch_size=2) < total(batch_size=2, precision="fp32")
     assert total(loss_chunk=256) < total(loss_chunk=8192)
     assert total(grad_accum=1) < total(grad_accum=2) == total(grad_accum=64)

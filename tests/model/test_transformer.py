@@ -143,7 +143,6 @@ def gradients(
     [
         {"checkpointing": "full"},
         {"checkpointing": "attention"},
-        {"checkpointing": "matmul"},
         {"checkpointing": "full", "checkpoint_every": 2},
     ],
 )
@@ -155,11 +154,9 @@ def test_checkpointing_changes_no_gradient(mode: dict[str, Any], masked: bool, d
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(
-    ("mode", "attention", "silu", "products"), [("none", 2, 2, 0), ("matmul", 2, 4, 0), ("attention", 2, 4, 6), ("full", 4, 4, 6)]
-)
+@pytest.mark.parametrize(("mode", "attention", "silu", "products"), [("none", 2, 2, 0), ("attention", 2, 4, 6), ("full", 4, 4, 6)])
 def test_checkpointing_recomputes_what_it_says(mode: str, attention: int, silu: int, products: int, masked: bool) -> None:
-    """The kernels that run, in two blocks: of each, three products are made again, since nothing needs the last one, or none."""
+    """The kernels that run, in two blocks: of each, three products are made again, since nothing needs the last one."""
     plain, checkpointed = kernels_run(checkpointing="none", masked=masked), kernels_run(checkpointing=mode, masked=masked)
     assert (checkpointed["_scaled_dot_product_flash_attention_for_cpu"], checkpointed["silu"]) == (attention, silu)
     assert checkpointed["mm"] - plain["mm"] == products
@@ -187,7 +184,6 @@ def kernels_run(**mode: Any) -> Counter[str]:
         pytest.param({"masked": True}, marks=pytest.mark.slow),
         pytest.param({"checkpointing": "attention", "dtype": torch.bfloat16}, marks=pytest.mark.slow),
         pytest.param({"checkpointing": "full"}, marks=pytest.mark.slow),
-        pytest.param({"checkpointing": "matmul", "dtype": torch.bfloat16}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -24,7 +24,7 @@ from minifoundation.data.prepare import shards_folder
 from minifoundation.data.shards import MANIFEST, Shards, read_manifest, write_manifest
 from minifoundation.data.supply import Supply
 from minifoundation.data.tokenizer import Tokenizer
-from minifoundation.errors import Interrupted, UserError
+from minifoundation.errors import Stopped, UserError
 from minifoundation.train import corpus as train_corpus
 from minifoundation.train import run as train_run
 from minifoundation.train.run import run
@@ -148,7 +148,7 @@ def test_a_run_that_waits_for_data_shows_it_and_can_be_stopped(
         return Idle()
 
     monkeypatch.setattr(train_run, "Supply", watched)
-    with pytest.raises(Interrupted, match=r"stopped at step \d+ of 60 and saved"):
+    with pytest.raises(Stopped, match=r"stopped at step \d+ of 60 and saved"):
         trained(config)
     assert "waiting for data" in capsys.readouterr().err
     (saved,) = (path for path in config.out_dir.glob("step_*"))

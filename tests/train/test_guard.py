@@ -46,7 +46,7 @@ def test_deviations_are_those_of_the_definition_as_the_window_fills_and_wraps() 
             loss += 5
         verdict, loss_z, norm_z = guard.judge(torch.tensor(loss), torch.tensor(norm), None).tolist()
         window = kept[-size:]
-        if len(window) < size // 4:
+        if len(window) < size // 2:
             assert (verdict, loss_z, norm_z) == (GOOD, 0, 0)
         else:
             expected = [expected_z([pair[i] for pair in window], (loss, norm)[i], FLOOR[i]) for i in (0, 1)]

@@ -26,10 +26,10 @@ def made(**sections: dict[str, Any]) -> RunConfig:
 
 
 def test_fewer_rows_and_as_many_tokens() -> None:
-    run = made(train={"batch_size": 32, "grad_accum": 2})
+    run = made(train={"batch_size": 64, "grad_accum": 2})
     assert plan(run, 1).memory_total > 80 * GIB
     options, needed = remedy(run, H100, World())
-    assert options == {"batch_size": 16, "grad_accum": 4}
+    assert options in ({"batch_size": 32, "grad_accum": 4}, {"batch_size": 16, "grad_accum": 8})
     assert needed == plan(made(train=options), 1).memory_total < 0.92 * 80 * GIB
 
 

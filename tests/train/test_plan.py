@@ -36,6 +36,6 @@ def test_the_description_names_hours_and_memory() -> None:
     text = describe(chosen, plan(chosen, 1), H100, 1)
     seconds = plan(chosen, 1).flops_per_token * plan(chosen, 1).tokens / (0.4 * 989.4e12)
     assert f"{seconds / 60:.1f} min at 40%" in text and "MFU of an" not in text
-    assert "11.4 GiB of 80.0 GiB" in text
+    assert f"{plan(chosen, 1).memory_total / 2**30:.1f} GiB of 80.0 GiB" in text
     # three step checkpoints of weights and two moments, and the weights of final.pth, in fp32
     assert f"{493_929_984 * 4 * (3 * 3 + 1) / 2**30:.1f} GiB for checkpoints" in text

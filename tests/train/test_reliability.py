@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from minifoundation.checkpoint import Checkpoint, load_checkpoint, saver, step_folders
+from minifoundation.cli import main
 from minifoundation.config import RunConfig
 from minifoundation.data.loader import Loader
 from minifoundation.errors import Stopped, UserError
@@ -186,7 +187,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool], value:
 def test_a_bad_step_is_skipped_and_told_with_its_samples(
     settings: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture, value: float, reason: str
 ) -> None:
-    config = settings(train={"tokens": 32 * 4 * 20, "spike_window": 16})
+    config = settings(train={"tokens": 32 * 4 * 20, "spike_window": 16, "lr": 1e-3})
     poisoned(monkeypatch, lambda sample: sample == 41, value)
     final = trained(config)
     assert f"step 11 skipped: {reason} (loss " in (said := capsys.readouterr().err) and "samples 40 to 43" in said
@@ -210,6 +211,9 @@ def test_after_a_row_of_them_the_run_goes_back_and_steps_over(settings: Make, mo
     assert [int(row["step"]) for row in rows(config)] == list(range(1, 21))
     kept = json.loads((config.out_dir / "rollbacks.json").read_text())
     assert [(one["to"], one["first_sample"], one["end"]) for one in kept] == [(8, 40, 52)]
+    assert main(["inspect", "--checkpoint", str(config.out_dir / "final.pth")]) == 0
+    shown = capsys.readouterr().out
+    assert "skipped   2 steps, the last 12: loss not finite" in shown and "left out  samples 40 to 51, at which" in shown
 
     monkeypatch.undo()
     other = settings("without", **sections)

@@ -25,7 +25,7 @@ from minifoundation.train.kernels import attention_kernel, milliseconds, usable_
 from minifoundation.train.plan import USABLE_MEMORY
 from minifoundation.train.trial import WARM_UP, Trial, trial
 
-CHECKPOINTING = ("none", "matmul", "attention", "full")
+CHECKPOINTING = ("none", "attention", "full")
 """From the most memory to the least."""
 
 STEP_TOKENS = 262_144

@@ -97,6 +97,10 @@ def _checkpoint(path: Path) -> None:
     )
     bits = progress["held_out_bits_per_byte"]
     click.echo(f"  held out  {'not evaluated' if bits is None else f'{bits:.4f} bits per byte'}")
+    if skipped := progress.get("skipped"):
+        click.echo(f"  skipped   {len(skipped):,} steps, the last {skipped[-1]['step']:,}: {skipped[-1]['reason']}")
+    for first, end in progress.get("stepped_over", []):
+        click.echo(f"  left out  samples {first:,} to {end - 1:,}, at which the run went back")
     for number, entry in enumerate(Entry(**kept) for kept in checkpoint.ledger):
         _entry(entry, number)
 

@@ -63,10 +63,10 @@ class ModelConfig(Settings):
         "auto",
         help="where SwiGLU is computed in half precision: in the products beside it by QuACK (pip install quack-kernels), or by itself",
     )
-    checkpointing: Literal["none", "matmul", "attention", "full"] = setting(
+    checkpointing: Literal["none", "attention", "full"] = setting(
         "none",
-        help="activation checkpointing of a block: matmul keeps the outputs of matrix products and attention and recomputes the rest, "
-        "attention keeps the attention outputs alone, full recomputes all",
+        help="activation checkpointing of a block: none keeps what products and attention give (in half precision the cheap rest is made "
+        "again all the same), attention keeps the attention outputs and recomputes the rest, full recomputes all",
     )
     checkpoint_every: int = setting(1, ge=1, help="apply checkpointing to every k-th block")
 

@@ -70,7 +70,7 @@ def memory_bytes(
     parameters, N, V, D = n_parameters(config), batch_size * seq_len, config.vocab_size, config.d_model
     item = 4 if precision == "fp32" else 2
     checkpointed = 0 if config.checkpointing == "none" else -(-config.n_layer // config.checkpoint_every)
-    of_checkpointed = {"none": 0, "matmul": _products_kept(config, item), "attention": _attention_kept(config, item), "full": 0}
+    of_checkpointed = {"none": 0, "attention": _attention_kept(config, item), "full": 0}
     kept = N * (of_checkpointed[config.checkpointing] + D * item)  # with the input of the block
     fp8 = precision == "fp8"
     of_block = N * (_saved_by_block(config, item) + (config.n_head * config.head_dim if fp8 else 0))  # what attention mixed, once more
@@ -110,12 +110,6 @@ def _saved_by_block(config: ModelConfig, item: int) -> int:
     # made again in half precision.
     made_again = 0 if item == 2 else 2 * D + config.d_ff
     return item * (2 * D + (H + 2 * K) * h + H * h + 2 * config.d_ff + made_again) + 4 * (H + 2)  # logsumexp of attention, two norms
-
-
-def _products_kept(config: ModelConfig, item: int) -> int:
-    """Return the bytes a token that ``matmul`` checkpointing keeps: what attention does, q, k and v, the first branch, gate and up."""
-    heads = (config.n_head + 2 * config.n_kv_head) * config.head_dim
-    return _attention_kept(config, item) + item * (heads + config.d_model + 2 * config.d_ff)
 
 
 def _attention_kept(config: ModelConfig, item: int) -> int:

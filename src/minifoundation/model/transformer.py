@@ -72,7 +72,7 @@ class Block(nn.Module):
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return whole(x, cos, sin, kernel, documents)
         # Inside forward, so that a compiled block sees it; a selective policy around compiled code would see no operators.
-        extra: dict[str, Any] = {} if self.checkpointing == "full" else {"context_fn": KEEPING[self.checkpointing]}
+        extra: dict[str, Any] = {"context_fn": _keep_attention} if self.checkpointing == "attention" else {}
         result: Tensor = checkpoint(
             whole,
             x,
@@ -128,28 +128,11 @@ class Block(nn.Module):
 
 
 def _keep_attention() -> Any:
-    return create_selective_checkpoint_contexts(_attention_policy)
+    return create_selective_checkpoint_contexts(_policy)
 
 
-def _keep_products() -> Any:
-    return create_selective_checkpoint_contexts(_products_policy)
-
-
-KEEPING = {"attention": _keep_attention, "matmul": _keep_products}
-"""What ``config.checkpointing`` keeps of a block, as the context that ``checkpoint`` takes."""
-
-PRODUCT_OPERATORS = frozenset(
-    {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default, torch.ops.aten._scaled_mm.default}
-)
-
-
-def _attention_policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operator in KERNEL_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _products_policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    kept = operator in PRODUCT_OPERATORS or operator in KERNEL_OPERATORS
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Transformer(nn.Module):

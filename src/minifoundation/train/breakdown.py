@@ -14,13 +14,14 @@ from minifoundation.runtime import Machine
 KINDS = {
     "data": "HtoD",
     "optimizer": "multi_tensor_apply|lpnorm|norm_kernel|_fused_adamw|foreach|linalg_vector_norm",
-    "loss": "_losses|logsumexp|log_softmax",
+    "loss": "^_losses|logsumexp|log_softmax",
+    "rounding to 8 bits": "^_round$",
     "attention": "cudnn|fmha|flash|sdpa|attention|Flash|bwd_preprocess|bwd_postprocess",
     "matrix products": "nvjet|gemm|Gemm|cutlass|xmma|GEMM|splitK|aten::mm|aten::addmm|aten::bmm",
     "embedding": "embedding|indexing|sort|Sort|segment|compute_grad",
-    "SwiGLU": "_product|_gradients|silu|sigmoid",
-    "norms": "rsqrt|fused.*_pow_|aten::pow|aten::mean",
-    "rotation": "cat|clone",
+    "SwiGLU": "^_product|^_gradients|^_rounded_gradients|silu|sigmoid|swiglu",
+    "norms": "^_normed|^_norm_gradients|^_columns|rsqrt|fused.*_pow_|aten::pow|aten::mean",
+    "rotation": "^_rotate|^_merge|cat|clone",
     "copies": "copy|Copy|Memcpy|Memset|fill|Fill",
 }
 """Regular expressions of the names of kernels, on a CPU of operators; the first that matches counts. What is fused goes by a part of it."""

@@ -32,7 +32,7 @@ class Guard:
     """The verdict on each step, and the window of good steps that spikes are told by.
 
     A spike is a value more than ``spike_z`` robust standard deviations above the median of the last ``size`` good steps; the deviation is
-    that of the median absolute one, and not below ``FLOOR``. Nothing is judged before a quarter of the window is filled. All of it stays
+    that of the median absolute one, and not below ``FLOOR``. Nothing is judged before half of the window is filled. All of it stays
     on the device, so that nothing waits for a figure.
 
     Args:
@@ -73,7 +73,7 @@ class Guard:
         distance = (self._values - median[:, None]).abs().nan_to_num(nan=float("inf"), posinf=float("inf"))
         mad = distance.sort(dim=1).values.gather(1, middle).squeeze(1)
         deviation = torch.maximum(MAD_OF_A_NORMAL * mad, self._floor * median.abs())
-        z = torch.where(finite & (known >= max(1, self.size // 4)), (values - median) / deviation, 0.0)
+        z = torch.where(finite & (known >= max(1, self.size // 2)), (values - median) / deviation, 0.0)
         spike = z > (float("inf") if self.spike_z is None else self.spike_z)
         overflow = torch.zeros_like(finite[1]) if scale is None else scale > 1
         verdict = torch.where(spike[1], 4, GOOD)

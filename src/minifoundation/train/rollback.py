@@ -55,11 +55,11 @@ def stepped_over(out_dir: Path) -> list[list[int]]:
     return [[one["first_sample"], one["end"]] for one in rollbacks(out_dir)]
 
 
-def go_back(bad: Bad, out_dir: Path, *, most: int, write: bool, say: Callable[[str], None]) -> Path | None:
-    """Return the checkpoint to go on from, None for the beginning, and (``write``) record that the run steps over ``bad``.
+def checkpoint_before(bad: Bad, out_dir: Path, *, most: int, say: Callable[[str], None]) -> Path | None:
+    """Return the checkpoint to go back to, None for the beginning; nothing is changed.
 
     It is the newest good one from before the first bad step; from before the one that was gone back to last, when no step since was good:
-    then the weights in that were bad already. Checkpoints after it are set aside.
+    then the weights in that were bad already.
 
     Raises:
         UserError: the run has gone back ``most`` times.
@@ -73,14 +73,14 @@ def go_back(bad: Bad, out_dir: Path, *, most: int, write: bool, say: Callable[[s
             "begin again in another --out_dir with a lower --lr, a longer --train.warmup or bf16 instead of fp16; "
             "or, when the text is at fault, look at these samples",
         )
-    limit = bad.first_step
-    if before and before[-1]["to"] >= bad.first_step - 1:
-        limit = before[-1]["to"]
-    folder = latest_good(out_dir, say, before=limit)
+    at_once = bool(before) and before[-1]["to"] >= bad.first_step - 1
+    return latest_good(out_dir, say, before=before[-1]["to"] if at_once else bad.first_step)
+
+
+def record_rollback(bad: Bad, folder: Path | None, out_dir: Path) -> None:
+    """Note that the run goes back to ``folder`` and steps over ``bad``, and set the checkpoints after that one aside."""
     step = step_of(folder) if folder else 0
-    if write:
-        write_whole(out_dir / ROLLBACKS, json.dumps([*before, {"to": step, **asdict(bad)}], indent=1).encode())
-        for later in step_folders(out_dir):
-            if step_of(later) > step:
-                set_aside(later)
-    return folder
+    write_whole(out_dir / ROLLBACKS, json.dumps([*rollbacks(out_dir), {"to": step, **asdict(bad)}], indent=1).encode())
+    for later in step_folders(out_dir):
+        if step_of(later) > step:
+            set_aside(later)

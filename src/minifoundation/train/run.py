@@ -34,7 +34,7 @@ from minifoundation.train.out_of_memory import is_out_of_memory, too_large
 from minifoundation.train.plan import Plan, describe, plan
 from minifoundation.train.provenance import record_start, typed
 from minifoundation.train.resume import checkpoint_to_resume, set_later_aside
-from minifoundation.train.rollback import Bad, go_back, stepped_over
+from minifoundation.train.rollback import Bad, checkpoint_before, record_rollback, stepped_over
 from minifoundation.train.state import Start, Training
 from minifoundation.train.stop import Stop, stop_on_signals
 
@@ -63,12 +63,12 @@ def run(config: RunConfig, *, resume: str | None, dry_run: bool, allowed: tuple[
             if world.is_first:
                 print(f"plan of {config.out_dir}:\n{describe(config, planned, machine, world.size)}\nnothing was started (--dry_run)")
             return None
-        resumed = checkpoint_to_resume(config, resume, allowed, planned, say)
-        final = config.out_dir / FINAL
-        if resumed is not None and resumed.progress["step"] >= planned.steps and not resumed.optimizer:
-            say(f"{final} is finished: {planned.steps:,} of {planned.steps:,} steps")
-            return final
         try:
+            resumed = checkpoint_to_resume(config, resume, allowed, planned, say)
+            final = config.out_dir / FINAL
+            if resumed is not None and resumed.progress["step"] >= planned.steps and not resumed.optimizer:
+                say(f"{final} is finished: {planned.steps:,} of {planned.steps:,} steps")
+                return final
             with _owned(config.out_dir, world):
                 if world.is_first:
                     set_later_aside(config.out_dir, resumed.progress["step"] if resumed else 0, say)
@@ -123,8 +123,11 @@ def _trained(
         if isinstance(outcome, Path):
             return outcome
         world.wait()
-        folder = go_back(outcome, config.out_dir, most=config.train.max_rollbacks, write=world.is_first, say=say)
+        folder = checkpoint_before(outcome, config.out_dir, most=config.train.max_rollbacks, say=say)
         say(f"going back to {folder or 'the beginning'}, and over what was skipped: {outcome}")
+        world.wait()  # all have looked before the first one changes anything
+        if world.is_first:
+            record_rollback(outcome, folder, config.out_dir)
         world.wait()
         resumed = load_checkpoint(folder, verified=True) if folder else None
         torch.compiler.reset()

@@ -21,6 +21,7 @@ from minifoundation.model.training import TrainingModel
 from minifoundation.runtime import Machine, Moment
 from minifoundation.train.breakdown import Breakdown, breakdown
 from minifoundation.train.ema import Average
+from minifoundation.train.guard import Guard
 from minifoundation.train.kernels import DOCUMENT_TOKENS, Kernels, swiglu_kernel, transformer_for
 from minifoundation.train.metrics import model_flops_utilisation
 from minifoundation.train.optimizer import adamw
@@ -96,7 +97,7 @@ def trial(config: RunConfig, machine: Machine, *, steps: int, warm_up: int = WAR
     optimizer = adamw(model, train)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=train.precision == "fp16")
     average = Average(dict(model.named_parameters()), train.ema) if train.ema is not None else None
-    scales = model.transformer.scales
+    scales, guard = model.transformer.scales, Guard(train.spike_z, train.spike_window, machine.device)
     stats: list[StepStats] = []
     ends: list[Moment] = []
     with prefetch(_random_steps(config), machine.device) as batches, runtime.collector_held() as collect:
@@ -105,7 +106,18 @@ def trial(config: RunConfig, machine: Machine, *, steps: int, warm_up: int = WAR
             micro = next(batches)
             settle(model, scales, micro[0], tokens=tokens, world=World())
             stats.append(
-                train_step(model, optimizer, scaler, micro, lr=1e-4, grad_clip=train.grad_clip, tokens=tokens, world=World(), scales=scales)
+                train_step(
+                    model,
+                    optimizer,
+                    scaler,
+                    micro,
+                    lr=1e-4,
+                    grad_clip=train.grad_clip,
+                    tokens=tokens,
+                    world=World(),
+                    guard=guard,
+                    scales=scales,
+                )
             )
             if average is not None:
                 average.update(len(stats), stats[-1].taken)

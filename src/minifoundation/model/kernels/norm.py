@@ -127,7 +127,7 @@ def launch_gradients(
     """Write the gradients of y, the weight's in ``parts`` that are yet to be summed, and the normed values; ``rounded`` in rows alone."""
     N, D = y.shape
     rows, scale, largest = (d, factor, factor) if rounded is None or d_site is None else (rounded.rows, d_site.scale, d_site.largest)
-    _gradients[(len(parts),)](
+    _norm_gradients[(len(parts),)](
         d_normed,
         y,
         factor,
@@ -202,7 +202,7 @@ def _normed(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _gradients(  # type: ignore[no-untyped-def]
+def _norm_gradients(  # type: ignore[no-untyped-def]
     d_normed,
     y,
     factor,
