@@ -77,7 +77,7 @@ def struck_once(run_config: RunConfig, work: Path, kind: str, draw: random.Rando
         return "finished" if (life.out_dir / "final.pth").exists() else "stop"
     if code == -signal.SIGTERM:
         return "stop before the run began"
-    assert code == -signal.SIGKILL, f"exit code {code}"
+    assert code == -signal.SIGKILL, f"exit code {code}: {life.said}"
     return "kill in a save" if life.saving else "kill"
 
 

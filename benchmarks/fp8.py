@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.record import finish, with_kept
+from benchmarks.record import ROOT, finish, with_kept
 from benchmarks.small_model import parser_of, settings
 from minifoundation import runtime
 from minifoundation.checkpoint import load_checkpoint
@@ -89,6 +89,37 @@ def curves(options: Any, work: Path) -> list[dict[str, Any]]:
             last = {name: value for name, value in results[-1].items() if name not in ("loss", "held_out_bits_per_byte")}
             print(last, flush=True)
     return results
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Draw the training losses, and how far fp8's is above bf16's of the same seed, as means of 20 steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    def smooth(loss: list[float]) -> list[float]:
+        return [statistics.mean(loss[i : i + SMOOTHED]) for i in range(0, len(loss) - SMOOTHED + 1, SMOOTHED)]
+
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained", height_ratios=(2, 1))
+    loss = {(row["seed"], row["precision"]): smooth(row["loss"]) for row in results}
+    for (seed, precision), curve in loss.items():
+        steps = [SMOOTHED * (i + 0.5) for i in range(len(curve))]
+        first = seed == min(row["seed"] for row in results)
+        above.plot(steps, curve, color="C0" if precision == "bf16" else "C1", linewidth=0.9, label=precision if first else None)
+        if precision == "fp8" and (seed, "bf16") in loss:
+            gap = [a - b for a, b in zip(curve, loss[seed, "bf16"], strict=True)]
+            below.plot(steps, gap, color=f"C{seed + 1}", linewidth=0.9, label=f"seed {seed}")
+    above.set(ylabel="training loss, nats a token")
+    above.legend()
+    below.set(ylabel="fp8 above bf16", xlabel="step", ylim=(-0.05, 0.05))
+    below.axhline(0, color="grey", linewidth=0.5)
+    below.legend()
+    figure.savefig(path, dpi=130)
+
+
+SMOOTHED = 20
+"""Steps whose mean is a point of the plot."""
 
 
 def compared(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -193,6 +224,8 @@ def main() -> None:
         results = curves(options, Path(work))
     if options.keep:
         results = with_kept("fp8", results, alike=("seed", "precision"))
+    if not options.quick:
+        plot(results, ROOT / "docs" / "data" / "fp8.png")
     finish("fp8", compared(results), results=results, quick=options.quick)
 
 

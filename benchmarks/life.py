@@ -20,12 +20,13 @@ class Life:
         self._code: int | None = None
         yaml = work / f"{self.out_dir.name}.yaml"
         yaml.write_text(config.to_yaml(run_config), encoding="utf-8")
+        self._log = work / f"{self.out_dir.name}.log"
         self._process = os.fork()
         if self._process:
             return
         code = 1
         try:
-            log = os.open(work / f"{self.out_dir.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
             code = cli.main(["pretrain", "--config", str(yaml), "--resume", "auto"])
@@ -58,6 +59,11 @@ class Life:
         """Send a signal, if the process lives."""
         if self.exit_code() is None:
             os.kill(self._process, number)
+
+    @property
+    def said(self) -> str:
+        """The end of what the run has printed."""
+        return self._log.read_text(encoding="utf-8", errors="replace")[-2000:]
 
     @property
     def saving(self) -> bool:

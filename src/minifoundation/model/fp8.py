@@ -15,8 +15,9 @@ from minifoundation.model.kernels.quantise import E4M3, E5M2, SLOTS, Site
 
 HISTORY = 16
 """Steps whose largest magnitudes a scale looks back on."""
-HEADROOM = 2.0
-"""How much larger than all of them a value may be before it is cut off; powers of two below that add up to as much again."""
+HEADROOM = {E4M3: 2.0, E5M2: 16.0}
+"""How much larger than all of them a value may be before it is cut off; scales are powers of two, which adds up to as much again. Gradients
+grow by more than activations from one step to the next, most of all after the first, and their format has the range to spare."""
 FIRST = {E4M3: 8.0, E5M2: 2.0**20}
 """Scales before anything has been seen: for normed values and for gradients of a mean over a few thousand tokens and more."""
 ALIGNED = 4
@@ -51,6 +52,7 @@ class Scales(nn.Module):
     history: Tensor
     updates: Tensor
     limit: Tensor
+    room: Tensor
 
     def __init__(self, n_layer: int) -> None:
         super().__init__()
@@ -65,6 +67,7 @@ class Scales(nn.Module):
             "history": torch.zeros(HISTORY, len(formats), device="cpu"),
             "updates": torch.zeros(1, dtype=torch.int64, device="cpu"),
             "limit": torch.tensor([torch.finfo(dtype).max for dtype in formats], device="cpu"),
+            "room": torch.tensor([HEADROOM[dtype] for dtype in formats], device="cpu"),
         }.items():
             self.register_buffer(name, value, persistent=False)
 
@@ -89,7 +92,7 @@ class Scales(nn.Module):
         taken = torch.where(seen.isfinite(), seen, 0.0)
         self.history.index_copy_(0, self.updates % HISTORY, taken[None])
         most = self.history.amax(0)
-        exact = torch.exp2(torch.floor(torch.log2(self.limit / (HEADROOM * most))))
+        exact = torch.exp2(torch.floor(torch.log2(self.limit / (self.room * most))))
         self.scale.copy_(torch.where(most > 0, exact.clamp(2.0**-60, 2.0**60), self.scale[:, 0])[:, None])
         self.inverse.copy_(1 / self.scale)
         self.largest.zero_()

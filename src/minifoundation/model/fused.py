@@ -69,7 +69,7 @@ class AttentionInputs(torch.autograd.Function):
         d_q, d_k, d_v = (d.flatten(0, 1).contiguous() for d in (d_q, d_k, d_v))
         d_heads = rope.merged(d_q, d_k, d_v, cos, sin, sites.d_heads)
         d_normed = input_gradient(d_heads, _of(columns, other))
-        d, _, d_gain, normed = norm.gradients(d_normed, x, factor, gain, d_x, sites.attention_in, None)
+        d, _, d_gain, normed = norm.gradients(d_normed, x, factor, gain, d_x.contiguous(), sites.attention_in, None)
         return d, d_gain, weight_gradient(d_heads, normed), None, None, None, None, None
 
 
@@ -113,6 +113,7 @@ class AfterAttention(torch.autograd.Function):
         y, gain, factor, gates, *kept = ctx.saved_tensors
         mixed, out, gate_up, down = (_of(*pair) for pair in zip(kept[::2], kept[1::2], strict=True))
         sites: Sites = ctx.sites
+        d_out = d_out.contiguous()  # kernels read it by rows; the gradient of a sum is one number, spread
         d_mlp = _operand(d_out, sites.d_mlp)
         d_gates: Operand
         activated: Operand
@@ -145,5 +146,5 @@ class Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_normed: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, factor = ctx.saved_tensors
-        d, _, d_gain, _ = norm.gradients(d_normed, x, factor, gain, None, None, None)
+        d, _, d_gain, _ = norm.gradients(d_normed.contiguous(), x, factor, gain, None, None, None)
         return d, d_gain, None
