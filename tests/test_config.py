@@ -123,6 +123,14 @@ def test_none_is_off_only_where_a_setting_can_be_off() -> None:
         ({"train": {"schedule": "cosin"}}, "train.schedule: 'cosin' is not valid; input should be 'cosine', 'constant' or 'wsd'"),
         ({"train": {"batch_size": "many"}}, "train.batch_size: 'many' is not valid; input should be a valid integer"),
         ({"train": {"batch_size": 0}}, "train.batch_size: must be at least 1, or auto; correct it"),
+        (
+            {"train": {"precision": "fp8"}, "model": {"d_ff": 72}},
+            "a.yaml: model.d_ff 72 is no multiple of 16, which train.precision fp8 needs; choose one, or take bf16",
+        ),
+        (
+            {"train": {"precision": "fp8"}, "model": {"dropout": 0.1}},
+            "a.yaml: model.dropout 0.1 cannot be had with train.precision fp8; set it to 0, or take bf16",
+        ),
         ({"model": 3}, "model: 3 is not valid; input should be a valid dictionary"),
     ],
 )

@@ -14,9 +14,10 @@ from minifoundation import runtime
 from minifoundation.config import RunConfig
 from minifoundation.distributed import World
 from minifoundation.model.attention import Backend
+from minifoundation.model.kernels import gated
 from minifoundation.runtime import Machine
 from minifoundation.train import kernels
-from minifoundation.train.kernels import attention_kernel, milliseconds
+from minifoundation.train.kernels import attention_kernel, milliseconds, swiglu_kernel
 
 Make = Callable[..., RunConfig]
 
@@ -102,3 +103,27 @@ def test_times_are_measured_and_a_kernel_that_fails_is_last(settings: Make, mask
     config = settings(data={"mask_documents": masked}, train={"seq_len": 32, "batch_size": 1})
     times = milliseconds(("auto", "math", "cudnn"), config, cpu)
     assert 0 < times["auto"] < 1000 and 0 < times["math"] < 1000 and times["cudnn"] == math.inf, "cuDNN needs a GPU"
+
+
+def test_swiglu_is_in_the_products_where_quack_works(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = settings(train={"precision": "bf16"})
+    monkeypatch.setattr(runtime, "compute_dtype", lambda *_: torch.bfloat16)  # this GPU is none
+    monkeypatch.setattr(gated, "obstacle", lambda *_: None)
+    assert swiglu_kernel(half, GPU) == ("quack", "swiglu: in the products beside it, by QuACK")
+    assert swiglu_kernel(half, GPU, "own") == ("own", None), "a resumed run repeats what it began with"
+    assert swiglu_kernel(settings(train={"precision": "bf16"}, model={"swiglu": "own"}), GPU) == ("own", None)
+    assert swiglu_kernel(settings(train={"precision": "fp8"}), GPU) == ("own", None)
+    monkeypatch.setattr(gated, "obstacle", lambda *_: "fails here (TypeError: of a version)")
+    assert swiglu_kernel(half, GPU) == ("own", None), "auto takes what works, without a word"
+    warning = "warning: model.swiglu: quack fails here (TypeError: of a version); using own"
+    assert swiglu_kernel(half, GPU, "quack") == ("own", warning)
+    assert swiglu_kernel(settings(train={"precision": "bf16"}, model={"swiglu": "quack"}), GPU) == ("own", warning)
+
+
+def test_quack_is_for_hopper_and_later_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gated, "INSTALLED", True)
+    cuda = torch.device("cuda")
+    assert gated.obstacle(cuda, torch.bfloat16, (8, 0)) == "needs compute capability 9.x or 10.x, not 8.0"
+    assert gated.obstacle(cuda, torch.float32, (9, 0)) == "needs bf16 or fp16, not torch.float32"
+    monkeypatch.setattr(gated, "INSTALLED", False)
+    assert gated.obstacle(cuda, torch.bfloat16, (9, 0)) == "needs the package quack-kernels"

@@ -7,13 +7,14 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from minifoundation import runtime
 from minifoundation.checkpoint import TENSORS, Checkpoint, load_checkpoint
 from minifoundation.config import RunConfig
 from minifoundation.errors import Stopped, UserError
@@ -40,6 +41,23 @@ def steady(row: dict[str, str]) -> dict[str, str]:
     return {name: row[name] for name in ("step", "tokens", "loss", "z_loss", "held_out_bits_per_byte", "lr", "grad_norm")}
 
 
+@pytest.fixture
+def as_if_8_bits_could_run() -> Iterator[None]:
+    """Have a CPU compute in 8 bits, by the plain definitions of the kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "fp8_obstacle", lambda _: None)
+        yield
+
+
+def test_8_bits_give_way_to_bf16_where_they_cannot_run(settings: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU may have them")
+    found = trained(settings("asked", train={"precision": "fp8"}))
+    assert "warning: train.precision: fp8 cannot run here: CPU, " in (said := capsys.readouterr().err) and "; using bf16" in said
+    expected = trained(settings("given", train={"precision": "bf16"}))
+    assert all(torch.equal(found.model[name], expected.model[name]) for name in expected.model)
+
+
 def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
     """Have ``act`` called when step ``number`` begins."""
     calls = 0
@@ -60,11 +78,12 @@ def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None
         {"train": {"ema": 0.9}},
         {"train": {"precision": "bf16"}, "model": {"dropout": 0.1, "checkpointing": "full"}},
         {"train": {"precision": "fp16"}},
+        {"train": {"precision": "fp8", "loss_chunk": 64}},
     ],
-    ids=["fp32+ema", "bf16+dropout+checkpointing", "fp16"],
+    ids=["fp32+ema", "bf16+dropout+checkpointing", "fp16", "fp8"],
 )
 def test_interrupted_and_resumed_is_bitwise_the_uninterrupted_run(
-    settings: Make, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any]
+    settings: Make, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any], as_if_8_bits_could_run: None
 ) -> None:
     whole = trained(settings("whole", **sections))
 

@@ -150,7 +150,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = dtype
-        self.by_hand, self.in_epilogue = True, in_epilogue
+        self.in_epilogue = in_epilogue
         self.scales = Scales(config.n_layer) if fp8 else None
         # Looking up rows needs no copy of the matrix; only as a head does it multiply.
         self.embedding = Matrix(
@@ -226,7 +226,7 @@ class Transformer(nn.Module):
     def by_hand_on(self, x: Tensor) -> bool:
         """Return whether the blocks for activations like ``x`` are those of ``model/fused.py``."""
         must = self.scales is not None or self.in_epilogue
-        return must or (self.by_hand and x.dtype.itemsize == 2 and runs_on(x) and self.config.dropout == 0)
+        return must or (x.dtype.itemsize == 2 and runs_on(x) and self.config.dropout == 0)
 
     def kernel(self, device: torch.device, *, masked: bool = False) -> Backend:
         """Return the attention kernel that runs on ``device``, within rows or (``masked``) within documents."""
