@@ -358,3 +358,16 @@ def test_a_run_with_8_bit_moments_is_resumed(tmp_path: Path, monkeypatch: pytest
     monkeypatch.undo()
     path = run(interrupted, resume="auto", dry_run=False)
     assert path is not None and load_checkpoint(path).progress["step"] == 20
+
+
+def test_a_run_in_8_bits_follows_bf16(tmp_path: Path) -> None:
+    if obstacle := runtime.fp8_obstacle(runtime.machine()):
+        pytest.skip(obstacle)
+    bits = {}
+    for precision in ("bf16", "fp8"):
+        path = run(run_config(tmp_path / precision, train={"precision": precision, "eval_every": 20}), resume=None, dry_run=False)
+        assert path is not None
+        found = load_checkpoint(path)
+        bits[precision] = found.progress["held_out_bits_per_byte"]
+        assert found.progress["skipped"] == [] and found.kernels["swiglu"] == "own" or precision == "bf16"
+    assert bits["fp8"] == pytest.approx(bits["bf16"], abs=0.05)
