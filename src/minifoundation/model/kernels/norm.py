@@ -42,8 +42,8 @@ def plain_gradients(d_normed: Tensor, y: Tensor, factor: Tensor, weight: Tensor,
     wide = torch.promote_types(y.dtype, torch.float32)
     unit = y.to(wide) * factor[:, None]
     g = d_normed.to(wide)
-    scaled = g * weight.to(wide)
-    through = factor[:, None] * (scaled - unit * (scaled * unit).mean(-1, keepdim=True))
+    weighted = g * weight.to(wide)
+    through = factor[:, None] * (weighted - unit * (weighted * unit).mean(-1, keepdim=True))
     d = through if d_y is None else d_y.to(wide) + through
     return d.to(y.dtype), (g * unit).sum(0), weight.to(y.dtype) * unit.to(y.dtype)
 
@@ -71,14 +71,14 @@ def gradients(
         return d, rounded, d_weight, again if unwatched is None else unwatched
     d = torch.empty_like(y)
     rounded = None if d_site is None else empty(y.shape, d_site, y.device, rows=True, columns=True)
-    again_ = torch.empty_like(y) if site is None else None
+    normed_again = torch.empty_like(y) if site is None else None
     parts = torch.empty(-(-len(y) // EACH), y.shape[1], device=y.device)
-    launch_gradients(d_normed, y, factor, weight, d_y, d, rounded, again_, parts, d_site)
+    launch_gradients(d_normed, y, factor, weight, d_y, d, rounded, normed_again, parts, d_site)
     if rounded is not None and d_site is not None:
         launch_rounded(d, d_site._replace(watched=False), rounded._replace(rows=None))
     if site is None:
-        assert again_ is not None
-        return d, rounded, parts.sum(0), again_
+        assert normed_again is not None
+        return d, rounded, parts.sum(0), normed_again
     columns = empty(y.shape, site, y.device, rows=False, columns=True)
     launch_columns(y, factor, weight, columns, site)
     return d, rounded, parts.sum(0), columns
