@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,7 +141,7 @@ def _print(found: dict[str, Any], *, first: bool) -> None:
 def torchrun(gpus: int, *command: str, restarts: int = 0) -> list[str]:
     """Return the command that starts ``command`` (a module and its options) on ``gpus`` processes of this machine."""
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(gpus), "--max_restarts", str(restarts)]
-    launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--local_addr", "127.0.0.1"]
     return [sys.executable, *(launch if gpus > 1 else []), "-m", *command]
 
 
@@ -149,39 +150,42 @@ def measured(gpus: int, rows: list[Row], steps: int, seconds: float) -> Iterator
     given = json.dumps([row._asdict() for row in rows])
     command = torchrun(gpus, "benchmarks.scaling", "--work", given, "--steps", str(steps))
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    alarm = subprocess.Popen(["sleep", str(max(1.0, seconds))])
-    os.set_blocking(process.stdout.fileno(), False) if process.stdout else None
-    buffer = ""
-    try:
-        while True:
-            ended, late = process.poll() is not None, alarm.poll() is not None
-            assert process.stdout is not None
-            buffer += process.stdout.read() or ""
-            *lines, buffer = buffer.split("\n")
-            for line in lines:
-                if line.startswith("ROW "):
-                    yield json.loads(line[4:])
-                elif line:
-                    print(line, flush=True)
-            if ended:
-                if process.returncode:
-                    yield {"name": f"{gpus}x", "gpus": gpus, "failed": f"exit code {process.returncode}"}
-                return
-            if late:
-                yield {"name": f"{gpus}x", "gpus": gpus, "failed": f"out of time after {seconds:.0f} s"}
-                return
-            time.sleep(0.2)
-    finally:
-        alarm.kill()
-        alarm.wait()
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(15)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+    deadline = time.monotonic() + seconds
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, start_new_session=True)
+        try:
+            read, failed = 0, ""
+            while not failed:
+                ended = process.poll() is not None  # before reading: what was said until then is read
+                text = os.pread(said.fileno(), 2**20, read).decode()
+                lines = text[: text.rfind("\n") + 1]
+                read += len(lines.encode())
+                for line in lines.splitlines():
+                    if line.startswith("ROW "):
+                        yield json.loads(line[4:])
+                    else:
+                        print(line, flush=True)
+                if ended and process.returncode == 0:
+                    return
+                if ended:
+                    failed = f"exit code {process.returncode}"
+                elif time.monotonic() > deadline:
+                    failed = f"out of time after {seconds:.0f} s"
+                time.sleep(0.1)
+            yield {"name": f"{gpus}x", "gpus": gpus, "failed": failed}
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[Any]) -> None:
+    """End torchrun and what it has started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(40)  # it gives the processes half a minute
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def summary(row: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -246,9 +250,7 @@ def curves(gpus: int, folder: Path, seconds: float, *, quick: bool) -> dict[str,
             last = (folder / "all.log").read_text(encoding="utf-8")[-600:]
             return {"name": f"curve {gpus}x", "gpus": gpus, "failed": f"{error}: {last}"}
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            _end(process)
     one, all_ = _losses(folder / "one"), _losses(out_dir)
     both = list(zip(one, all_, strict=True))
     return {

@@ -39,7 +39,7 @@ def spread(
     compute: torch.dtype = torch.float32,
     reduced: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """Return ``model`` so that its backward leaves the mean gradient over the processes in ``.grad``.
+    """Return ``model``, the same on every process, so that its backward leaves the mean gradient over them in ``.grad``.
 
     Args:
         units: the modules whose weights are gathered, one after the other, where they are split; the rest of ``model`` is gathered once.
@@ -52,7 +52,7 @@ def spread(
         case "ddp":
             with warnings.catch_warnings():  # torch 2.13 has another name for it, 2.11 does not know that one
                 warnings.simplefilter("ignore", FutureWarning)
-                copy = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+                copy = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False)
             if reduced == torch.bfloat16:
                 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import minifoundation
 from minifoundation.config import RunConfig, dotted_names
@@ -56,6 +57,23 @@ def same_data(loader: Loader, sample: int, world: World) -> None:
         mine = {f"shards of {name}": _hash(seen[name][:count]) for name, count in zip(seen, known, strict=True)}
         mine |= {f"tokenizer of {name}": one.order.shards.manifest.tokenizer_sha256 for name, one in loader.sources.items()}
         _alike({**mine, "the next sample": str(sample)}, world, "give all processes the same data.shards_dir and --out_dir")
+
+
+@torch.no_grad()
+def same_weights(model: nn.Module, world: World) -> None:
+    """Refuse processes that have other weights than the first one.
+
+    Raises:
+        UserError: on every process.
+    """
+    if world.size == 1:
+        return
+    norms = torch.stack(torch._foreach_norm(list(model.parameters()))).double()
+    least, most = world.least(norms.clone()), -world.least(-norms)
+    with world.together():
+        if not torch.equal(least, most):
+            name = [name for name, _ in model.named_parameters()][int((least != most).nonzero()[0])]
+            raise UserError(name, "has other values on some processes than on the first", "give all processes the same checkpoint")
 
 
 def _alike(mine: Mapping[str, str], world: World, remedy: str) -> None:

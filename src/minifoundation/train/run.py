@@ -29,7 +29,7 @@ from minifoundation.train.finder import steps_fit, with_batch_size
 from minifoundation.train.guard import Guard
 from minifoundation.train.kernels import Kernels, chosen_kernels, transformer_for
 from minifoundation.train.loop import fit
-from minifoundation.train.meeting import network, same_data, same_run
+from minifoundation.train.meeting import network, same_data, same_run, same_weights
 from minifoundation.train.metrics import METRICS, MetricsLog
 from minifoundation.train.optimizer import adamw, restore_optimizer
 from minifoundation.train.out_of_memory import is_out_of_memory, too_large
@@ -308,6 +308,7 @@ def _built(
         transformer.initialise(config.train.seed)
     else:
         transformer.load_state_dict(before.model)
+    same_weights(transformer, world)
     training_model = TrainingModel(transformer, z_loss=config.train.z_loss, chunk=config.train.loss_chunk)
     if config.train.compile:
         transformer.compile_blocks()
