@@ -2,8 +2,8 @@
 
 from minifoundation.distributed.split import Parallel, Split, local_gradients, spread
 from minifoundation.distributed.start import join
-from minifoundation.distributed.tensors import local, part_of, whole
+from minifoundation.distributed.tensors import is_split, local, part_of, whole
 from minifoundation.distributed.watch import Watch
 from minifoundation.distributed.world import World
 
-__all__ = ["Parallel", "Split", "Watch", "World", "join", "local", "local_gradients", "part_of", "spread", "whole"]
+__all__ = ["Parallel", "Split", "Watch", "World", "is_split", "join", "local", "local_gradients", "part_of", "spread", "whole"]

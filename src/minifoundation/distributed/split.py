@@ -54,9 +54,7 @@ def spread(
                 warnings.simplefilter("ignore", FutureWarning)
                 copy = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False)
             if reduced == torch.bfloat16:
-                from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-
-                copy.register_comm_hook(None, bf16_compress_hook)
+                copy.register_comm_hook(None, _in_bf16)
             return copy
         case "fsdp" | "hsdp":
             from torch.distributed.device_mesh import init_device_mesh
@@ -68,11 +66,19 @@ def spread(
                 mesh = init_device_mesh(device, (world.size,), mesh_dim_names=("shard",))
             else:
                 mesh = init_device_mesh(device, (nodes, split.shards), mesh_dim_names=("replicate", "shard"))
+            # What a block by hand returns is a view, and nothing writes to it.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
             policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduced, cast_forward_inputs=False)
             for unit in units:
                 fully_shard(unit, mesh=mesh, mp_policy=policy)
             fully_shard(model, mesh=mesh, mp_policy=policy)
             return model
+
+
+def _in_bf16(group, bucket):  # type: ignore[no-untyped-def]  # torch compares annotations with its own
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+    return bf16_compress_hook(group, bucket)  # by another name: by its own torch takes it with NCCL alone
 
 
 def local_gradients(model: nn.Module) -> AbstractContextManager[None]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from minifoundation.config import TrainConfig
-from minifoundation.distributed import local, part_of, whole
+from minifoundation.distributed import is_split, local, part_of, whole
 from minifoundation.errors import UserError
 
 
@@ -103,7 +103,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
 
 
 def _parts(name: str, value: Any) -> list[tuple[str, Tensor]]:
-    if not is_traceable_wrapper_subclass(value):
+    if is_split(value) or not is_traceable_wrapper_subclass(value):
         return [(name, value)]
     inner, _ = value.__tensor_flatten__()
     return [(f"{name}.{part}", getattr(value, part)) for part in inner]

@@ -20,18 +20,21 @@ def chosen_split(config: RunConfig, machine: Machine, world: World) -> Split:
     Raises:
         UserError: this cannot be had with so many processes or in this precision.
     """
-    asked, size = config.train.parallel, world.size
+    asked, size, train = config.train.parallel, world.size, config.train
     if size == 1:
         return Split()
     if asked == "none":
         raise UserError("train.parallel", f"none, and there are {size} processes", "start one, or take auto, ddp or fsdp")
-    if asked in ("fsdp", "hsdp") and config.train.precision == "fp8":
+    if asked in ("fsdp", "hsdp") and train.precision == "fp8":
         raise UserError("train.parallel", f"{asked} gathers weights in half precision, not in 8 bits", "take ddp, or train.precision bf16")
+    if asked in ("fsdp", "hsdp") and train.optimizer_states == "int8":
+        raise UserError("train.parallel", f"{asked} cannot split moments in int8", "take ddp, or train.optimizer_states fp32")
     if asked == "hsdp" and (world.nodes == 1 or world.local_size == 1):
         raise UserError(
             "train.parallel", f"hsdp with {world.nodes} nodes of {world.local_size} processes", "it needs two of each; take fsdp"
         )
-    if asked == "ddp" or config.train.precision == "fp8" or (asked == "auto" and _fits(config, machine, 1)):
+    whole = train.precision == "fp8" or train.optimizer_states == "int8"
+    if asked == "ddp" or (asked == "auto" and (whole or _fits(config, machine, 1))):
         return Split("ddp")
     within_a_node = world.nodes > 1 and world.local_size > 1
     if asked == "hsdp" or (asked == "auto" and within_a_node and _fits(config, machine, world.local_size)):

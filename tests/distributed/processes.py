@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-MODEL = (
+ROOT = Path(__file__).parents[2]
+TINY = (
     "--tokenizer.vocab_size 512 --model.d_model 32 --model.n_layer 2 --model.n_head 4 --model.n_kv_head 2 --model.d_ff 64 "
-    "--model.original_seq_len 32 --seq_len 32"
-).split()
+    "--model.original_seq_len 32 --seq_len 32 --lr 1e-2 --train.eval_every 5 --train.z_loss 1e-3"
+)
 
 
 def settings(folder: Path) -> list[str]:
@@ -22,7 +22,7 @@ def settings(folder: Path) -> list[str]:
     text = folder / "verse.txt"
     text.write_bytes((ROOT / "examples" / "shakespeare.txt").read_bytes()[:60_000])
     data = f"--data {text} --data.shards_dir {folder}/shards --data.max_document_bytes 512 --data.shard_tokens 4096 --data.held_out 0.3"
-    return [*data.split(), *MODEL, *"--lr 1e-2 --train.eval_every 5 --train.z_loss 1e-3".split()]
+    return [*data.split(), *TINY.split()]
 
 
 def torchrun(size: int, *more: str) -> list[str]:
