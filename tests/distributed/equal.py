@@ -169,7 +169,7 @@ def a_fault_is_raised_on_all(world: World) -> None:
         raise UserError("here", "wrong", "mend it")
 
     for attempt in (partial(world.agreed, fails), partial(one_fails, world, fails)):
-        with pytest.raises(UserError, match="^here: wrong; mend it$") as caught:
+        with pytest.raises(UserError, match=r"^here: wrong; mend it$") as caught:
             attempt()
         assert caught.value.told is (world.rank > 0)
     assert world.agreed(lambda: world.rank) == 0 and world.of_all(world.rank) == list(range(world.size))
