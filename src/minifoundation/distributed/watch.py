@@ -40,6 +40,7 @@ class Watch:
     ``turn`` is called by all processes at the same places. One that has been in a turn for too long reads what the others say, through
     torchrun's store: one that says nothing any more, or is turns behind, is at fault. The first process that is not says so in one line,
     and all leave with an error, so that torchrun can start them again. What NCCL was doing goes to a file (the flight recorder).
+    Where nobody is at fault nothing is done.
 
     A signal to stop is acted on between two turns by the main thread; when the turn does not end, since another process is gone, by this.
 
@@ -55,6 +56,7 @@ class Watch:
         self._began: float | None = None
         self._longest = 0.0
         self._told: float | None = None
+        self._warned = False
         self._done = threading.Event()
         self._signals, self._wake = os.pipe() if world.size > 1 else (-1, -1)
         os.set_blocking(self._wake, False) if world.size > 1 else None
@@ -136,11 +138,14 @@ class Watch:
         behind = [rank for rank, beat in now.items() if beat.turns < most]
         at_fault = silent or behind
         if not at_fault:
-            line = f"all {self._world.size} processes are in the same collective, and it does not end: the network between them is at fault"
-        else:
-            names = ", ".join(f"rank {rank} on {now[rank].host}" for rank in at_fault)
-            what = "is silent" if silent else f"has not come as far as the others ({most - now[at_fault[0]].turns} behind)"
-            line = f"{names} {what}; the others have waited for {seconds:.0f} s"
+            # Compiling, or a GPU or the network that stands still: NCCL's own time-out ends that.
+            if self._world.is_first and not self._warned:
+                sys.stderr.write(f"\nwarning: all {self._world.size} processes are in the same step, for {seconds:.0f} s by now\n")
+            self._warned = True
+            return
+        names = ", ".join(f"rank {rank} on {now[rank].host}" for rank in at_fault)
+        what = "is silent" if silent else f"has not come as far as the others ({most - now[at_fault[0]].turns} behind)"
+        line = f"{names} {what}; the others have waited for {seconds:.0f} s"
         speaker = min((rank for rank in range(self._world.size) if rank not in at_fault), default=0)
         self._leave(line, say=self._world.rank == speaker)
 
