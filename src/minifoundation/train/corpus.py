@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from minifoundation.checkpoint import Checkpoint, write_whole
 from minifoundation.config import RunConfig
@@ -59,9 +60,23 @@ def training_data(
     Raises:
         UserError: the corpus cannot be read, is too small for one step, or is not the one that the checkpoint has read.
     """
+    made: list[TrainingData] = []
+    opened = partial(_opened, config, planned, say, resumed=resumed, start=start, stepped_over=stepped_over)
+    world.agreed(lambda: made.append(opened()))
+    with world.together():
+        return made[0] if made else opened()
+
+
+def _opened(
+    config: RunConfig,
+    planned: Plan,
+    say: Say,
+    *,
+    resumed: Checkpoint | None,
+    start: Start | None,
+    stepped_over: list[list[int]],
+) -> TrainingData:
     before = resumed or (start.checkpoint if start else None)
-    if not world.is_first:
-        world.wait()
     tokenizer = _tokenizer(config, before)
     progress = Progress(**resumed.progress) if resumed else Progress(phase=start.phase if start else "pretrain")
     progress.samples_per_step = planned.samples_per_step
@@ -87,8 +102,6 @@ def training_data(
         wants.append(want)
     if start is not None and resumed is None and ledger.keys().isdisjoint(sources):
         say(f"data: another corpus than the phase before ({', '.join(ledger)}); reading it from the start")
-    if world.is_first:
-        world.wait()
     loader = Loader(
         {
             source: Samples(shards[source], seq_len=seq_len, seed=config.train.seed, first_shard=progress.first_shards[source])

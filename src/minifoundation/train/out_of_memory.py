@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from minifoundation.config import RunConfig
-from minifoundation.distributed import World
+from minifoundation.distributed import Split, World
 from minifoundation.errors import UserError
 from minifoundation.runtime import Machine
-from minifoundation.train.plan import USABLE_MEMORY, plan
+from minifoundation.train.plan import ALONE, USABLE_MEMORY, plan
 from minifoundation.train.provenance import typed
 
 GIB = 2**30
@@ -19,14 +19,16 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return "out of memory" in str(error) or "DefaultCPUAllocator" in str(error)
 
 
-def too_large(config: RunConfig, machine: Machine, world: World, *, resumable: bool) -> UserError:
+def too_large(config: RunConfig, machine: Machine, world: World, *, resumable: bool, split: Split = ALONE) -> UserError:
     """Return the error of a run that does not fit: the peak, the change that helps, the memory predicted with it and the whole line.
 
     Args:
         resumable: the run's folder holds something to go on from.
     """
     train = config.train
-    options, needed = remedy(config, machine, world)
+    options, needed = remedy(config, machine, world, split)
+    if train.tokens_per_step is not None:
+        options = {name: value for name, value in options.items() if name != "grad_accum"}  # it follows
     line = typed(world, **options, **({"resume": "auto"} if resumable else {}))
     changes = " ".join(f"--{name} {value}" for name, value in options.items())
     return UserError(
@@ -37,14 +39,14 @@ def too_large(config: RunConfig, machine: Machine, world: World, *, resumable: b
     )
 
 
-def remedy(config: RunConfig, machine: Machine, world: World) -> tuple[dict[str, Any], int]:
+def remedy(config: RunConfig, machine: Machine, world: World, split: Split = ALONE) -> tuple[dict[str, Any], int]:
     """Return the options that make the run fit at the least cost in speed, and the bytes predicted with them.
 
     Fewer rows with more micro-batches cost nearly nothing and leave the tokens of a step as they are; recomputing activations costs a
     fifth to a third. Where nothing fits, the change with the smallest prediction comes back.
     """
-    usable = min(USABLE_MEMORY * machine.memory_bytes, 0.9 * plan(config, world.size).memory_total)
-    tried = [(options, plan(_changed(config, options), world.size).memory_total) for options in _changes(config)]
+    usable = min(USABLE_MEMORY * machine.memory_bytes, 0.9 * plan(config, world.size, split).memory_total)
+    tried = [(options, plan(_changed(config, options), world.size, split).memory_total) for options in _changes(config)]
     return next(((options, needed) for options, needed in tried if needed <= usable), min(tried, key=lambda one: one[1]))
 
 
