@@ -63,10 +63,11 @@ class ModelConfig(Settings):
         "auto",
         help="where SwiGLU is computed in half precision: in the products beside it by QuACK (pip install quack-kernels), or by itself",
     )
-    checkpointing: Literal["none", "attention", "full"] = setting(
+    checkpointing: Literal["none", "attention", "offload", "full"] = setting(
         "none",
         help="activation checkpointing of a block: none keeps what products and attention give (in half precision the cheap rest is made "
-        "again all the same), attention keeps the attention outputs and recomputes the rest, full recomputes all",
+        "again all the same), attention keeps the attention outputs and recomputes the rest, offload does that too and keeps them in host "
+        "memory, full recomputes all",
     )
     checkpoint_every: int = setting(1, ge=1, help="apply checkpointing to every k-th block")
 

@@ -172,6 +172,9 @@ def _supported(config: RunConfig, machine: Machine, say: Printer) -> RunConfig:
     )
     if warning:
         say(f"warning: model.attention: {warning}")
+    if config.model.checkpointing == "offload" and (obstacle := _offload_obstacle(config, machine)):
+        say(f"warning: model.checkpointing: offload {obstacle}; using attention")
+        config = config.model_copy(update={"model": config.model.model_copy(update={"checkpointing": "attention"})})
     if config.train.deterministic:
         runtime.make_deterministic()
         if machine.is_cuda and config.model.attention == "auto":  # of the fast kernels, the one whose backward follows torch's switch
@@ -181,6 +184,15 @@ def _supported(config: RunConfig, machine: Machine, say: Printer) -> RunConfig:
         say(f"warning: --compile: {reason}; running without it")
         compiled = False
     return config.model_copy(update={"train": config.train.model_copy(update={"compile": compiled})})
+
+
+def _offload_obstacle(config: RunConfig, machine: Machine) -> str | None:
+    """Return why activations cannot be kept in host memory, or None: it is the blocks by hand that do it."""
+    if not machine.is_cuda:
+        return f"needs a CUDA GPU and this is {machine.device.type}"
+    if config.train.precision == "fp32":
+        return "is for half precision"
+    return "cannot do dropout" if config.model.dropout else None
 
 
 def _train(
