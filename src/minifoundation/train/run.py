@@ -38,7 +38,9 @@ from minifoundation.train.rollback import Bad, checkpoint_before, record_rollbac
 from minifoundation.train.state import Start, Training
 from minifoundation.train.stop import Stop, stop_on_signals
 
-LESS_MEMORY = "lower --batch_size and raise --grad_accum, or take --model.checkpointing attention or full, or --train.optimizer_states int8"
+LESS_MEMORY = (
+    "lower --batch_size and raise --grad_accum, or take --model.checkpointing attention or offload, or --train.optimizer_states int8"
+)
 
 
 def run(config: RunConfig, *, resume: str | None, dry_run: bool, allowed: tuple[str, ...] = (), start: Start | None = None) -> Path | None:
