@@ -125,10 +125,9 @@ def kept(results: dict[str, Any]) -> dict[str, Any]:
     """Return the parts of docs/data/long_context.json with ``results`` in the place of what was measured again."""
     path = ROOT / "docs" / "data" / "long_context.json"
     parts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else {}
-    about = {name: value for name, value in machine().items() if name != "command"}
     for part, found in results.items():
         before = parts.get(part, {})
-        parts[part] = {**before, **{name: {"measured_on": about, **figures} for name, figures in found.items()}}
+        parts[part] = {**before, **{name: {"measured_on": machine(), **figures} for name, figures in found.items()}}
     return parts
 
 
@@ -140,7 +139,9 @@ def summary(parts: dict[str, Any]) -> dict[str, Any]:
         figures["peak_gib"] = {name: row["peak_gib"] for name, row in rows.items() if "peak_gib" in row}
         for model, bars in BAR.items():
             for length, bar in zip(LENGTHS, bars, strict=True):
-                there = [row["tokens_per_second"] for row in rows.values() if row["model"] == model and row["seq_len"] == length and "mfu" in row]
+                there = [
+                    row["tokens_per_second"] for row in rows.values() if row["model"] == model and row["seq_len"] == length and "mfu" in row
+                ]
                 if there:
                     figures[f"{model} {length // 1024}k over {bar:,}"] = round(max(there) / bar, 3)
     return figures

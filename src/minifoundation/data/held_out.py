@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from minifoundation.data.batch import Batch
-from minifoundation.data.loader import Loader
-from minifoundation.data.samples import Samples, samples_in
+from minifoundation.data.loader import Loader, Readable
+from minifoundation.data.samples import samples_in
 from minifoundation.data.shards import Shard
 
 
@@ -72,7 +72,7 @@ class HeldOut:
         return None if None in found else [part for part in found if part is not None]
 
 
-def _settled(samples: Samples, wanted: int, n_rows: int) -> Sequence[Shard] | None:
+def _settled(samples: Readable, wanted: int, n_rows: int) -> Sequence[Shard] | None:
     """Return the held-out shards of one source to take ``n_rows`` rows from, None while this depends on shards still to come."""
     order = samples.order
     trained = held = tokens = numbers = 0
