@@ -61,7 +61,7 @@ class HeldOut:
         assert self._parts is not None
         return np.concatenate(
             [
-                _rows(shards, n_rows, samples.seq_len)
+                rows_of(shards, n_rows, samples.seq_len)
                 for shards, n_rows, samples in zip(self._parts, self._n_rows.values(), self._loader.sources.values(), strict=True)
             ]
         )
@@ -88,7 +88,7 @@ def _settled(samples: Readable, wanted: int, n_rows: int) -> Sequence[Shard] | N
     return order.shards.held_out if order.shards.complete else None
 
 
-def _rows(shards: Sequence[Shard], n_rows: int, seq_len: int) -> npt.NDArray[np.int64]:
+def rows_of(shards: Sequence[Shard], n_rows: int, seq_len: int) -> npt.NDArray[np.int64]:
     """Return the first ``n_rows`` rows, or as many as there are, of the shards one after the other, shape (rows, seq_len + 1)."""
     stream: list[npt.NDArray[Any]] = [np.empty(0, np.int64)]
     missing = n_rows * seq_len + 1

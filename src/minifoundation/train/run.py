@@ -321,6 +321,8 @@ def _built(
         average = Average(dict(transformer.named_parameters()), config.train.ema, resumed.ema if resumed else None)
     guard = Guard(config.train.spike_z, config.train.spike_window, machine.device, resumed.window if resumed else None)
     earlier = start.checkpoint.ledger if start else []
+    if start is not None and start.with_optimizer and resumed is None:
+        restore_optimizer(optimizer, {weight: name for name, weight in transformer.named_parameters()}, start.checkpoint.optimizer)
     if resumed is not None:
         restore_optimizer(optimizer, {weight: name for name, weight in transformer.named_parameters()}, resumed.optimizer)
         if transformer.scales is not None:

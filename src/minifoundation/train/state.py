@@ -31,6 +31,8 @@ class Start:
 
     phase: str
     checkpoint: Checkpoint
+    with_optimizer: bool = False
+    """The optimizer's moments go on too."""
 
 
 @dataclass
