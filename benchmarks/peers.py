@@ -10,8 +10,9 @@
 
 A step is forward, backward, clipping to norm 1, fused AdamW (0.9, 0.95), on random tokens in rows of 4,096. Peers compute as their own
 recipes for one GPU do: bf16 autocast over float32 weights. Each row is a process; of ``--rows`` the most are tried first, and fewer until
-that is slower. With ``--grad_accum`` a step has as many micro-batches, for every peer alike. Every peer is given our weights, and in float32 its loss of eight tokens at the end of a row must be ours, so that all are
-one model: over many random targets any model has the loss of guessing.
+that is slower; with ``--grad_accum`` a step has as many micro-batches, for every peer alike. Every peer is given our weights, and in
+float32 its loss of eight tokens at the end of a row must be ours, so that all are one model: over many random targets any model has the
+loss of guessing.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Living(Store):
 def left(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The exit codes with which the watch has left, without leaving."""
     codes: list[int] = []
-    monkeypatch.setattr(watch.os, "_exit", codes.append)
+    monkeypatch.setattr("os._exit", codes.append)
     return codes
 
 

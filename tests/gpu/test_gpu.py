@@ -179,6 +179,7 @@ def test_training_in_half_precision_follows_fp32_on_the_cpu() -> None:
         (torch.bfloat16, True, "attention"),
         (torch.bfloat16, True, "full"),
         (torch.bfloat16, False, "attention"),
+        (torch.bfloat16, False, "offload"),
         (torch.float16, True, "none"),
     ):
         found = losses("cuda", dtype, compile=compile, checkpointing=checkpointing)
@@ -196,7 +197,7 @@ def test_every_layout_of_the_model_trains_like_fp32_on_the_cpu(changes: dict[str
     if warning:
         pytest.skip(warning)
     exact = losses("cpu", torch.float32, compile=False, **changes)
-    for checkpointing in ("none", "attention"):
+    for checkpointing in ("none", "attention", "offload"):
         found = losses("cuda", torch.bfloat16, compile=True, checkpointing=checkpointing, **changes)
         assert found[-1] == pytest.approx(exact[-1], abs=0.03), checkpointing
 

@@ -36,9 +36,13 @@ def split(shards: tuple[Shard, ...]) -> Split:
     return Split(sum(shard.n_tokens for shard in shards), sum(shard.text_bytes for shard in shards), np.concatenate(lengths))
 
 
+def starts_of(shard: Shard) -> npt.NDArray[np.int64]:
+    """Return where each document of a shard begins; reads every token."""
+    return np.flatnonzero(shard.tokens() == BOS)  # no text encodes to bos, so it stands at the start of documents alone
+
+
 def _lengths(shard: Shard) -> npt.NDArray[np.int64]:
-    starts = np.flatnonzero(shard.tokens() == BOS)  # no text encodes to bos, so it stands at the start of documents alone
-    return np.diff(starts, append=shard.n_tokens)
+    return np.diff(starts_of(shard), append=shard.n_tokens)
 
 
 def check(shards: Shards) -> None:
