@@ -15,16 +15,14 @@ DEFAULT_CONFIG = REPOSITORY / "configs" / "longft.yaml"
 
 def longft(options: LongftOptions, values: dict[str, Any]) -> None:
     """Train the model of ``options.ckpt_in`` on longer rows: its settings < YAML (default configs/longft.yaml) < command line."""
-    from minifoundation.checkpoint import load_checkpoint
+    from minifoundation.commands.import_hf import beginning, settings_of
     from minifoundation.train.run import run
     from minifoundation.train.state import Start
 
-    checkpoint = load_checkpoint(options.ckpt_in)
+    checkpoint = beginning(options.ckpt_in)
     if options.config is None:
         options = options.model_copy(update={"config": DEFAULT_CONFIG})
-    base = checkpoint.config.model_dump(mode="json")
-    base["tokenizer"]["path"] = None
-    base["out_dir"] = str(Path("outputs") / "longft")
+    base = settings_of(checkpoint) | {"out_dir": str(Path("outputs") / "longft")}
     settings = layered(options, values, below=base)
     if "factor" not in layered(options, values, below={}).get("model", {}).get("rope", {}):
         seq_len = config.build(TrainConfig, settings["train"], sources(options), section="train.").seq_len

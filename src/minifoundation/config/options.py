@@ -29,7 +29,7 @@ class RunOptions(Settings):
     bf16: bool = setting(False, flag="bf16", help="bf16 compute over fp32 weights; means --amp --bf16")
 
 
-class PretrainOptions(RunOptions):
+class PhaseOptions(RunOptions):
     """``pretrain`` and ``longft``: the same, and whether to go on or only to plan."""
 
     resume: str | None = setting(
@@ -60,10 +60,22 @@ class PretrainOptions(RunOptions):
         return value
 
 
-class LongftOptions(PretrainOptions):
+class PretrainOptions(PhaseOptions):
+    """``pretrain``: the same, and what to begin from when it is not random weights."""
+
+    init_from: Path | None = setting(
+        None,
+        flag="init_from",
+        help="begin from these weights, with their tokenizer: final.pth, a step folder, or a Llama or Qwen3 folder of Hugging Face",
+    )
+
+
+class LongftOptions(PhaseOptions):
     """``longft``: the same, and the model to begin from."""
 
-    ckpt_in: Path = setting(help="final.pth (or a step folder) of the run whose context is extended", flag="ckpt_in")
+    ckpt_in: Path = setting(
+        help="final.pth (or a step folder) of the run whose context is extended, or a Llama or Qwen3 folder of Hugging Face", flag="ckpt_in"
+    )
 
 
 class BenchOptions(RunOptions):
@@ -123,6 +135,19 @@ class ExportOptions(Settings):
     out_dir: Path = setting(Path("outputs/hf_export"), flag="out_dir", help="folder to write")
     dtype: Literal["fp32", "bf16", "fp16"] = setting("bf16", flag="dtype", help="dtype of the exported weights")
     ema: bool = setting(False, flag="ema", help="export the averaged weights instead")
+    max_shard_bytes: int = setting(
+        5_000_000_000,
+        ge=1_000,
+        flag="max_shard_bytes",
+        help="largest file of weights; more become several with an index [huggingface_hub: 5 GB]",
+    )
+
+
+class ImportOptions(Settings):
+    """``import_hf``: Hugging Face folder to checkpoint, with proof of parity."""
+
+    model_path: Path = setting(help="a folder of a LlamaForCausalLM or Qwen3ForCausalLM in safetensors", flag="model_path")
+    out_dir: Path = setting(Path("outputs/import"), flag="out_dir", help="folder to write final.pth into")
 
 
 class EvalOptions(Settings):

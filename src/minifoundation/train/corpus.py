@@ -112,18 +112,19 @@ def training_data(
 def _tokenizer(config: RunConfig, before: Checkpoint | None) -> Tokenizer:
     """Return the run's tokenizer; that of a checkpoint is put in place first, so that a later phase can use no other."""
     folder = config.out_dir / "tokenizer"
-    if before is not None:
-        model = folder / "tokenizer.model"
-        given = config.tokenizer.path
-        if given is not None and given.exists() and given.read_bytes() != before.tokenizer_model:
-            raise UserError(
-                "tokenizer.path",
-                f"{given} is not the tokenizer the weights were trained with",
-                "leave it out: the checkpoint holds the right one",
-            )
-        if not model.exists() or model.read_bytes() != before.tokenizer_model:
-            write_whole(model, before.tokenizer_model)
-    return tokenizer_for(config.tokenizer, config.data, folder)
+    if before is None:
+        return tokenizer_for(config.tokenizer, config.data, folder)
+    model = folder / "tokenizer.model"
+    given = config.tokenizer.path
+    if given is not None and given.exists() and Tokenizer.load(given).model != before.tokenizer_model:
+        raise UserError(
+            "tokenizer.path",
+            f"{given} is not the tokenizer the weights were trained with",
+            "leave it out: the checkpoint holds the right one",
+        )
+    if not model.exists() or model.read_bytes() != before.tokenizer_model:
+        write_whole(model, before.tokenizer_model)
+    return Tokenizer.load(model)
 
 
 def _first_unread(read: Entry, config: RunConfig, tokenizer: Tokenizer, say: Say) -> int:

@@ -329,7 +329,7 @@ def _built(
         held_out=data.held_out,
         supply=supply,
         progress=data.progress,
-        tokenizer_model=data.tokenizer.path.read_bytes(),
+        tokenizer_model=data.tokenizer.model,
         earlier=earlier,
         guard=guard,
         saver=saver,
