@@ -18,8 +18,8 @@ from minifoundation.data import survey
 from minifoundation.data.shards import MANIFEST, Shards
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.errors import UserError
+from minifoundation.export import llama_cpp, verify, weights
 from minifoundation.export import tokenizer as hf_tokenizer
-from minifoundation.export import verify, weights
 from minifoundation.model.transformer import Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,7 +84,10 @@ def _write(checkpoint: Checkpoint, folder: Path, options: ExportOptions) -> veri
     state = checkpoint.ema if options.ema and checkpoint.ema is not None else checkpoint.model
     transformer = Transformer(config)
     transformer.load_state_dict(state)
-    with native_tokenizer(checkpoint) as native, tqdm(total=4, desc="export", unit="part", leave=False) as bar:
+    with native_tokenizer(checkpoint) as native, tqdm(total=4 + len(options.gguf), desc="export", unit="part", leave=False) as bar:
+        if options.gguf:
+            llama_cpp.check_installed()
+            llama_cpp.check_tokenizer(native)
         bar.set_postfix_str("weights")
         weights.write_model(config, state, folder, dtype, native.special, max_shard_bytes=options.max_shard_bytes)
         bar.update()
@@ -98,6 +101,14 @@ def _write(checkpoint: Checkpoint, folder: Path, options: ExportOptions) -> veri
         bar.set_postfix_str("comparing logits")
         parity = verify.verify(transformer, config, folder, dtype=dtype, special=native.special)
         bar.update()
+        for kind in options.gguf:
+            bar.set_postfix_str(f"comparing llama.cpp, {kind}")
+            path = folder / f"model-{kind}.gguf"
+            published = {name: value.detach().to("cpu", dtype).float() for name, value in state.items()}
+            llama_cpp.write_gguf(config, published, native, path, kind)
+            parity += llama_cpp.compared(config, published, native, path, kind, texts)
+            verify.refuse_unequal(parity.failures)
+            bar.update()
     report = verify.report(parity, dtype) | text_report(texts)
     report |= {"weights": "ema" if options.ema else "trained", "trained_tokens": trained_tokens(checkpoint)}
     (folder / "parity.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

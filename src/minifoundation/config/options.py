@@ -142,6 +142,17 @@ class ExportOptions(Settings):
         help="largest file of weights; more become several with an index [huggingface_hub: 5 GB]",
     )
 
+    gguf: tuple[Literal["f16", "q8_0"], ...] = setting(
+        (),
+        flag="gguf",
+        help="also write files of llama.cpp, as f16,q8_0, and compare llama.cpp (pip install -e '.[gguf]')",
+    )
+
+    @field_validator("gguf", mode="before")
+    @classmethod
+    def _types_in_words(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
 
 class ImportOptions(Settings):
     """``import_hf``: Hugging Face folder to checkpoint, with proof of parity."""

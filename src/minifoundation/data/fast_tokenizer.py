@@ -110,12 +110,31 @@ class FastTokenizer(Tokenizer):
     def _byte_level(self) -> bool:
         return bool(self._json["decoder"]["type"] == "ByteLevel")
 
+    @property
+    def added(self) -> dict[int, dict[str, Any]]:
+        """The added tokens by id, as ``tokenizer.json`` has them."""
+        return {token["id"]: token for token in self._json["added_tokens"]}
+
+    @property
+    def pre_tokenizers(self) -> list[dict[str, Any]]:
+        """The steps that cut text before it is joined to pieces."""
+        return _parts(self._json.get("pre_tokenizer"))
+
+    @property
+    def merges(self) -> list[str]:
+        """The pairs that a BPE joins, best first, each as two pieces with a space between."""
+        return [pair if isinstance(pair, str) else " ".join(pair) for pair in self._json["model"]["merges"]]
+
+    def piece(self, token: int) -> str:
+        """Return how the vocabulary spells an id."""
+        return str(self.library.id_to_token(token))
+
     @cached_property
     def surfaces(self) -> list[bytes]:
-        added = {token["id"]: token for token in self._json["added_tokens"]}
+        added = self.added
         surfaces = []
         for token in range(self.vocab_size):
-            piece = str(self.library.id_to_token(token))
+            piece = self.piece(token)
             if token in added:
                 surfaces.append(b"" if added[token]["special"] else piece.encode())
             elif self._byte_level:
@@ -158,7 +177,7 @@ class FastTokenizer(Tokenizer):
         if decoder.get("type") == "ByteLevel":
             if self._json["model"]["type"] != "BPE":
                 yield f"its model is {self._json['model']['type']}, not BPE"
-            if any(part.get("add_prefix_space") for part in _parts(self._json.get("pre_tokenizer"))):
+            if any(part.get("add_prefix_space") for part in self.pre_tokenizers):
                 yield "it puts a space before every text (add_prefix_space)"
             if lost := [chr(byte) for byte in range(0x20, 0x7F) if CHARACTERS[byte] not in vocabulary]:
                 yield f"it has no tokens for {''.join(lost)}"

@@ -48,6 +48,7 @@ class Check:
     tokens: int
     difference: float
     """Largest, in the units of ``TOLERANCE``; infinite when something that must be equal is not."""
+    tolerance: float = TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,12 @@ class Parity:
     faults: tuple[str, ...]
     """What must be equal and is not: tensors, token ids, text."""
 
+    def __add__(self, other: Parity) -> Parity:
+        return Parity(self.checks + other.checks, self.faults + other.faults)
+
     @property
     def failures(self) -> list[str]:
-        far = [c for c in self.checks if not c.difference <= TOLERANCE]
+        far = [c for c in self.checks if not c.difference <= c.tolerance]
         return [*self.faults, *(f"{c.what} with {c.weights} weights differs by {c.difference:.1e}" for c in far)]
 
 
