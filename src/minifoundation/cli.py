@@ -156,6 +156,7 @@ def program() -> Commands:
         _command("contamination", "contamination.contamination", "Find test items in the training text.", config.ContaminationOptions),
         _command("report", "report.report", "Write an HTML page and a model card of runs and evaluations.", config.ReportOptions),
         _command("generate", "generate.generate", "Continue a prompt.", config.GenerateOptions),
+        _command("serve", "serve.serve", "Answer OpenAI's completions requests, with a page to type into.", config.ServeOptions),
         _command("doctor", "doctor.doctor", "Check this machine, and the folder of a run.", config.DoctorOptions),
     )
     for command in commands:

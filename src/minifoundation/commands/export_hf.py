@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from minifoundation.checkpoint import Checkpoint, load_checkpoint
-from minifoundation.config import ExportOptions
+from minifoundation.config import ExportOptions, ModelConfig
 from minifoundation.data import survey
 from minifoundation.data.shards import MANIFEST, Shards
 from minifoundation.data.tokenizer import Tokenizer
@@ -84,7 +87,7 @@ def _write(checkpoint: Checkpoint, folder: Path, options: ExportOptions) -> veri
     state = checkpoint.ema if options.ema and checkpoint.ema is not None else checkpoint.model
     transformer = Transformer(config)
     transformer.load_state_dict(state)
-    with native_tokenizer(checkpoint) as native, tqdm(total=4 + len(options.gguf), desc="export", unit="part", leave=False) as bar:
+    with native_tokenizer(checkpoint) as native, tqdm(total=4 + bool(options.gguf), desc="export", unit="part", leave=False) as bar:
         if options.gguf:
             llama_cpp.check_installed()
             llama_cpp.check_tokenizer(native)
@@ -101,18 +104,29 @@ def _write(checkpoint: Checkpoint, folder: Path, options: ExportOptions) -> veri
         bar.set_postfix_str("comparing logits")
         parity = verify.verify(transformer, config, folder, dtype=dtype, special=native.special)
         bar.update()
-        for kind in options.gguf:
-            bar.set_postfix_str(f"comparing llama.cpp, {kind}")
-            path = folder / f"model-{kind}.gguf"
-            published = {name: value.detach().to("cpu", dtype).float() for name, value in state.items()}
-            llama_cpp.write_gguf(config, published, native, path, kind)
-            parity += llama_cpp.compared(config, published, native, path, kind, texts)
-            verify.refuse_unequal(parity.failures)
+        if options.gguf:
+            bar.set_postfix_str("comparing llama.cpp")
+            gguf = _gguf(config, state, native, folder, options, texts)
             bar.update()
     report = verify.report(parity, dtype) | text_report(texts)
     report |= {"weights": "ema" if options.ema else "trained", "trained_tokens": trained_tokens(checkpoint)}
+    if options.gguf:
+        report |= {"llama_cpp": gguf}
     (folder / "parity.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return parity
+
+
+def _gguf(
+    config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer, folder: Path, options: ExportOptions, texts: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Write the files of llama.cpp, from the weights as the folder has them, and return what was compared."""
+    exported = {name: value.detach().to("cpu", DTYPES[options.dtype]).float() for name, value in state.items()}
+    files: dict[llama_cpp.Kind, Path] = {kind: folder / f"model-{kind}.gguf" for kind in options.gguf}
+    for kind, path in files.items():
+        llama_cpp.write_gguf(config, exported, tokenizer, path, kind)
+    parity = llama_cpp.compared(config, exported, tokenizer, files, texts)
+    verify.refuse_unequal(parity.failures, "llama.cpp computes something else than was trained")
+    return [asdict(check) for check in parity.checks]
 
 
 def held_out_texts(checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[str]:

@@ -23,6 +23,7 @@ from minifoundation.config.options import (
     PullOptions,
     ReportOptions,
     RunOptions,
+    ServeOptions,
 )
 from minifoundation.config.reading import build, changed, dotted_names, fields, flags, merged, nearest, read_yaml, to_yaml, yaml_values
 from minifoundation.config.run import DataConfig, ModelConfig, QualityFilter, RopeConfig, RunConfig, TokenizerConfig, TrainConfig
@@ -52,6 +53,7 @@ __all__ = [
     "RopeConfig",
     "RunConfig",
     "RunOptions",
+    "ServeOptions",
     "Settings",
     "TokenizerConfig",
     "TrainConfig",

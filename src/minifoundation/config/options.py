@@ -253,6 +253,17 @@ class GenerateOptions(Settings):
     seed: int = setting(1234, ge=0, flag="seed", help="of the sampling")
 
 
+class ServeOptions(Settings):
+    """``serve``: a model behind an address."""
+
+    model: Path = setting(help="a checkpoint (final.pth, step folder) or an exported folder", flag="model")
+    host: str = setting("127.0.0.1", flag="host", help="address to listen on; 0.0.0.0: every one of this machine, for whoever reaches it")
+    port: int = setting(8000, ge=1, le=65535, flag="port", help="port to listen on")
+    engine: Literal["auto", "vllm", "transformers"] = setting(
+        "auto", flag="engine", help="what computes: vLLM where it is installed, else transformers' own server"
+    )
+
+
 class DoctorOptions(Settings):
     """``doctor``: whether this machine is fit to train, and a run's folder whole."""
 

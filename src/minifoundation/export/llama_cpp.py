@@ -29,8 +29,8 @@ from minifoundation.model.transformer import Transformer
 Kind = Literal["f32", "f16", "q8_0"]
 
 TOLERANCES = {"f32": 1e-3, "f16": 1e-4, "q8_0": 3e-2}
-"""In float32 the largest difference of a logit, in standard deviations of the logits; otherwise the mean over the places of the
-Kullback-Leibler divergence of the next token, in nats: products of 8 bits move single logits of outliers far. docs/exports.md has measurements."""
+"""In float32: the largest difference of a logit, in standard deviations of the logits. Otherwise: the mean over the places of the
+Kullback-Leibler divergence of the next token, in nats; products of 8 bits move single logits far (docs/exports.md)."""
 ROW = 256
 STEPS = 8
 """Tokens at the end of a row that are given one by one, from the cache of keys and values."""
@@ -218,17 +218,18 @@ def rounded(state: Mapping[str, Tensor], kind: Kind) -> dict[str, Tensor]:
 
 
 def compared(
-    config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer, path: Path, kind: Kind, texts: Sequence[str]
+    config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer, files: Mapping[Kind, Path], texts: Sequence[str]
 ) -> Parity:
-    """Return the comparison of llama.cpp with our model and tokenizer: the file in ``path``, and random weights in float32."""
+    """Return the comparison of llama.cpp with our model and tokenizer: random weights in float32, and the weights in ``files``."""
     shallow = config.model_copy(update={"n_layer": min(config.n_layer, RANDOM_LAYERS)})
     random = random_state(Transformer(shallow).state_dict())
-    with TemporaryDirectory(dir=path.parent) as name:
+    with TemporaryDirectory() as name:
         probe = Path(name) / "random.gguf"
         write_gguf(shallow, random, tokenizer, probe, "f32")
         checks = _logits("random", shallow, random, probe, "f32")
         faults = _ids(tokenizer, probe, texts)
-    checks += _logits("exported", config, rounded(state, kind), path, kind)
+    for kind, path in files.items():
+        checks += _logits("exported", config, rounded(state, kind), path, kind)
     return Parity(tuple(checks), tuple(faults))
 
 

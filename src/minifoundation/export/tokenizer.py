@@ -56,7 +56,7 @@ def tokenizer_differences(tokenizer: Tokenizer, folder: Path, texts: Iterable[st
     if len(exported) != tokenizer.vocab_size:
         differences.append(f"the vocabulary has {len(exported)} entries, not {tokenizer.vocab_size}")
     for name, token in tokenizer.special._asdict().items():
-        found = exported.convert_tokens_to_ids(getattr(exported, f"{name}_token"))
+        found = getattr(exported, f"{name}_token_id")
         if token is not None and found != token:
             differences.append(f"{name}_token is {found}, not {token}")
     bare = exported.encode("", add_special_tokens=False)

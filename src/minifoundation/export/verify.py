@@ -59,9 +59,6 @@ class Parity:
     faults: tuple[str, ...]
     """What must be equal and is not: tensors, token ids, text."""
 
-    def __add__(self, other: Parity) -> Parity:
-        return Parity(self.checks + other.checks, self.faults + other.faults)
-
     @property
     def failures(self) -> list[str]:
         far = [c for c in self.checks if not c.difference <= c.tolerance]

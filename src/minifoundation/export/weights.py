@@ -141,6 +141,8 @@ def write_model(
 
     weights = {name: value.detach().to("cpu", dtype, copy=True).contiguous() for name, value in to_hf(config, state).items()}
     save_torch_state_dict(weights, folder, max_shard_size=max_shard_bytes)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # the library makes them for the user alone
     name = str(dtype).removeprefix("torch.")
     _write_json(folder / "config.json", hf_config(config, special) | {"dtype": name, "torch_dtype": name})
     _write_json(folder / "generation_config.json", token_ids(special))

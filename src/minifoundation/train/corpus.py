@@ -85,7 +85,7 @@ def training_data(
         if resumed is not None:
             _same_shards(ledger[source], shards[source])
         wants.append(want)
-    if start is not None and resumed is None and ledger.keys().isdisjoint(sources):
+    if start is not None and resumed is None and ledger and ledger.keys().isdisjoint(sources):
         say(f"data: another corpus than the phase before ({', '.join(ledger)}); reading it from the start")
     if world.is_first:
         world.wait()
