@@ -186,7 +186,10 @@ class FastTokenizer(Tokenizer):
                 yield "it has no tokens for some bytes"
         else:
             yield f"it is a {self._json['model']['type']} with the decoder {decoder.get('type', 'none')}"
-        if (prefix := self.library.encode("").ids) not in ([], [self.library.token_to_id(self._special_tokens.get("bos_token", ""))]):
+        prefix = self.library.encode("").ids
+        if prefix == [self.library.token_to_id(str(eos))]:
+            yield "its bos_token is its eos_token, so that the end of a document could not be told"
+        if prefix not in ([], [self.library.token_to_id(self._special_tokens.get("bos_token", ""))]):
             yield f"it puts the ids {prefix} around a text, not bos before it or nothing"
 
 
