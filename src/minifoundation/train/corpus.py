@@ -104,7 +104,7 @@ def _opened(
         if resumed is not None:
             _same_shards(ledger[source], shards[source])
         wants.append(want)
-    if start is not None and resumed is None and ledger.keys().isdisjoint(sources):
+    if start is not None and resumed is None and ledger and ledger.keys().isdisjoint(sources):
         say(f"data: another corpus than the phase before ({', '.join(ledger)}); reading it from the start")
     windows = Loader(
         {
@@ -154,7 +154,7 @@ def by_lengths(windows: Loader, config: RunConfig, planned: Plan, say: Say) -> L
             if tokens < searched(config) * data.weights[source]:
                 enough.append(order.shards.train[shard])
                 tokens += enough[-1].n_tokens
-        documents = Documents.of(enough)
+        documents = Documents.of(enough, order.shards.manifest.eos)
         long = LongRows(documents, order, min_tokens=least, seed=seed)
         packed = PackedRows(documents, order, min_tokens=least, seed=seed)
         weight = data.weights[source]
@@ -196,18 +196,19 @@ def _lengths(source: str, long: LongRows, packed: PackedRows, least: int, share:
 def _tokenizer(config: RunConfig, before: Checkpoint | None) -> Tokenizer:
     """Return the run's tokenizer; that of a checkpoint is put in place first, so that a later phase can use no other."""
     folder = config.out_dir / "tokenizer"
-    if before is not None:
-        model = folder / "tokenizer.model"
-        given = config.tokenizer.path
-        if given is not None and given.exists() and given.read_bytes() != before.tokenizer_model:
-            raise UserError(
-                "tokenizer.path",
-                f"{given} is not the tokenizer the weights were trained with",
-                "leave it out: the checkpoint holds the right one",
-            )
-        if not model.exists() or model.read_bytes() != before.tokenizer_model:
-            write_whole(model, before.tokenizer_model)
-    return tokenizer_for(config.tokenizer, config.data, folder)
+    if before is None:
+        return tokenizer_for(config.tokenizer, config.data, folder)
+    model = folder / "tokenizer.model"
+    given = config.tokenizer.path
+    if given is not None and given.exists() and Tokenizer.load(given).model != before.tokenizer_model:
+        raise UserError(
+            "tokenizer.path",
+            f"{given} is not the tokenizer the weights were trained with",
+            "leave it out: the checkpoint holds the right one",
+        )
+    if not model.exists() or model.read_bytes() != before.tokenizer_model:
+        write_whole(model, before.tokenizer_model)
+    return Tokenizer.load(model)
 
 
 def _first_unread(read: Entry, config: RunConfig, tokenizer: Tokenizer, say: Say) -> int:

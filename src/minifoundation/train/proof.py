@@ -15,7 +15,7 @@ from minifoundation.config import RunConfig
 from minifoundation.data.held_out import rows_of
 from minifoundation.data.prepare import shards_folder
 from minifoundation.data.shards import Shard, Shards
-from minifoundation.data.tokenizer import BOS, EOS, Tokenizer
+from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.runtime import Machine
 from minifoundation.train.kernels import Kernels, transformer_for
 from minifoundation.train.reach import Ids, Needle, Needles, Place, edges, long_documents, loss_by_position, mean_loss, needle_lengths
@@ -65,18 +65,18 @@ def material(config: RunConfig, tokenizer: Tokenizer, *, documents: int, tries: 
     return Material(
         original=original,
         length=length,
-        documents=long_documents(shards, longer_than=original, length=length, count=documents),
+        documents=long_documents(shards, tokenizer.special.eos, longer_than=original, length=length, count=documents),
         short=rows_of(shards, max(1, config.train.eval_tokens // original), original),
-        needles=Needles(tokenizer.encode, _text(shards), seed=config.train.seed),
+        needles=Needles(tokenizer.encode, tokenizer.prefix, _text(shards, tokenizer), seed=config.train.seed),
         tries=tries,
     )
 
 
-def _text(shards: Sequence[Shard]) -> Ids:
+def _text(shards: Sequence[Shard], tokenizer: Tokenizer) -> Ids:
     """Return the beginning of the held-out text without bos and eos."""
     parts = [np.zeros(0, np.int64), *(shard.tokens()[:TEXT_TOKENS].astype(np.int64) for shard in shards)]
     ids: Ids = np.concatenate(parts)[:TEXT_TOKENS]
-    kept: Ids = ids[(ids != BOS) & (ids != EOS)]
+    kept: Ids = ids[~np.isin(ids, [tokenizer.special.eos, *tokenizer.prefix])]
     return kept
 
 

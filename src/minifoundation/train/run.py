@@ -358,7 +358,7 @@ def _built(
         held_out=data.held_out,
         supply=supply,
         progress=data.progress,
-        tokenizer_model=data.tokenizer.path.read_bytes(),
+        tokenizer_model=data.tokenizer.model,
         earlier=earlier,
         guard=guard,
         watch=Watch(world, config.train.rank_timeout, config.out_dir),
