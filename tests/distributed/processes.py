@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -64,11 +65,17 @@ def until(true: Callable[[], bool], process: subprocess.Popen[str], seconds: flo
 
 def of_rank(agent: int, rank: int) -> int:
     """Return the process id of a rank that the torchrun with process id ``agent`` has started."""
+    return workers(agent)[rank]
+
+
+def workers(agent: int) -> dict[int, int]:
+    """Return the process ids by rank of what the torchrun with process id ``agent`` has started."""
+    found = {}
     for folder in Path("/proc").iterdir():
-        try:
+        with suppress(OSError, ValueError, IndexError):
             parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            if parent == agent and f"RANK={rank}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                return int(folder.name)
-        except (OSError, ValueError, IndexError):
-            continue
-    raise AssertionError(f"rank {rank} of {agent} is not there")
+            if parent == agent:
+                variables = dict(part.partition(b"=")[::2] for part in (folder / "environ").read_bytes().split(b"\0"))
+                if b"RANK" in variables:
+                    found[int(variables[b"RANK"])] = int(folder.name)
+    return found

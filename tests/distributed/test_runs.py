@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from minifoundation.checkpoint import fault, load_checkpoint
-from tests.distributed.processes import losses, of_rank, settings, started, torchrun, train, until
+from tests.distributed.processes import losses, of_rank, settings, started, torchrun, train, until, workers
 
 pytestmark = pytest.mark.slow
 
@@ -113,21 +113,27 @@ def node(port: int, number: int, *more: str) -> list[str]:
     return torchrun(2, "--nnodes", "2", "--rdzv_conf", f"is_host={int(number == 0)}", *endpoint, *more)
 
 
+REPLACED = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""Without it torchrun does not find together again when a node was replaced."""
+
+
 def test_two_nodes_train_one_is_lost_and_comes_back(tmp_path: Path, alone: tuple[Path, list[str]]) -> None:
     expected, options = alone
     run, port = tmp_path / "run", free_port()
     here = [*options, "--out_dir", str(run), "--batch_size", "1", "--train.save_every", "4", "--resume", "auto", "--train.parallel", "hsdp"]
-    first, second = (started(node(port, number, "--max_restarts", "3"), here) for number in (0, 1))
+    first, second = (started(node(port, number, "--max_restarts", "3"), here, **REPLACED) for number in (0, 1))
     until(lambda: (run / "step_00000004" / "manifest.json").exists(), first)
-    for rank in (2, 3):
-        pid = of_rank(second.pid, rank)
+    lost = workers(second.pid)
+    assert len(lost) == 2
+    for pid in (second.pid, *lost.values()):  # torchrun first: a node that is lost does not start anything again
         os.kill(pid, signal.SIGKILL)
-    second.kill()  # the agent too: nothing of the node is left
     second.communicate(timeout=60)
-    again = started(node(port, 1, "--max_restarts", "3"), here)
+    again = started(node(port, 1, "--max_restarts", "3"), here, **REPLACED)
     printed, _ = first.communicate(timeout=280)
     assert first.returncode == 0, printed[-3000:]
-    assert again.wait(60) == 0
+    other, _ = again.communicate(timeout=60)
+    assert again.returncode == 0
+    printed += other  # torchrun says which node is the first
     assert "2 machines" in printed and "parallel hsdp, 4 processes: the model in 2 parts" in printed
     torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(losses(expected)), atol=1e-5, rtol=1e-5)
     weights_close(expected, run, 2e-6)
@@ -169,8 +175,8 @@ def test_a_mistake_is_one_line_and_exit_code_2_on_all(tmp_path: Path, change: li
     printed, _ = process.communicate(timeout=120)
     errors = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0], printed
-    assert "exitcode  : 2" in printed and "exitcode  : 1" not in printed
-    assert not (tmp_path / "run").exists()
+    assert printed.count("exitcode  : 2 ") == 2
+    assert not (tmp_path / "run" / "metrics.csv").exists()
 
 
 def test_processes_with_other_settings_are_told_by_the_first(tmp_path: Path) -> None:
@@ -189,7 +195,7 @@ def test_a_first_node_that_is_not_there(tmp_path: Path) -> None:
     """Without torchrun, as under srun: the second of two nodes, and nobody at the address."""
     variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     process = started([], [*settings(tmp_path), "--tokens", "5120"], **variables)
-    printed, _ = process.communicate(timeout=120)
+    printed, _ = process.communicate(timeout=250)
     assert process.returncode == 2
     assert printed.splitlines()[-1].startswith(
         f"error: MASTER_ADDR, MASTER_PORT: 127.0.0.1:{variables['MASTER_PORT']} was not reached within 60 s"

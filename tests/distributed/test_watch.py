@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
 import pytest
 
-from minifoundation.distributed import Watch, World, watch
+from minifoundation.distributed import Watch, World
 
 SECONDS = 0.4
 
@@ -44,7 +45,7 @@ class Living(Store):
 def left(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The exit codes with which the watch has left, without leaving."""
     codes: list[int] = []
-    monkeypatch.setattr(watch.os, "_exit", codes.append)
+    monkeypatch.setattr(os, "_exit", codes.append)
     return codes
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from minifoundation.distributed.world import World
 from minifoundation.errors import Stopped, UserError
@@ -59,7 +60,9 @@ def join() -> Iterator[World]:
     except (UserError, OSError) as error:
         told = getattr(error, "told", None)
         error.told = bool(told)  # type: ignore[union-attr]
-        if told is not None:  # all of them leave
+        if told is not None:  # all of them leave, with their own exit code: torchrun ends the others as soon as one has left
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            dist.barrier(group=words)
             _part()
         raise
     # What went wrong on this process alone leaves the others in a collective, and to take leave of them would be to wait for them.
@@ -72,30 +75,31 @@ def _part() -> None:
 
 
 def _met() -> tuple[Any, int, int]:
-    """Return torchrun's store, this process's rank and how many there are, once all have come."""
-    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    """Return the store that all share, this process's rank and how many there are, once all have come."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", 29500))
     seconds = round(MEETING.total_seconds())
+    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store: Any
     try:
-        store, rank, size = next(rendezvous("env://", timeout=MEETING))
-    except (dist.DistError, RuntimeError, ValueError) as error:
-        first = str(error).splitlines()[0][:200]
+        store = TCPStore(host, port, size, rank == 0 and not of_torchrun, MEETING, wait_for_workers=False)
+    except (dist.DistError, RuntimeError) as error:
         raise UserError(
             "MASTER_ADDR, MASTER_PORT",
-            f"{where} was not reached within {seconds} s ({first})",
+            f"{host}:{port} was not reached within {seconds} s ({str(error).splitlines()[0][:120]})",
             "start the first node too, and see that its port is open to this one",
         ) from None
+    if of_torchrun:  # it outlives the processes: what they said in a start that failed is not taken for new
+        store = PrefixStore(f"start/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     store.set(f"here/{rank}", socket.gethostname())
-    try:
+    missing = "0"
+    with suppress(dist.DistError):
         if rank == 0:
-            try:
+            with suppress(dist.DistError):
                 store.wait([f"here/{other}" for other in range(size)], MEETING)
-                store.set("met", "")
-            except dist.DistError:
-                store.set("met", ", ".join(str(other) for other in range(size) if not store.check([f"here/{other}"])))
-        store.wait(["met"], 2 * MEETING)
-        missing = store.get("met").decode()
-    except dist.DistError:
-        missing = "0"
+            store.set("missing", ", ".join(str(other) for other in range(size) if not store.check([f"here/{other}"])))
+        store.wait(["missing"], 2 * MEETING)
+        missing = store.get("missing").decode()
     if missing:
         fault = UserError("torchrun", f"of {size} processes rank {missing} did not start within {seconds} s", "see what its node says")
         fault.told = rank > 0 and missing != "0"

@@ -9,11 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from minifoundation.distributed.world import World
 
@@ -68,7 +69,7 @@ class Watch:
             yield self
             return
         former = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
-        thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+        thread = threading.Thread(target=self._watch_or_not, name="watch", daemon=True)
         thread.start()
         try:
             yield self
@@ -90,6 +91,11 @@ class Watch:
     def rest(self) -> None:
         """Be watched no longer, until the next turn: what comes now may take its time."""
         self._began = None
+
+    def _watch_or_not(self) -> None:
+        # The first process may hold the store itself, and be gone: then the others are about to leave too.
+        with suppress(dist.DistError):
+            self._watch()
 
     def _watch(self) -> None:
         world = self._world
