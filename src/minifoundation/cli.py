@@ -143,17 +143,21 @@ def program() -> Commands:
     commands: tuple[click.Command, ...] = (
         _command("prepare", "prepare.prepare", "Turn a corpus into token shards.", config.PrepareOptions, config.PrepareConfig),
         _command("inspect", "inspect.inspect", "Show what is in token shards, or what a checkpoint has read.", config.InspectOptions),
-        _command("pretrain", "pretrain.pretrain", "Train a model from scratch.", config.PretrainOptions, run),
+        _command("pretrain", "pretrain.pretrain", "Train a model, from scratch or from given weights.", config.PretrainOptions, run),
         _command("longft", "longft.longft", "Extend the context of a trained model.", config.LongftOptions, run),
         _command(
             "bench", "bench.bench", "Measure what this machine does with a model, and say which settings suit it.", config.BenchOptions, run
         ),
         _command("export_hf", "export_hf.export_hf", "Write a Hugging Face folder and prove it equal.", config.ExportOptions),
+        _command(
+            "import_hf", "import_hf.import_hf", "Turn a Hugging Face folder into a checkpoint and prove it equal.", config.ImportOptions
+        ),
         _command("eval", "eval.evaluate", "Run benchmarks on a model.", config.EvalOptions),
         mirror,
         _command("contamination", "contamination.contamination", "Find test items in the training text.", config.ContaminationOptions),
         _command("report", "report.report", "Write an HTML page and a model card of runs and evaluations.", config.ReportOptions),
         _command("generate", "generate.generate", "Continue a prompt.", config.GenerateOptions),
+        _command("serve", "serve.serve", "Answer OpenAI's completions requests, with a page to type into.", config.ServeOptions),
         _command("doctor", "doctor.doctor", "Check this machine, and the folder of a run.", config.DoctorOptions),
     )
     for command in commands:

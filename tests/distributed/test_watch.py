@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -45,7 +44,7 @@ class Living(Store):
 def left(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The exit codes with which the watch has left, without leaving."""
     codes: list[int] = []
-    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr("os._exit", codes.append)
     return codes
 
 

@@ -15,18 +15,21 @@ class RopeConfig(Settings):
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and its scaling to longer contexts."""
 
     theta: float = setting(10_000.0, gt=1, help="base of the frequencies [RoFormer, Llama 2: 10,000]")
-    scaling: Literal["none", "linear", "ntk", "yarn"] = setting(
+    scaling: Literal["none", "linear", "ntk", "yarn", "theta"] = setting(
         "none",
-        help="linear: position interpolation (arXiv:2306.15595); ntk: static NTK-aware base change; yarn: arXiv:2309.00071",
+        help="linear: position interpolation (arXiv:2306.15595); ntk: static NTK-aware base change; yarn: arXiv:2309.00071; "
+        "theta: a larger base, by the rule of arXiv:2310.05209 (docs/long-context.md)",
     )
-    factor: float = setting(1.0, ge=1, help="how many times longer the context becomes, from the original length")
+    factor: float = setting(
+        1.0,
+        ge=1,
+        help="how many times longer the context becomes, from the original length; with scaling none frequencies stay as they are",
+    )
     beta_fast: float = setting(32.0, gt=0, help="YaRN: rotations over the original length above which nothing is scaled")
     beta_slow: float = setting(1.0, gt=0, help="YaRN: rotations below which a frequency is fully interpolated")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.scaling == "none" and self.factor != 1.0:
-            raise ValueError(f"factor {self.factor:g} has no effect with scaling none; set rope.scaling to yarn, ntk or linear")
         if self.beta_fast <= self.beta_slow:
             raise ValueError(f"beta_fast {self.beta_fast:g} must be larger than beta_slow {self.beta_slow:g}")
         return self
@@ -63,10 +66,11 @@ class ModelConfig(Settings):
         "auto",
         help="where SwiGLU is computed in half precision: in the products beside it by QuACK (pip install quack-kernels), or by itself",
     )
-    checkpointing: Literal["none", "attention", "full"] = setting(
+    checkpointing: Literal["none", "attention", "offload", "full"] = setting(
         "none",
         help="activation checkpointing of a block: none keeps what products and attention give (in half precision the cheap rest is made "
-        "again all the same), attention keeps the attention outputs and recomputes the rest, full recomputes all",
+        "again all the same), attention keeps the attention outputs and recomputes the rest, offload does that too and keeps them in host "
+        "memory, full recomputes all",
     )
     checkpoint_every: int = setting(1, ge=1, help="apply checkpointing to every k-th block")
 
@@ -130,6 +134,20 @@ class DataConfig(Settings):
         "none", help="drop documents equal to an earlier one, or (minhash, arXiv:2107.06499) much like it; reads the whole corpus first"
     )
     mask_documents: bool = setting(False, help="attention stays within a document and positions restart in each")
+    min_tokens: int | Literal["auto"] | None = setting(
+        None,
+        help="documents of so many tokens are long: read from their beginnings and more often, short ones packed; auto: half of a row; "
+        "none: rows are cut from all documents one after the other",
+    )
+    long_share: float = setting(
+        0.6, gt=0, le=1, help="of the rows, those that begin with a long document [arXiv:2410.02660: 60%], as far as there are enough"
+    )
+    long_repeats: float = setting(
+        4.0, gt=0, help="times that long documents are read at most [arXiv:2305.16264: up to four are worth nearly as much as new ones]"
+    )
+    search_tokens: int | None = setting(
+        None, ge=1, help="tokens of the corpus in which long documents are looked for before training; default: as many as are trained on"
+    )
     shards_dir: Path = setting(Path("outputs/shards"), help="token shards are kept here, one folder for each corpus and tokenizer")
     shard_tokens: int = setting(16_777_216, ge=1_024, help="tokens in a shard; samples are shuffled within a shard")
     held_out: float = setting(0.002, ge=0, le=0.5, help="share of the documents, chosen by hash, that is never trained on")
@@ -147,6 +165,13 @@ class DataConfig(Settings):
         if not all(name and weight for name, _, weight in parts):
             raise ValueError(f"{value!r} is no mixture; write source=weight,source=weight")
         return {name.strip(): weight for name, _, weight in parts}
+
+    @field_validator("min_tokens")
+    @classmethod
+    def _at_least_two(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, int) and value < 2:
+            raise ValueError("must be at least 2, auto or none")
+        return value
 
     @field_validator("filters", mode="before")
     @classmethod

@@ -25,6 +25,11 @@ WORDS = timedelta(days=7)
 """Waits by word are as long as the work that they wait for: the first process may make shards for hours."""
 
 
+def is_first_process() -> bool:
+    """Return whether this is the first process, also before and after it is joined to the others."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 @contextmanager
 def join() -> Iterator[World]:
     """Yield the World that torchrun's variables describe, or a World of one process without them.

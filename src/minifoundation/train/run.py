@@ -41,7 +41,9 @@ from minifoundation.train.rollback import Bad, checkpoint_before, record_rollbac
 from minifoundation.train.state import Start, Training
 from minifoundation.train.stop import Stop, stop_on_signals
 
-LESS_MEMORY = "lower --batch_size and raise --grad_accum, or take --model.checkpointing attention or full, or --train.optimizer_states int8"
+LESS_MEMORY = (
+    "lower --batch_size and raise --grad_accum, or take --model.checkpointing attention or offload, or --train.optimizer_states int8"
+)
 
 
 def run(config: RunConfig, *, resume: str | None, dry_run: bool, allowed: tuple[str, ...] = (), start: Start | None = None) -> Path | None:
@@ -180,6 +182,9 @@ def _supported(config: RunConfig, machine: Machine, say: Printer) -> RunConfig:
     )
     if warning:
         say(f"warning: model.attention: {warning}")
+    if config.model.checkpointing == "offload" and (obstacle := _offload_obstacle(config, machine)):
+        say(f"warning: model.checkpointing: offload {obstacle}; using attention")
+        config = config.model_copy(update={"model": config.model.model_copy(update={"checkpointing": "attention"})})
     if config.train.deterministic:
         runtime.make_deterministic()
         if machine.is_cuda and config.model.attention == "auto":  # of the fast kernels, the one whose backward follows torch's switch
@@ -189,6 +194,15 @@ def _supported(config: RunConfig, machine: Machine, say: Printer) -> RunConfig:
         say(f"warning: --compile: {reason}; running without it")
         compiled = False
     return config.model_copy(update={"train": config.train.model_copy(update={"compile": compiled})})
+
+
+def _offload_obstacle(config: RunConfig, machine: Machine) -> str | None:
+    """Return why activations cannot be kept in host memory, or None: it is the blocks by hand that do it."""
+    if not machine.is_cuda:
+        return f"needs a CUDA GPU and this is {machine.device.type}"
+    if config.train.precision == "fp32":
+        return "is for half precision"
+    return "cannot do dropout" if config.model.dropout else None
 
 
 def _train(
@@ -320,6 +334,8 @@ def _built(
         average = Average(dict(transformer.named_parameters()), config.train.ema, resumed.ema if resumed else None)
     guard = Guard(config.train.spike_z, config.train.spike_window, machine.device, resumed.window if resumed else None)
     earlier = start.checkpoint.ledger if start else []
+    if start is not None and start.with_optimizer and resumed is None:
+        restore_optimizer(optimizer, {weight: name for name, weight in transformer.named_parameters()}, start.checkpoint.optimizer)
     if resumed is not None:
         restore_optimizer(optimizer, {weight: name for name, weight in transformer.named_parameters()}, resumed.optimizer)
         if transformer.scales is not None:
@@ -342,7 +358,7 @@ def _built(
         held_out=data.held_out,
         supply=supply,
         progress=data.progress,
-        tokenizer_model=data.tokenizer.path.read_bytes(),
+        tokenizer_model=data.tokenizer.model,
         earlier=earlier,
         guard=guard,
         watch=Watch(world, config.train.rank_timeout, config.out_dir),

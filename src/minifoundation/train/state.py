@@ -32,6 +32,8 @@ class Start:
 
     phase: str
     checkpoint: Checkpoint
+    with_optimizer: bool = False
+    """The optimizer's moments go on too."""
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 from minifoundation import runtime
 from minifoundation.config import RunConfig
 from minifoundation.data.batch import Batch, prefetch
-from minifoundation.data.tokenizer import BOS
+from minifoundation.data.tokenizer import EOS, UNK
 from minifoundation.distributed import Split, World
 from minifoundation.model.size import flops_per_token
 from minifoundation.model.training import TrainingModel
@@ -183,6 +183,6 @@ def _random_steps(config: RunConfig, rank: int = 0) -> Iterator[list[Batch]]:
     assert isinstance(train.batch_size, int)
     random = np.random.default_rng(rank)
     while True:
-        rows = random.integers(BOS + 1, config.model.vocab_size, (train.grad_accum, train.batch_size, train.seq_len + 1))
-        rows[:, :, ::DOCUMENT_TOKENS] = BOS
+        rows = random.integers(UNK + 1, config.model.vocab_size, (train.grad_accum, train.batch_size, train.seq_len + 1))
+        rows[:, :, DOCUMENT_TOKENS - 1 :: DOCUMENT_TOKENS] = EOS
         yield [Batch.of_rows(part, mask_documents=config.data.mask_documents) for part in rows]
