@@ -211,59 +211,69 @@ def summary(row: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[str, 
 
 
 def curves(gpus: int, folder: Path, seconds: float, *, quick: bool) -> dict[str, Any]:
-    """Return how far the losses of one GPU and of all are apart, at equal tokens a step, and how long a killed process holds all up."""
+    """Return how far the losses of one GPU and of all are apart, at equal tokens a step, and how long a killed process holds all up.
+
+    The two runs go on at the same time: the model is small, and what they take is mostly their start.
+    """
     on_gpu = torch.cuda.is_available()
-    model = ["--config", str(ROOT / "configs" / "model_0p5b.yaml"), "--amp", "--bf16", "--model.attention", "flash"] if on_gpu else []
-    tiny = [f"--model.{name}={value}" for name, value in TINY.items() if name != "vocab_size"]
-    seq_len, rows = (4096, 4) if on_gpu else (64, 2)
+    sizes = {**TINY, "d_model": 512, "n_layer": 4, "n_head": 8, "n_kv_head": 4, "d_ff": 1408, "original_seq_len": 1024} if on_gpu else TINY
+    seq_len, rows, steps = (1024, 8, 200) if on_gpu else (64, 2, 20 if quick else 40)
     per_step = seq_len * rows * gpus
-    steps = 10 if quick else 30
     options = [
-        *(model or tiny),
+        *(f"--model.{name}={value}" for name, value in sizes.items() if name != "vocab_size"),
+        *(["--amp", "--bf16", "--model.attention", "flash"] if on_gpu else []),
         *f"--data {ROOT}/examples/shakespeare.txt --data.shards_dir {folder}/shards --tokenizer.vocab_size 512".split(),
         *f"--data.max_document_bytes 65536 --data.held_out 0.02 --seq_len {seq_len} --batch_size {rows}".split(),
         *f"--train.tokens_per_step {per_step} --tokens {per_step * steps} --train.save_every 5 --train.eval_every 1000 --lr 3e-4".split(),
         *["--resume", "auto", "--train.ema", "0.99"],
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    began = time.monotonic()
-    alone = [*torchrun(1, "src.cli", "pretrain", *options), "--out_dir", f"{folder}/one"]
-    done = subprocess.run(alone, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
-    if done.returncode:
-        return {"name": f"curve {gpus}x", "gpus": gpus, "failed": done.stderr[-600:]}
-    out_dir = folder / "all"
-    command = [*torchrun(gpus, "src.cli", "pretrain", *options, restarts=1), "--out_dir", str(out_dir), "--train.parallel", "ddp"]
-    with (folder / "all.log").open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            deadline = began + seconds
-            _until(lambda: len(_losses(out_dir)) >= steps // 2 and any(out_dir.glob("step_*/manifest.json")), process, deadline)
-            os.kill(worker(process.pid, gpus - 1), signal.SIGKILL)
-            killed = time.monotonic()
-            _until(lambda: len(_starts(out_dir)) == 2, process, deadline)
-            again = _starts(out_dir)[1]["step"]
-            _until(lambda: len(_losses(out_dir)) > again, process, deadline)
-            restart = time.monotonic() - killed
+    deadline = time.monotonic() + seconds
+    name = {"name": f"curve {gpus}x", "gpus": gpus}
+    prepared = [sys.executable, "-m", "src.cli", "pretrain", *options, "--tokens", str(per_step), "--out_dir", f"{folder}/first"]
+    if not on_gpu:  # shards and tokenizer first: on two cores the runs would wait for each other
+        subprocess.run(prepared, cwd=ROOT, env=environment, capture_output=True, timeout=seconds, check=True)
+    runs: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for run, launcher in (("one", torchrun(1, "src.cli")), ("all", torchrun(gpus, "src.cli", restarts=1))):
+            command = [*launcher, "pretrain", *options, "--out_dir", str(folder / run)]
+            with (folder / f"{run}.log").open("wb") as log:
+                runs[run] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+        whole, out_dir = runs["all"], folder / "all"
+        _until(lambda: len(_losses(out_dir)) >= 10 and any(out_dir.glob("step_*/manifest.json")), whole, deadline)
+        os.kill(worker(whole.pid, gpus - 1), signal.SIGKILL)
+        killed = time.monotonic()
+        _until(lambda: len(_starts(out_dir)) == 2, whole, deadline)
+        again = _starts(out_dir)[1]["step"]
+        _until(lambda: len(_losses(out_dir)) > again, whole, deadline)
+        restart = time.monotonic() - killed
+        for process in runs.values():
             process.wait(max(1.0, deadline - time.monotonic()))
-        except (TimeoutError, subprocess.TimeoutExpired) as error:
-            log.flush()
-            last = (folder / "all.log").read_text(encoding="utf-8")[-600:]
-            return {"name": f"curve {gpus}x", "gpus": gpus, "failed": f"{error}: {last}"}
-        finally:
+            if process.returncode:
+                raise TimeoutError(f"exit code {process.returncode}")
+    except (TimeoutError, subprocess.TimeoutExpired) as error:
+        return {**name, "failed": str(error)[:200], "log": {run: faults(folder / f"{run}.log") for run in runs}}
+    finally:
+        for process in runs.values():
             _end(process)
-    one, all_ = _losses(folder / "one"), _losses(out_dir)
-    both = list(zip(one, all_, strict=True))
+    both = list(zip(_losses(folder / "one"), _losses(folder / "all"), strict=True))
     return {
-        "name": f"curve {gpus}x",
-        "gpus": gpus,
+        **name,
         "tokens_per_step": per_step,
         "steps": len(both),
-        "first_and_last_loss": [one[0], one[-1]],
+        "first_and_last_loss": [both[0][0], both[-1][0]],
         "largest_difference_of_losses": max(abs(a - b) for a, b in both),
         "mean_difference_of_losses": sum(abs(a - b) for a, b in both) / len(both),
         "went_on_at_step": again,
         "seconds_from_kill_to_next_step": round(restart, 1),
     }
+
+
+def faults(log: Path) -> list[str]:
+    """Return the lines of a log that say what went wrong, not torchrun's own report, or else its last ones."""
+    lines = [line[:300] for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    told = [line for line in lines if re.search(r"^\[rank|^error|^warning|^Traceback|Error", line) and "elastic" not in line]
+    return (told or lines)[-40:]
 
 
 def _until(true: Any, process: subprocess.Popen[bytes], deadline: float) -> None:
@@ -413,8 +423,9 @@ def main() -> None:
         if number == len(sizes) and most > 1 and re.search(options.only, f"curve {most}x"):
             _curve(results, most, began, options.seconds, quick=False)
         left = options.seconds - (time.monotonic() - began)
-        if not rows or left < 30:
+        if rows and left < 25:
             print(f"not run: {[row.name(size) for row in rows]}", flush=True)
+        if not rows or left < 25:
             continue
         for row in measured(size, rows, steps, left):
             results.append(row)
