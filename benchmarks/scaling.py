@@ -127,7 +127,7 @@ def work(rows: list[Row], steps: int) -> None:
                 found = {"failed": str(error).splitlines()[0]}
             machine.forget()
             peaks = world.of_all(found.get("peak_gib"))
-            found |= {"name": row.name(world.size), "gpus": world.size, "like": row.like(), **row._asdict()}
+            found |= {"name": row.name(world.size), "device": machine.name, "gpus": world.size, "like": row.like(), **row._asdict()}
             found |= {"peak_gib_of_each": peaks, "measuring_seconds": round(time.monotonic() - began, 1)}
             _print(found, first=world.is_first)
             torch.compiler.reset()
@@ -339,7 +339,10 @@ def paper(
 
 
 def on_paper(results: list[dict[str, Any]], node: int, network: float) -> list[dict[str, Any]]:
-    """Return rows of the model on paper: those that were measured, to hold it against, and 8, 64 and 512 GPUs.
+    """Return rows of the model on paper: those that were measured, and 8, 64 and 512 GPUs.
+
+    What the measured step took more than on paper (the GPUs' products and the network's kernels share processors, one GPU waits for the
+    other, gradients are copied) is added to all.
 
     Args:
         node: GPUs that share the machine's own links; more go by the network.
@@ -359,7 +362,8 @@ def on_paper(results: list[dict[str, Any]], node: int, network: float) -> list[d
         if row["tokens_per_step"] or row["precision"] != "bf16" or row["reduce"] != "fp32" or row["swiglu"] != "auto":
             continue
         model = config.build(RunConfig, settings(Row(row["model"], row["parallel"])), "paper").model
-        for gpus in sorted({row["gpus"], 8, 64, 512}):
+        more = 0.0
+        for gpus in (row["gpus"], *(size for size in (8, 64, 512) if size > row["gpus"])):
             rate = rates[row["gpus"]] if gpus <= node else min(network, rates[row["gpus"]])
             told = paper(
                 parameters=n_parameters(model),
@@ -369,11 +373,13 @@ def on_paper(results: list[dict[str, Any]], node: int, network: float) -> list[d
                 parallel=row["parallel"],
                 bytes_per_second=rate,
             )
+            if gpus == row["gpus"]:
+                more = row["ms_per_step"] / 1e3 - told["seconds"]
+            efficiency = alone["ms_per_step"] / 1e3 / (told["seconds"] + more)
             figures = {"model": row["model"], "parallel": row["parallel"], "gpus": gpus, "gb_per_second": round(rate / 1e9, 1)}
             figures |= {name: round(value, 4) for name, value in told.items()}
-            figures["tokens_per_second"] = round(gpus * alone["tokens_per_second"] * told["efficiency"])
-            if gpus == row["gpus"]:
-                figures["measured_efficiency"] = row.get("efficiency")
+            figures |= {"measured_more_seconds": round(more, 4), "efficiency_with_that": round(efficiency, 4)}
+            figures["tokens_per_second"] = round(gpus * alone["tokens_per_second"] * efficiency)
             found.append(figures)
     return found
 
@@ -417,7 +423,8 @@ def main() -> None:
         print("\n".join(row.name(size) for size, rows in plan for row in rows), f"curve {most}x", sep="\n")
         return
     results: list[dict[str, Any]] = []
-    known: dict[str, dict[str, Any]] = {}
+    kept = json.loads(KEPT.read_text(encoding="utf-8"))["results"] if options.keep else []
+    known: dict[str, dict[str, Any]] = {row["name"]: row for row in kept}
     steps = 2 if quick else options.steps
     for number, (size, rows) in enumerate(plan):
         if number == len(sizes) and most > 1 and re.search(options.only, f"curve {most}x"):
@@ -434,7 +441,7 @@ def main() -> None:
     if len(plan) == len(sizes) and most > 1 and re.search(options.only, f"curve {most}x"):
         _curve(results, most, began, options.seconds, quick=quick)
     if options.keep:
-        results = with_kept("scaling", results, alike=["name"])
+        results = with_kept("scaling", [row for row in results if "failed" not in row], alike=["name"])
     figures = {
         "tokens_per_second": {row["name"]: row.get("tokens_per_second", row.get("failed")) for row in results if "model" in row},
         "efficiency": {row["name"]: row["efficiency"] for row in results if "efficiency" in row},
