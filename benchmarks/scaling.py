@@ -106,7 +106,7 @@ def work(rows: list[Row], steps: int) -> None:
     from minifoundation import config, runtime
     from minifoundation.config import RunConfig
     from minifoundation.distributed import join
-    from minifoundation.train.meeting import bus_bandwidth
+    from minifoundation.train.meeting import bus_bandwidth, product_seconds
     from minifoundation.train.parallel import accumulated, chosen_split
     from minifoundation.train.trial import trial
 
@@ -116,6 +116,8 @@ def work(rows: list[Row], steps: int) -> None:
         if world.size > 1:
             n_bytes = NETWORK_BYTES if machine.is_cuda else 2**20
             told |= {"name": f"network {world.size}x", "bus_gb_per_second": round(bus_bandwidth(machine, world, n_bytes) / 1e9, 1)}
+            if machine.is_cuda:  # a slower GPU is waited for in every step
+                told["product_ms_of_each"] = [round(1e3 * seconds, 3) for seconds in world.of_all(product_seconds(machine))]
             _print(told, first=world.is_first)
         for row in rows:
             run = accumulated(config.build(RunConfig, settings(row), row.name(world.size)), world)
@@ -191,7 +193,7 @@ def _end(process: subprocess.Popen[Any]) -> None:
 def summary(row: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return what of a row is printed, with its efficiency where that of one GPU is known."""
     if "tokens_per_second" not in row:
-        return {name: value for name, value in row.items() if name in ("failed", "bus_gb_per_second")}
+        return {name: value for name, value in row.items() if name in ("failed", "bus_gb_per_second", "product_ms_of_each")}
     alone, gpus = known.get(row["like"]), row["gpus"]
     profile = row.get("profile", {})
     sent = profile.get("ms", {}).get("communication", 0.0)
