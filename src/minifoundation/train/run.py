@@ -249,7 +249,7 @@ def _train(
         _tell(config, planned, machine, world, data, say)
         for line in network(machine, world):
             say(line)
-    kernels, choices = chosen_kernels(config, machine, world, planned.split, resumed.kernels if resumed else {})
+    kernels, choices = chosen_kernels(config, machine, world, resumed.kernels if resumed else {})
     for choice in [] if again else choices:
         say(choice)
     background = Supply(data.to_make, config.data, data.tokenizer.path) if data.to_make and world.is_first else nullcontext()
