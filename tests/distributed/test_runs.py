@@ -212,7 +212,7 @@ def test_processes_that_do_not_come_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_go_back_as_one_does(tmp_path: Path, parallel: str) -> None:
-    """At a rate that learns nothing every second step is above the median: two in a row are gone back over, and the second time is the end."""
+    """At a rate that learns nothing every second step is above the median; two in a row are gone back over, and then it is the end."""
     bad = "--lr 1e-6 --train.spike_z 0.05 --train.spike_window 16 --train.max_skips 2 --train.max_rollbacks 1 --train.save_every 2"
     options = [*settings(tmp_path), *ALL, "--tokens", str(100 * STEP), "--batch_size", "2", *bad.split()]
     told = []
