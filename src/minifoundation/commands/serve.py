@@ -58,11 +58,12 @@ def serve(options: ServeOptions) -> None:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """Return a socket bound before the engine takes its time to start."""
+    """Return a socket that is listened on before the engine takes its time to start; who calls early waits."""
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen()
     except OSError as error:
         listening.close()
         raise UserError("--port", f"{host}:{port} cannot be listened on ({error.strerror})", "give another --port or --host") from None
