@@ -22,7 +22,7 @@ DOCUMENTS = [
 ]
 LINE = re.compile(
     r"(?:-m src\.cli|\$\(RUN\)|^[ `$]*minifoundation)\s+"
-    r"((?:prepare|pretrain|longft|bench|export_hf|eval|eval-data \w+|contamination|report|generate)\s+-[^\n`]*)",
+    r"((?:prepare|pretrain|longft|bench|export_hf|import_hf|eval|eval-data \w+|contamination|report|generate|serve)\s+-[^\n`]*)",
     re.MULTILINE,
 )
 SESSION = re.compile(r"^\$ python -m src\.cli (.*)\n(error: .*)$", re.MULTILINE)
@@ -77,11 +77,13 @@ def test_lines_were_found_in_every_kind_of_document() -> None:
         "longft",
         "bench",
         "export_hf",
+        "import_hf",
         "eval",
         "eval-data",
         "contamination",
         "report",
         "generate",
+        "serve",
     }
 
 

@@ -14,7 +14,10 @@ from safetensors.torch import load_file
 from minifoundation import cli
 from minifoundation.checkpoint import load_checkpoint
 from minifoundation.commands import import_hf as command
+from minifoundation.config import ImportOptions
+from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.errors import UserError
+from minifoundation.export import reading
 from tests.data.byte_level import EXAMPLE, write_byte_level
 from tests.export.test_reading import written
 
@@ -142,7 +145,7 @@ def test_settings_that_are_not_the_models_are_refused(folder: Path, tmp_path: Pa
 
 def refused(folder: Path, tmp_path: Path, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        command.import_hf(command.ImportOptions(model_path=folder, out_dir=tmp_path / "deep" / "out"))
+        command.import_hf(ImportOptions(model_path=folder, out_dir=tmp_path / "deep" / "out"))
     assert not (tmp_path / "deep").exists() and not list(tmp_path.glob("*.part")), "nothing is left"
 
 
@@ -161,28 +164,28 @@ def test_a_tokenizer_that_does_not_belong_is_refused(folder: Path, tmp_path: Pat
 
 def test_a_tokenizer_that_transformers_reads_otherwise_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when its class in transformers cuts text in a way of its own."""
-    right = command.Tokenizer.load
+    right = Tokenizer.load
 
     def other(path: Path) -> Any:
         tokenizer: Any = right(path)
         tokenizer.library.pre_tokenizer = None
         return tokenizer
 
-    monkeypatch.setattr(command.Tokenizer, "load", other)
+    monkeypatch.setattr(Tokenizer, "load", other)
     refused(folder, tmp_path, "the imported model is not that of the folder: text 0: from token")
 
 
 @pytest.mark.slow
 def test_weights_that_would_compute_otherwise_are_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = command.reading.model_config
+    right = reading.model_config
 
     def other(path: Path) -> Any:
         config = right(path)
         return config.model_copy(update={"rope": config.rope.model_copy(update={"theta": config.rope.theta * 1.01})})
 
-    monkeypatch.setattr(command.reading, "model_config", other)
+    monkeypatch.setattr(reading, "model_config", other)
     refused(folder, tmp_path, "the imported model is not that of the folder: .* weights differs")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep")
     with pytest.raises(UserError, match="exists and is not empty"):
-        command.import_hf(command.ImportOptions(model_path=folder, out_dir=tmp_path / "full"))
+        command.import_hf(ImportOptions(model_path=folder, out_dir=tmp_path / "full"))

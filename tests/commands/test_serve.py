@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -122,13 +123,14 @@ def test_bad_input(final: Callable[..., Path], tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"127.0.0.1:{port} cannot be listened on"):
             serve(final(), port=port)
-    if command.find_spec("vllm") is None:
+    if find_spec("vllm") is None:
         with pytest.raises(UserError, match="vllm is not installed"):
             serve(final(), engine="vllm")
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_served_until_it_is_told_to_stop(final: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_checkpoint_is_served_until_it_is_told_to_stop(how: signal.Signals, final: Callable[..., Path], tmp_path: Path) -> None:
     """With transformers' own server; the greedy continuation is that of the exported folder."""
     import httpx
 
@@ -144,7 +146,7 @@ def test_a_checkpoint_is_served_until_it_is_told_to_stop(final: Callable[..., Pa
         assert f"http://127.0.0.1:{port}" in server.stdout.readline()
         asked = {"model": "run", "prompt": "To be", "max_tokens": 8, "temperature": 0}
         answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=asked, timeout=60).json()
-        server.send_signal(signal.SIGINT)
+        server.send_signal(how)
         assert server.wait(30) == 0
     finally:
         server.kill()
