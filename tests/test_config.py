@@ -112,10 +112,7 @@ def test_none_is_off_only_where_a_setting_can_be_off() -> None:
             "a.yaml: train.seq_len 256 is longer than the model's 128 (model.original_seq_len x model.rope.factor); "
             "shorten it, or extend the model with longft",
         ),
-        (
-            {"model": {"rope": {"factor": 4}}},
-            "model.rope: factor 4 has no effect with scaling none; set rope.scaling to yarn, ntk or linear",
-        ),
+        ({"data": {"min_tokens": 1}}, "data.min_tokens: must be at least 2, auto or none; correct it"),
         ({"model": {"rope": {"scaling": "yarn", "beta_fast": 1}}}, "model.rope: beta_fast 1 must be larger than beta_slow 1; correct it"),
         ({"train": {"tokens": "many"}}, "train.tokens: 'many' is not valid; input should be a valid integer"),
         ({"train": {"tokens": 0}}, "train.tokens: 0 is not valid; input should be greater than or equal to 1"),

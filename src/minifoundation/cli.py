@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import os
 import sys
 from difflib import get_close_matches
 from importlib import import_module
@@ -171,22 +172,25 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command line and return its exit code: 0 done, or told to stop and saved; 2 the person can mend it; 130 broken off."""
+    """Run one command line and return its exit code: 0 done, or told to stop and saved; 2 the person can mend it; 130 broken off.
+
+    Of several processes with the same to say one says it: the first, or, of what is wrong in settings alone, the first of its machine.
+    """
     if arguments is None:
         arguments = sys.argv[1:]
     try:
         program().main(arguments or ["--help"], prog_name="minifoundation", standalone_mode=False)
-    except UserError as error:
-        click.echo(f"error: {error}", err=True)
-        return 2
     except Stopped as stop:
-        click.echo(str(stop), err=True)
+        _say(str(stop), stop)
         return 0
     except Interrupted as stop:
         click.echo(str(stop), err=True)
         return 130
+    except UserError as error:
+        _say(f"error: {error}", error)
+        return 2
     except click.ClickException as error:
-        click.echo(f"error: {error.format_message()}", err=True)
+        _say(f"error: {error.format_message()}", error)
         return 2
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped", err=True)
@@ -195,10 +199,18 @@ def main(arguments: list[str] | None = None) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             place = error.filename or Path.cwd()
             remedy = "free some space and run the same line again (a training run with --resume auto)"
-            click.echo(f"error: {place}: the disk is full; {remedy}", err=True)
+            _say(f"error: {place}: the disk is full; {remedy}", error)
         elif error.filename is not None and error.strerror is not None:
-            click.echo(f"error: {error.filename}: {error.strerror.lower()}; check the path and its permissions", err=True)
+            _say(f"error: {error.filename}: {error.strerror.lower()}; check the path and its permissions", error)
         else:
             raise
         return 2
     return 0
+
+
+def _say(line: str, error: Exception) -> None:
+    told = getattr(error, "told", None)
+    if told is None:
+        told = int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if not told:
+        click.echo(line, err=True)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from minifoundation.config import ModelConfig, RopeConfig
 from minifoundation.export.weights import from_hf, hf_config, to_hf, write_model
-from minifoundation.model.rope import ntk_theta
+from minifoundation.model.rope import raised_theta
 from minifoundation.model.transformer import Transformer
 
 
@@ -80,7 +80,7 @@ def test_the_file_holds_the_rounded_weights_and_a_tied_head_once(tmp_path: Path,
         ),
         (
             RopeConfig(scaling="ntk", factor=4),
-            {"rope_type": "default", "rope_theta": ntk_theta(RopeConfig(scaling="ntk", factor=4), 8)},
+            {"rope_type": "default", "rope_theta": raised_theta(RopeConfig(scaling="ntk", factor=4), 8, 32)},
             None,
         ),
     ],
@@ -102,7 +102,7 @@ def test_yarn_is_written_with_the_original_length() -> None:
 
 
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
-@pytest.mark.parametrize("scaling", ["none", "linear", "ntk", "yarn"])
+@pytest.mark.parametrize("scaling", ["none", "linear", "ntk", "yarn", "theta"])
 def test_either_spelling_of_rope_is_read_alike(tmp_path: Path, scaling: str, key: str) -> None:
     rope = RopeConfig.model_validate({"scaling": scaling, "factor": 1 if scaling == "none" else 4})
     written = hf_config(tiny(rope=rope))

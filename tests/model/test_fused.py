@@ -1,6 +1,7 @@
 """The blocks by hand against the plain ones: equal in float64, near in half precision and in 8 bits; what they keep for the backward."""
 
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor
 
 from minifoundation.config import ModelConfig
-from minifoundation.model import transformer
+from minifoundation.model import fused, transformer
 from minifoundation.model.fp8 import Sites
+from minifoundation.model.kept import Kept
 from minifoundation.model.kernels import gated, swiglu
 from minifoundation.model.training import TrainingModel
 from minifoundation.model.transformer import Transformer
@@ -48,7 +50,25 @@ def largest_error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     return max(float((found[n].double() - exact[n].double()).norm() / exact[n].double().norm()) for n in exact)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "attention", "full"])
+class Aside:
+    """Stands for copies to host memory; counts them."""
+
+    def __init__(self) -> None:
+        self.away_bytes = self.back_bytes = 0
+
+    def away(self, flat: Tensor) -> Callable[[], Callable[[], Tensor]]:
+        host = flat.numpy(force=True).copy() if flat.dtype != torch.bfloat16 else flat.clone()
+        self.away_bytes += flat.nbytes
+
+        def fetched() -> Callable[[], Tensor]:
+            self.back_bytes += flat.nbytes
+            back = torch.as_tensor(host).clone()
+            return lambda: back
+
+        return fetched
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "attention", "offload", "full"])
 @pytest.mark.parametrize(("qk_norm", "masked"), [(False, False), (True, False), (False, True), (True, True)])
 def test_it_is_the_plain_block_in_float64(qk_norm: bool, masked: bool, checkpointing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ModelConfig.model_validate({**SMALL, "qk_norm": qk_norm, "checkpointing": checkpointing})
@@ -56,8 +76,13 @@ def test_it_is_the_plain_block_in_float64(qk_norm: bool, masked: bool, checkpoin
     model.initialise(0)
     plain = result(model, masked=masked)
     assert len(plain) == 1 + len(list(model.parameters()))
+    copies = Aside()
+    monkeypatch.setattr(model, "copies", lambda _device: copies)
+    monkeypatch.setattr(fused, "AT_ONCE", 40)  # three parts, the last one short
     # The plain block turns queries and keys in float32 tables of the same angles.
     assert largest_error(result(by_hand(model, monkeypatch), masked=masked), plain) < 1e-6
+    # Of both blocks the input and what attention mixed, 64 wide, once each.
+    assert copies.away_bytes == copies.back_bytes == (2 * 2 * TOKENS.numel() * 64 * 8 if checkpointing == "offload" else 0)
 
 
 def test_half_precision_is_as_near_as_the_plain_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,6 +118,12 @@ def test_gate_and_up_in_turn_change_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         model.initialise(0)
         found.append(result(by_hand(model, monkeypatch)))
     assert largest_error(found[1], found[0]) < 1e-3
+    # Weights that come in half precision, as FSDP gathers them, are turned where they are used; their gradients are rounded to it.
+    gathered = Transformer(ModelConfig.model_validate(SMALL), dtype=torch.bfloat16, in_epilogue=True, copies=False)
+    gathered.initialise(0)
+    for weight in gathered.parameters():
+        weight.data = weight.data.bfloat16()
+    assert largest_error(result(by_hand(gathered, monkeypatch)), found[0]) < 1e-2
 
 
 def test_8_bits_are_near_and_their_scales_settle() -> None:
@@ -126,24 +157,66 @@ def test_evaluation_leaves_the_scales_alone() -> None:
     assert (small.scales.largest.amax(1) > 0).all() and torch.equal(trained.cross_entropy, evaluated.cross_entropy)
 
 
+class KeepsAll(torch.autograd.Function):
+    """Stands for attention: gives the queries, and keeps what a kernel does."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.clone(memory_format=torch.contiguous_format)
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        _, k, v, _ = ctx.saved_tensors
+        return d_out, torch.zeros_like(k), torch.zeros_like(v)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "attention"])
+@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("fp8", [False, True])
-def test_it_keeps_no_more_than_it_reads_again(fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inputs of both norms and their factors, the gates; what attention mixed, in 8 bits where products are. Attention keeps its own."""
-    model = by_hand(Transformer(ModelConfig.model_validate({**SMALL, "n_layer": 1}), dtype=torch.bfloat16, fp8=fp8), monkeypatch)
+def test_it_keeps_no_more_than_it_reads_again(fp8: bool, qk_norm: bool, checkpointing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs of both norms and their factors, heads, what attention mixed (once more in 8 bits where products are), the gates.
+
+    With QK-norm heads before it and after. Of all this selective checkpointing keeps the block's input and what attention mixed.
+    """
+    config = ModelConfig.model_validate({**SMALL, "n_layer": 1, "qk_norm": qk_norm, "checkpointing": checkpointing})
+    model = by_hand(Transformer(config, dtype=torch.bfloat16, fp8=fp8), monkeypatch)
     model.initialise(0)
     model(TOKENS)  # makes the copies
-    kept: dict[int, int] = {}
+    held: dict[int, int] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in others:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+    class Counted(Kept):
+        def pack(self, tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in others:
+                held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
 
     x = torch.randn(2, 48, 64).bfloat16().requires_grad_()
     tables = torch.ones(48, 8), torch.zeros(48, 8)
     sites = Sites() if model.scales is None else model.scales.sites(0, watched=True)
     others = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *tables)}
-    monkeypatch.setattr(transformer, "attend", lambda q, k, v, kernel, documents: q * 1)  # keeps nothing
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.blocks[0](x, *tables, "math", None, sites)
-    assert sum(kept.values()) == TOKENS.numel() * (2 * (64 + 64 + 2 * 96) + 2 * 4 + (64 if fp8 else 2 * 64))
+    monkeypatch.setattr(transformer, "attend", lambda q, k, v, *_: KeepsAll.apply(q, k, v))  # type: ignore[no-untyped-call]
+    counted = Counted()
+    with torch.autograd.graph.saved_tensors_hooks(counted.pack, counted.unpack):
+        model.blocks[0](x, *tables, "math", None, sites, counted)
+    if checkpointing == "attention":
+        values = 64 + 64 + 2  # and one factor
+    else:
+        heads = (64 + 2 * 32) + (64 + 32 if qk_norm else 0)
+        values = 64 + 64 + 2 * 96 + heads + 64 + 2 * 2 + (32 if fp8 else 0)
+    # With QK-norm the rotation of a Function's own is by hand no more: it keeps tables of nothing, 8 wide.
+    assert sum(held.values()) == TOKENS.numel() * 2 * values + (2 * 4 * 8 if qk_norm else 0)
+
+
+def test_parts_of_a_row_are_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 8 bits too, where a scale must see the largest value of all parts."""
+    found = []
+    for at_once in (96, 32):
+        monkeypatch.setattr(fused, "AT_ONCE", at_once)
+        model = Transformer(ModelConfig.model_validate({**SMALL, "checkpointing": "attention"}), dtype=torch.bfloat16, fp8=True)
+        model.initialise(0)
+        assert model.scales is not None
+        found.append((result(model), model.scales.largest.amax(1)))
+    assert torch.equal(found[0][1], found[1][1])
+    assert torch.equal(found[0][0]["hidden"], found[1][0]["hidden"]) and largest_error(found[1][0], found[0][0]) < 1e-5

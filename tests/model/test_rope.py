@@ -9,7 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from minifoundation.config import RopeConfig
-from minifoundation.model.rope import apply_rope, ntk_theta, rope_frequencies, rotary_tables, yarn_gain
+from minifoundation.model.rope import apply_rope, raised_theta, rope_frequencies, rotary_tables, yarn_gain
 
 
 def theirs(rope: RopeConfig, head_dim: int, original: int) -> tuple[torch.Tensor, float]:
@@ -56,7 +56,25 @@ def test_ntk_keeps_the_highest_frequency_and_divides_the_lowest_by_the_factor() 
     assert gain == 1.0
     assert scaled[0] == plain[0]
     assert scaled[-1].item() == pytest.approx(plain[-1].item() / 4, rel=1e-5)
-    assert torch.equal(scaled, rope_frequencies(RopeConfig(theta=ntk_theta(RopeConfig(scaling="ntk", factor=4), 64)), 64, 4096)[0])
+    base = raised_theta(RopeConfig(scaling="ntk", factor=4), 64, 4096)
+    assert torch.equal(scaled, rope_frequencies(RopeConfig(theta=base), 64, 4096)[0])
+
+
+@pytest.mark.parametrize(("original", "factor"), [(4096, 4), (2048, 4), (4096, 16), (256, 8)])
+def test_theta_moves_the_critical_dimension_to_the_new_length(original: int, factor: float) -> None:
+    """As many channels turn at least once over the new length as did over the old one: what arXiv:2310.05209 asks of a base."""
+    width = 1 << 14  # fine enough to count by
+    plain, _ = rope_frequencies(RopeConfig(), width, original)
+    rope = RopeConfig(scaling="theta", factor=factor)
+    scaled, gain = rope_frequencies(rope, width, original)
+    turned = int((plain * original >= 2 * math.pi).sum())
+    assert gain == 1.0 and abs(int((scaled * original * factor >= 2 * math.pi).sum()) - turned) <= 1
+    assert raised_theta(rope, 64, original) > raised_theta(RopeConfig(scaling="ntk", factor=factor), 64, original)
+
+
+def test_the_base_for_64k_is_near_llama_3s() -> None:
+    """Code Llama took 1e6 for 4k to 16k, and Llama 3 500,000 for its 8k and then 128k."""
+    assert raised_theta(RopeConfig(scaling="theta", factor=16), 64, 4096) == pytest.approx(514_000, rel=0.01)
 
 
 def test_yarn_leaves_fast_frequencies_and_interpolates_slow_ones() -> None:

@@ -16,7 +16,13 @@ from minifoundation.export.weights import hf_config, to_hf
 from minifoundation.model.training import TrainingModel
 from minifoundation.model.transformer import Transformer
 
-SCALINGS = [RopeConfig(), RopeConfig(scaling="linear", factor=4), RopeConfig(scaling="ntk", factor=4), RopeConfig(scaling="yarn", factor=4)]
+SCALINGS = [
+    RopeConfig(),
+    RopeConfig(scaling="linear", factor=4),
+    RopeConfig(scaling="ntk", factor=4),
+    RopeConfig(scaling="yarn", factor=4),
+    RopeConfig(scaling="theta", factor=4),
+]
 
 
 def tiny(**changes: Any) -> ModelConfig:

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -219,3 +220,54 @@ def test_the_figure_on_held_out_text_does_not_depend_on_what_other_runs_have_mad
     again = settings("again", data=SHARDS, train={"eval_tokens": 100_000})
     trained(again)
     assert steady(again) == steady(short)
+
+
+LONG = {"shard_tokens": 1024, "held_out": 0.2, "max_document_bytes": 8192, "min_tokens": 100, "mask_documents": True}
+
+
+def longer(settings: Make, tmp_path: Path, name: str = "run", **data: Any) -> RunConfig:
+    """Return a run on many short documents and a few that are longer than a row of 32."""
+    source = tmp_path / "lengths.jsonl"
+    if not source.exists():
+        text = " ".join(f"word{number % 97} of {number}" for number in range(4000))
+        lines = [text[60 * number : 60 * number + (4000 if number % 20 == 7 else 60)] for number in range(400)]
+        source.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return settings(name, data={"source": str(source), **LONG, **data})
+
+
+def test_long_documents_are_read_more_often_and_it_is_said(settings: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = longer(settings, tmp_path, long_share=0.5, long_repeats=100)
+    checkpoint = trained(config)
+    said = capsys.readouterr().err
+    assert "50% of the rows begin with one of" in said and "documents of 100 tokens and more" in said
+    shares = [float(share) for share in re.findall(r"([\d.]+)% of the tokens there", said)]
+    mix = [float(share) for share in re.findall(r"([\d.]+)% of those trained on", said)]
+    assert sum(shares) == pytest.approx(100, abs=0.3) and sum(mix) == pytest.approx(100, abs=0.3)
+    long, short = entries(checkpoint)
+    assert (long.part, short.part) == ("long", "short") and long.source == short.source == config.data.source
+    assert abs(long.samples - short.samples) <= 1 and long.samples + short.samples == 12 * 4
+    # A stop and a start in between change nothing, also where the rest of the corpus has been made since.
+    halfway = longer(settings, tmp_path, "other", long_share=0.5, long_repeats=100)
+    trained(halfway)
+    (halfway.out_dir / "final.pth").unlink()
+    for folder in sorted(halfway.out_dir.glob("step_*"))[1:]:
+        shutil.rmtree(folder)
+    again = trained(halfway, resume="auto")
+    assert steady(halfway) == steady(config) and entries(again) == entries(checkpoint)
+
+
+def test_long_documents_are_not_read_too_often(settings: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, _ = entries(trained(longer(settings, tmp_path, long_repeats=0.25)))
+    assert first.epochs is not None and first.epochs == pytest.approx(0.25, abs=0.1)
+    assert "(read 0.25 times)" in capsys.readouterr().err
+
+
+def test_without_a_long_document(settings: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"data\.min_tokens: no document of .*lengths\.jsonl has 9,000 tokens: the longest of .*; lower it"):
+        trained(longer(settings, tmp_path, min_tokens=9000))
+    rows = {"model": {"original_seq_len": 512}, "train": {"seq_len": 512, "tokens": 5000}}
+    trained(settings("windows", data={"min_tokens": "auto", "max_document_bytes": 256}, **rows))
+    said = capsys.readouterr().err
+    assert re.search(
+        r"warning: no document of .* has 256 tokens: the longest of [\d,]+ tokens searched has \d+; rows are windows of 512", said
+    )

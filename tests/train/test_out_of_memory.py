@@ -37,13 +37,15 @@ def test_one_row_that_does_not_fit_is_recomputed() -> None:
     run = made(train={"batch_size": 1, "seq_len": 32_768}, model={"rope": {"scaling": "yarn", "factor": 8}})
     small = replace(H100, memory_bytes=24 * GIB)
     options, needed = remedy(run, small, World())
-    assert options["model.checkpointing"] in ("attention", "full") and "batch_size" not in options
+    assert options["model.checkpointing"] == "attention" and "batch_size" not in options
     assert needed < plan(run, 1).memory_total
 
 
 def test_where_nothing_fits_the_least_is_proposed() -> None:
     options, needed = remedy(made(train={"batch_size": 4}), replace(H100, memory_bytes=GIB), World())
-    assert options["train.optimizer_states"] == "int8" and options["model.checkpointing"] == "full" and options["batch_size"] == 1
+    assert (
+        options["train.optimizer_states"] == "int8" and options["model.checkpointing"] in ("offload", "full") and options["batch_size"] == 1
+    )
     assert needed > GIB
 
 

@@ -1,21 +1,32 @@
-"""``longft``: a trained model to one with a longer context."""
+"""``longft``: a trained model to one with a longer context, and the proof that it has one."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minifoundation import config
 from minifoundation.commands.pretrain import layered, sources
 from minifoundation.config import REPOSITORY, LongftOptions, ModelConfig, RunConfig, TrainConfig
+from minifoundation.errors import UserError
+
+if TYPE_CHECKING:
+    from minifoundation.checkpoint import Checkpoint
+    from minifoundation.train.proof import Found
 
 DEFAULT_CONFIG = REPOSITORY / "configs" / "longft.yaml"
 
 
 def longft(options: LongftOptions, values: dict[str, Any]) -> None:
-    """Train the model of ``options.ckpt_in`` on longer rows: its settings < YAML (default configs/longft.yaml) < command line."""
+    """Train the model of ``options.ckpt_in`` on longer rows: its settings < YAML (default configs/longft.yaml) < command line.
+
+    Raises:
+        UserError: rows shorter than the context there is, or an optimizer asked for that the checkpoint has not.
+    """
     from minifoundation.commands.import_hf import beginning, settings_of
+    from minifoundation.commands.suite import suite_for
+    from minifoundation.distributed import is_first_process
     from minifoundation.train.run import run
     from minifoundation.train.state import Start
 
@@ -24,17 +35,77 @@ def longft(options: LongftOptions, values: dict[str, Any]) -> None:
         options = options.model_copy(update={"config": DEFAULT_CONFIG})
     base = settings_of(checkpoint) | {"out_dir": str(Path("outputs") / "longft")}
     settings = layered(options, values, below=base)
+    seq_len = config.build(TrainConfig, settings["train"], sources(options), section="train.").seq_len
+    model = checkpoint.config.model
+    if seq_len < model.max_seq_len:
+        remedy = f"give --seq_len above {model.max_seq_len}, or go on at the length there is with pretrain"
+        raise UserError("train.seq_len", f"{seq_len} is shorter than the {model.max_seq_len} tokens that {options.ckpt_in} reaches", remedy)
     if "factor" not in layered(options, values, below={}).get("model", {}).get("rope", {}):
-        seq_len = config.build(TrainConfig, settings["train"], sources(options), section="train.").seq_len
-        settings = config.merged(settings, {"model": {"rope": reaching(seq_len, checkpoint.config.model)}})
+        settings = config.merged(settings, {"model": {"rope": reaching(seq_len, model)}})
     run_config = config.build(RunConfig, settings, f"{options.ckpt_in}, {sources(options)}")
-    run(run_config, resume=options.resume, allowed=options.allow_change, dry_run=options.dry_run, start=Start("longft", checkpoint))
+    if options.carry_optimizer:
+        _carries(checkpoint, run_config, options.ckpt_in)
+    start = Start("longft", checkpoint, with_optimizer=options.carry_optimizer)
+    final = run(run_config, resume=options.resume, allowed=options.allow_change, dry_run=options.dry_run, start=start, suite_for=suite_for)
+    if final is not None and is_first_process() and (options.proof_documents or options.needles):
+        prove(checkpoint, final, options)
 
 
 def reaching(seq_len: int, model: ModelConfig) -> dict[str, Any]:
     """Return the RoPE settings under which ``model`` reaches ``seq_len``.
 
-    The factor counts from the length of pretraining, also when an extended model is extended again, and never shrinks.
+    The factor counts from the length of pretraining, also when an extended model is extended again.
     """
     factor = max(model.rope.factor, math.ceil(seq_len / model.original_seq_len))
     return {"factor": factor} if factor > 1 else {"factor": 1.0, "scaling": "none"}
+
+
+def _carries(checkpoint: Checkpoint, run_config: RunConfig, path: Path) -> None:
+    """Refuse to carry an optimizer that is not there, or whose moments are of another kind."""
+    if not checkpoint.optimizer:
+        raise UserError("--carry_optimizer", f"{path} holds no optimizer state", "give a step_ folder of the run, or leave it out")
+    before, now = checkpoint.config.train.optimizer_states, run_config.train.optimizer_states
+    if before != now:
+        raise UserError("--carry_optimizer", f"the moments in {path} are {before}, here {now}", f"set --train.optimizer_states {before}")
+
+
+def prove(start: Checkpoint, final: Path, options: LongftOptions) -> None:
+    """Try the models before and after on the same text, print what came out and keep it beside ``final``."""
+    from minifoundation import runtime
+    from minifoundation.checkpoint import load_checkpoint, write_whole
+    from minifoundation.data.tokenizer import Tokenizer
+    from minifoundation.train import proof
+
+    extended, folder = load_checkpoint(final), final.parent
+    tokenizer = Tokenizer.load(folder / "tokenizer" / "tokenizer.model")
+    on = proof.material(extended.config, tokenizer, documents=options.proof_documents, tries=options.needles)
+    machine = runtime.machine()
+    before, after = (proof.found(checkpoint, on, machine) for checkpoint in (start, extended))
+    print(f"proof of {folder}:")
+    for line in proof.described(before, after):
+        print(line)
+    write_whole(folder / "loss_by_position.csv", proof.positions_csv(before, after).encode())
+    write_whole(folder / "needles.csv", proof.needles_csv(before, after).encode())
+    written = ["loss_by_position.csv", "needles.csv"]
+    if _pictured(before, after, folder / "long_context.png", on.original):
+        written.append("long_context.png")
+    print(f"  wrote {', '.join(written)}")
+
+
+def _pictured(before: Found, after: Found, path: Path, original: int) -> bool:
+    """Draw what was found, and return whether that could be done."""
+    from minifoundation.checkpoint import write_whole
+
+    try:
+        from minifoundation.report.reach import picture
+    except ImportError:
+        print("  no picture: matplotlib is not installed; pip install -e '.[eval]'")
+        return False
+    models = {"before": before, "after": after}
+    curves = {name: [((p.first + p.last) / 2, p.nats) for p in one.positions] for name, one in models.items() if one.positions}
+    grids: dict[str, dict[str, dict[tuple[int, float], float]]] = {}
+    for name, one in models.items():
+        for needle in one.needles:
+            grids.setdefault(needle.task, {}).setdefault(name, {})[needle.length, needle.depth] = needle.found / needle.tries
+    write_whole(path, picture(curves, grids, original))
+    return True

@@ -76,6 +76,13 @@ class LongftOptions(PhaseOptions):
     ckpt_in: Path = setting(
         help="final.pth (or a step folder) of the run whose context is extended, or a Llama or Qwen3 folder of Hugging Face", flag="ckpt_in"
     )
+    carry_optimizer: bool = setting(
+        False, flag="carry_optimizer", help="go on with the optimizer's moments of ckpt_in, a step folder; by default they begin anew"
+    )
+    proof_documents: int = setting(
+        200, ge=0, flag="proof_documents", help="held-out long documents on which loss by position is compared before and after; 0: none"
+    )
+    needles: int = setting(2, ge=0, flag="needles", help="prompts of each task, length and depth that hide a number in text; 0: none")
 
 
 class BenchOptions(RunOptions):

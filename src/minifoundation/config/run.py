@@ -15,18 +15,21 @@ class RopeConfig(Settings):
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and its scaling to longer contexts."""
 
     theta: float = setting(10_000.0, gt=1, help="base of the frequencies [RoFormer, Llama 2: 10,000]")
-    scaling: Literal["none", "linear", "ntk", "yarn"] = setting(
+    scaling: Literal["none", "linear", "ntk", "yarn", "theta"] = setting(
         "none",
-        help="linear: position interpolation (arXiv:2306.15595); ntk: static NTK-aware base change; yarn: arXiv:2309.00071",
+        help="linear: position interpolation (arXiv:2306.15595); ntk: static NTK-aware base change; yarn: arXiv:2309.00071; "
+        "theta: a larger base, by the rule of arXiv:2310.05209 (docs/long-context.md)",
     )
-    factor: float = setting(1.0, ge=1, help="how many times longer the context becomes, from the original length")
+    factor: float = setting(
+        1.0,
+        ge=1,
+        help="how many times longer the context becomes, from the original length; with scaling none frequencies stay as they are",
+    )
     beta_fast: float = setting(32.0, gt=0, help="YaRN: rotations over the original length above which nothing is scaled")
     beta_slow: float = setting(1.0, gt=0, help="YaRN: rotations below which a frequency is fully interpolated")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.scaling == "none" and self.factor != 1.0:
-            raise ValueError(f"factor {self.factor:g} has no effect with scaling none; set rope.scaling to yarn, ntk or linear")
         if self.beta_fast <= self.beta_slow:
             raise ValueError(f"beta_fast {self.beta_fast:g} must be larger than beta_slow {self.beta_slow:g}")
         return self
@@ -63,10 +66,11 @@ class ModelConfig(Settings):
         "auto",
         help="where SwiGLU is computed in half precision: in the products beside it by QuACK (pip install quack-kernels), or by itself",
     )
-    checkpointing: Literal["none", "attention", "full"] = setting(
+    checkpointing: Literal["none", "attention", "offload", "full"] = setting(
         "none",
         help="activation checkpointing of a block: none keeps what products and attention give (in half precision the cheap rest is made "
-        "again all the same), attention keeps the attention outputs and recomputes the rest, full recomputes all",
+        "again all the same), attention keeps the attention outputs and recomputes the rest, offload does that too and keeps them in host "
+        "memory, full recomputes all",
     )
     checkpoint_every: int = setting(1, ge=1, help="apply checkpointing to every k-th block")
 
@@ -132,6 +136,20 @@ class DataConfig(Settings):
         "none", help="drop documents equal to an earlier one, or (minhash, arXiv:2107.06499) much like it; reads the whole corpus first"
     )
     mask_documents: bool = setting(False, help="attention stays within a document and positions restart in each")
+    min_tokens: int | Literal["auto"] | None = setting(
+        None,
+        help="documents of so many tokens are long: read from their beginnings and more often, short ones packed; auto: half of a row; "
+        "none: rows are cut from all documents one after the other",
+    )
+    long_share: float = setting(
+        0.6, gt=0, le=1, help="of the rows, those that begin with a long document [arXiv:2410.02660: 60%], as far as there are enough"
+    )
+    long_repeats: float = setting(
+        4.0, gt=0, help="times that long documents are read at most [arXiv:2305.16264: up to four are worth nearly as much as new ones]"
+    )
+    search_tokens: int | None = setting(
+        None, ge=1, help="tokens of the corpus in which long documents are looked for before training; default: as many as are trained on"
+    )
     shards_dir: Path = setting(Path("outputs/shards"), help="token shards are kept here, one folder for each corpus and tokenizer")
     shard_tokens: int = setting(16_777_216, ge=1_024, help="tokens in a shard; samples are shuffled within a shard")
     held_out: float = setting(0.002, ge=0, le=0.5, help="share of the documents, chosen by hash, that is never trained on")
@@ -149,6 +167,13 @@ class DataConfig(Settings):
         if not all(name and weight for name, _, weight in parts):
             raise ValueError(f"{value!r} is no mixture; write source=weight,source=weight")
         return {name.strip(): weight for name, _, weight in parts}
+
+    @field_validator("min_tokens")
+    @classmethod
+    def _at_least_two(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, int) and value < 2:
+            raise ValueError("must be at least 2, auto or none")
+        return value
 
     @field_validator("filters", mode="before")
     @classmethod
@@ -189,6 +214,22 @@ class TrainConfig(Settings):
         ge=1,
         flag="grad_accum",
         help="micro-batches summed into one step on each device; beside --batch_size auto: the rows of a step, split as they fit",
+    )
+    tokens_per_step: int | None = setting(
+        None,
+        ge=1,
+        help="tokens of a step over all processes, instead of grad_accum, which then follows: the same run on any number of them",
+    )
+    parallel: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = setting(
+        "auto",
+        help="how several processes (torchrun) share the model: ddp has a copy on each, fsdp (FSDP2, arXiv:2304.11277) a part on each, "
+        "hsdp a part on each of a node; auto is ddp where a copy fits the memory, else hsdp or fsdp",
+    )
+    reduce_precision: Literal["fp32", "bf16"] = setting("fp32", help="dtype in which gradients travel between processes")
+    rank_timeout: float = setting(
+        45.0,
+        gt=0,
+        help="seconds in a step after which a process that the others wait for is named, and all stop; never less than five steps",
     )
     precision: Literal["fp32", "bf16", "fp16", "fp8"] = setting(
         "fp32",
@@ -242,12 +283,30 @@ class TrainConfig(Settings):
     deterministic: bool = setting(False, help="kernels that give the same bits in every run, slower on a GPU (docs/reliability.md)")
     tensorboard: bool = setting(False, help="also write TensorBoard events to <out_dir>/tensorboard")
 
+    @model_validator(mode="after")
+    def _one_size_of_step(self) -> Self:
+        if self.tokens_per_step is not None and self.grad_accum != 1:
+            raise ValueError(
+                f"tokens_per_step is {self.tokens_per_step:,}, and grad_accum {self.grad_accum} too; leave grad_accum out: it follows"
+            )
+        return self
+
     @field_validator("batch_size")
     @classmethod
     def _positive(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:
             raise ValueError("must be at least 1, or auto")
         return value
+
+
+class EvalConfig(Settings):
+    """Benchmarks on the weights as they are, during training."""
+
+    every_steps: int | None = setting(None, ge=1, help="steps between runs of eval.tasks, whose scores go to metrics.csv; none: never")
+    tasks: str = setting("quick", help="a suite (quick, paper), names separated by commas, or a file with one task a line, as for eval")
+    limit: int = setting(0, ge=0, help="documents of each task; 0: all, or as many as its line says")
+    data_dir: Path | None = setting(None, help="mirror folder to read benchmarks from instead of the hub (eval-data pull writes one)")
+    ema: bool = setting(False, help="the averaged weights instead of those that are trained")
 
 
 class RunConfig(Settings):
@@ -258,6 +317,7 @@ class RunConfig(Settings):
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig
     train: TrainConfig
+    eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

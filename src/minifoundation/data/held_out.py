@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from minifoundation.data.batch import Batch
-from minifoundation.data.loader import Loader
-from minifoundation.data.samples import Samples, samples_in
+from minifoundation.data.loader import Loader, Readable
+from minifoundation.data.samples import samples_in
 from minifoundation.data.shards import Shard
 
 
@@ -61,7 +61,7 @@ class HeldOut:
         assert self._parts is not None
         return np.concatenate(
             [
-                _rows(shards, n_rows, samples.seq_len)
+                rows_of(shards, n_rows, samples.seq_len)
                 for shards, n_rows, samples in zip(self._parts, self._n_rows.values(), self._loader.sources.values(), strict=True)
             ]
         )
@@ -72,7 +72,7 @@ class HeldOut:
         return None if None in found else [part for part in found if part is not None]
 
 
-def _settled(samples: Samples, wanted: int, n_rows: int) -> Sequence[Shard] | None:
+def _settled(samples: Readable, wanted: int, n_rows: int) -> Sequence[Shard] | None:
     """Return the held-out shards of one source to take ``n_rows`` rows from, None while this depends on shards still to come."""
     order = samples.order
     trained = held = tokens = numbers = 0
@@ -88,7 +88,7 @@ def _settled(samples: Samples, wanted: int, n_rows: int) -> Sequence[Shard] | No
     return order.shards.held_out if order.shards.complete else None
 
 
-def _rows(shards: Sequence[Shard], n_rows: int, seq_len: int) -> npt.NDArray[np.int64]:
+def rows_of(shards: Sequence[Shard], n_rows: int, seq_len: int) -> npt.NDArray[np.int64]:
     """Return the first ``n_rows`` rows, or as many as there are, of the shards one after the other, shape (rows, seq_len + 1)."""
     stream: list[npt.NDArray[Any]] = [np.empty(0, np.int64)]
     missing = n_rows * seq_len + 1

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from minifoundation.data.loader import Readable, source_of
 from minifoundation.data.mixture import Mixture
-from minifoundation.data.samples import Samples
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Entry:
     seq_len: int
     epochs: float | None
     """Times the whole corpus was read; None where its end was not known yet, which is less than once."""
+    part: str | None = None
+    """long or short, where documents were told apart by their length: the epochs are then over those of this part, in these shards."""
 
     @property
     def tokens(self) -> int:
@@ -41,16 +43,17 @@ class Entry:
         return asdict(self)
 
 
-def entries(sources: Mapping[str, Samples], mixture: Mixture, samples: int, phase: str) -> list[Entry]:
+def entries(sources: Mapping[str, Readable], mixture: Mixture, samples: int, phase: str) -> list[Entry]:
     """Return the entry of each source after the first ``samples`` samples of a phase."""
     found = []
     for (name, source), count, share in zip(sources.items(), mixture.counts(samples), mixture.shares, strict=True):
         order = source.order
-        touched = order.touched(count)
+        touched = source.touched(count)
+        of, part = source_of(name)
         found.append(
             Entry(
                 phase=phase,
-                source=name,
+                source=of,
                 share=float(share),
                 folder=str(order.shards.folder),
                 corpus=order.shards.manifest.source,
@@ -60,7 +63,8 @@ def entries(sources: Mapping[str, Samples], mixture: Mixture, samples: int, phas
                 shards_sha256=order.sha256(touched),
                 samples=count,
                 seq_len=source.seq_len,
-                epochs=count / order.known if order.shards.complete else None,
+                epochs=source.epochs(count),
+                part=part,
             )
         )
     return found

@@ -4,16 +4,54 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from minifoundation.data.batch import Batch
 from minifoundation.data.mixture import Mixture
-from minifoundation.data.samples import Samples
+from minifoundation.data.samples import Order
 
 POLL_SECONDS = 0.3
 """Between two looks at a folder that is still growing."""
+
+
+class Readable(Protocol):
+    """Samples of one source, or of a part of it, by number: ``Samples``, or the two kinds of rows of ``data/lengths.py``."""
+
+    first_shard: int
+    seq_len: int
+
+    @property
+    def order(self) -> Order: ...
+
+    @property
+    def samples_per_epoch(self) -> int | None: ...
+
+    def has(self, samples: int) -> bool: ...
+
+    def rows(self, numbers: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]: ...
+
+    def touched(self, samples: int) -> int: ...
+
+    def epochs(self, samples: int) -> float | None: ...
+
+
+PARTS = ("long", "short")
+
+
+def part_of(source: str, part: str) -> str:
+    """Return the name under which a loader has the long or the short documents of ``source``."""
+    return f"{source} ({part} documents)"
+
+
+def source_of(name: str) -> tuple[str, str | None]:
+    """Return the source and the part of it that ``name`` stands for."""
+    for part in PARTS:
+        if name.endswith(suffix := part_of("", part)):
+            return name.removesuffix(suffix), part
+    return name, None
 
 
 class Loader:
@@ -28,7 +66,7 @@ class Loader:
         mask_documents: give each batch the ends of its documents.
     """
 
-    def __init__(self, sources: Mapping[str, Samples], weights: Mapping[str, float], *, mask_documents: bool = False) -> None:
+    def __init__(self, sources: Mapping[str, Readable], weights: Mapping[str, float], *, mask_documents: bool = False) -> None:
         self.sources = dict(sorted(sources.items()))  # the order of the names in a file does not change the samples
         self.mixture = Mixture([weights[name] for name in self.sources])
         self.mask_documents = mask_documents

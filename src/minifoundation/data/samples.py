@@ -148,9 +148,22 @@ class Samples:
         return np.lib.stride_tricks.sliding_window_view(self._order.shards.train[shard].tokens(), self.seq_len + 1)[:: self.seq_len]
 
     def _permutation_of(self, epoch: int, shard: int) -> npt.NDArray[Any]:
-        # RandomState's streams are frozen (NEP 19); those of numpy's newer generators may change with a release, and with them the order.
-        random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence((self.seed, epoch, shard))))
-        return random.permutation(samples_in(self._order.shards.train[shard].n_tokens, self.seq_len))
+        return permutation(samples_in(self._order.shards.train[shard].n_tokens, self.seq_len), self.seed, epoch, shard)
+
+    def touched(self, samples: int) -> int:
+        """Return how many shards, in the order of reading, the first ``samples`` samples reach into."""
+        return self.order.touched(samples)
+
+    def epochs(self, samples: int) -> float | None:
+        """Return how often all have been read after ``samples``; None while the folder grows."""
+        there = self.samples_per_epoch
+        return None if there is None else samples / there
+
+
+def permutation(count: int, *seeds: int) -> npt.NDArray[Any]:
+    """Return an order of ``count`` things, (count,), that depends on ``seeds`` alone."""
+    # RandomState's streams are frozen (NEP 19); those of numpy's newer generators may change with a release, and with them the order.
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seeds))).permutation(count)
 
 
 def _version(folder: Path) -> tuple[int, int, int]:

@@ -33,11 +33,12 @@ class Split:
 
 def split(shards: tuple[Shard, ...], eos: int) -> Split:
     """Return the counts of a split; reads every token once."""
-    lengths = [np.diff(_starts(shard, eos), append=shard.n_tokens) for shard in shards] or [np.zeros(0, np.int64)]
+    lengths = [np.diff(starts_of(shard, eos), append=shard.n_tokens) for shard in shards] or [np.zeros(0, np.int64)]
     return Split(sum(shard.n_tokens for shard in shards), sum(shard.text_bytes for shard in shards), np.concatenate(lengths))
 
 
-def _starts(shard: Shard, eos: int) -> npt.NDArray[np.int64]:
+def starts_of(shard: Shard, eos: int) -> npt.NDArray[np.int64]:
+    """Return where each document of a shard begins; reads every token."""
     ends = np.flatnonzero(shard.tokens() == eos)  # no text encodes to eos, so it stands at the end of documents alone
     return np.append(0, ends[:-1] + 1)
 
@@ -65,7 +66,7 @@ def samples(shards: Shards, tokenizer: Tokenizer, count: int) -> Iterator[tuple[
     for number in range(count):
         shard = shards.train[number * len(shards.train) // count]
         tokens = shard.tokens()
-        starts = np.append(_starts(shard, shards.manifest.eos), shard.n_tokens)
+        starts = np.append(starts_of(shard, shards.manifest.eos), shard.n_tokens)
         which = number % (len(starts) - 1)
         ids = tokens[starts[which] : starts[which + 1]].tolist()
         names = tokenizer.special_tokens
@@ -79,7 +80,7 @@ def texts(shards: Sequence[Shard], tokenizer: Tokenizer, most_bytes: int) -> lis
     size = 0
     for shard in shards:
         tokens = shard.tokens()
-        for start, end in pairwise(np.append(_starts(shard, tokenizer.special.eos), shard.n_tokens)):
+        for start, end in pairwise(np.append(starts_of(shard, tokenizer.special.eos), shard.n_tokens)):
             if size >= most_bytes:
                 return found
             found.append(tokenizer.decode(tokens[start:end].tolist()))

@@ -23,7 +23,7 @@ from minifoundation.data.tokenizer import CHUNK_CHARS, SPACE, SentencePiece, Tok
 from minifoundation.errors import UserError
 from minifoundation.export.verify import RANDOM_LAYERS, SEED, Check, Parity, random_state
 from minifoundation.export.weights import to_hf
-from minifoundation.model.rope import ntk_theta
+from minifoundation.model.rope import raised_theta
 from minifoundation.model.transformer import Transformer
 
 Kind = Literal["f32", "f16", "q8_0"]
@@ -118,7 +118,8 @@ def _add_rope(writer: Any, config: ModelConfig) -> None:
 
     rope = config.rope
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(ntk_theta(rope, config.head_dim) if rope.scaling == "ntk" else rope.theta)
+    raised = rope.scaling in ("ntk", "theta")
+    writer.add_rope_freq_base(raised_theta(rope, config.head_dim, config.original_seq_len) if raised else rope.theta)
     match rope.scaling:
         case "linear":
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minifoundation.config import ModelConfig
 from minifoundation.data.tokenizer import SPECIAL, Special
-from minifoundation.model.rope import ntk_theta
+from minifoundation.model.rope import raised_theta
 
 NORMS = {
     "attention_norm": "input_layernorm",
@@ -105,8 +105,8 @@ def _rope_parameters(config: ModelConfig) -> dict[str, Any]:
             return {"rope_type": "default", "rope_theta": rope.theta}
         case "linear":
             return {"rope_type": "linear", "rope_theta": rope.theta, "factor": rope.factor}
-        case "ntk":  # transformers has only the dynamic variant, whose base depends on the length; a fixed one is a larger theta
-            return {"rope_type": "default", "rope_theta": ntk_theta(rope, config.head_dim)}
+        case "ntk" | "theta":  # transformers has only the dynamic variant of ntk, whose base depends on the length; a fixed one is a theta
+            return {"rope_type": "default", "rope_theta": raised_theta(rope, config.head_dim, config.original_seq_len)}
         case "yarn":
             return {
                 "rope_type": "yarn",

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from minifoundation.model.kernels.cross_entropy import GRADIENT_SCALE, losses_
 from minifoundation.model.kernels.quantise import E5M2, Rounded, Site, rounded
-from minifoundation.model.matrix import small_product
+from minifoundation.model.matrix import add_product, small_product
 
 IGNORED = -100
 """The target of a token that has no loss."""
@@ -98,7 +98,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     torch.mm(logits, copy, out=d_hidden[rows])
                 else:
                     small_product(gradient_small[: len(logits)], head_small.columns, inverse, head_small.inverse, out=d_hidden[rows])
-                _add_product(d_head, logits.T, hidden[rows], first=start == 0)
+                add_product(d_head, logits.T, hidden[rows], first=start == 0)
         ctx.gradients = d_hidden, d_head, head.dtype
         count = (targets != IGNORED).sum()
         total, cross_entropy, z = sums.sum(), sums[0].clone(), sums[1].clone()
@@ -112,14 +112,3 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.gradients = None  # scaled in place below, so good for one backward only
         # d_total carries the loss scale: it multiplies here, where an overflow becomes inf and the scaler skips the step.
         return d_hidden.mul_(d_total), d_head.mul_(d_total).to(dtype), None, None, None, None, None, None
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
-    """Set ``total`` to ``left @ right``, or add it, in the dtype of ``total``: the product is not rounded to the dtype of its factors."""
-    if left.is_cuda and left.dtype != total.dtype:
-        if first:
-            torch.ops.aten.mm.dtype_out(left, right, total.dtype, out=total)
-        else:
-            torch.ops.aten.addmm.dtype_out(total, left, right, total.dtype, out=total)
-    else:
-        torch.addmm(total, left.to(total.dtype), right.to(total.dtype), beta=0 if first else 1, out=total)

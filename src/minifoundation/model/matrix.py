@@ -119,13 +119,32 @@ def input_gradient(d_out: Operand, weight: Operand) -> Tensor:
     return d_out @ weight
 
 
-def weight_gradient(d_out: Operand, x: Operand) -> Tensor:
-    """Return d_out^T x, (E, D) float32, of d_out (N, E) and x (N, D): not rounded to the dtype of the factors."""
+def weight_gradient(d_out: Operand, x: Operand, before: Tensor | None = None) -> Tensor:
+    """Return d_out^T x, (E, D) float32, of d_out (N, E) and x (N, D): not rounded to the dtype of the factors.
+
+    Args:
+        before: the gradient of earlier tokens, to which that of these is added in place.
+    """
     if isinstance(d_out, Rounded) and isinstance(x, Rounded):
-        return small_product(d_out.columns, x.columns, d_out.inverse, x.inverse, dtype=torch.float32)
+        small = small_product(d_out.columns, x.columns, d_out.inverse, x.inverse, dtype=torch.float32)
+        return small if before is None else before.add_(small)
     assert isinstance(d_out, Tensor) and isinstance(x, Tensor)
+    if before is not None:
+        return add_product(before, d_out.T, x)
     result: Tensor = full_weight_gradient(d_out, x)
     return result
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool = False) -> Tensor:
+    """Return ``total`` with left right added in place (or set to it when ``first``), not rounded to the dtype of the factors."""
+    if left.is_cuda and left.dtype != total.dtype:
+        if first:
+            torch.ops.aten.mm.dtype_out(left, right, total.dtype, out=total)
+        else:
+            torch.ops.aten.addmm.dtype_out(total, left, right, total.dtype, out=total)
+    else:
+        torch.addmm(total, left.to(total.dtype), right.to(total.dtype), beta=0 if first else 1, out=total)
+    return total
 
 
 def small_product(

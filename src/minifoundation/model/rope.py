@@ -16,8 +16,8 @@ from minifoundation.config import RopeConfig
 def rope_frequencies(rope: RopeConfig, head_dim: int, original_seq_len: int) -> tuple[Tensor, float]:
     """Return the frequencies in radians a token, (h/2,) float32 on the CPU, and the gain on cos and sin.
 
-    none: RoFormer (arXiv:2104.09864). linear: position interpolation (arXiv:2306.15595). ntk: a raised base, see
-    ``ntk_theta``. yarn: arXiv:2309.00071, NTK-by-parts (section 3.2) with the attention temperature (section 3.4) as a gain.
+    none: RoFormer (arXiv:2104.09864). linear: position interpolation (arXiv:2306.15595). ntk, theta: a raised base, see
+    ``raised_theta``. yarn: arXiv:2309.00071, NTK-by-parts (section 3.2) with the attention temperature (section 3.4) as a gain.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     match rope.scaling:
@@ -25,8 +25,8 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, original_seq_len: int) -> 
             return 1.0 / rope.theta**exponent, 1.0
         case "linear":
             return 1.0 / rope.theta**exponent / rope.factor, 1.0
-        case "ntk":
-            return 1.0 / ntk_theta(rope, head_dim) ** exponent, 1.0
+        case "ntk" | "theta":
+            return 1.0 / raised_theta(rope, head_dim, original_seq_len) ** exponent, 1.0
         case "yarn":
             period = rope.theta**exponent
             low = max(math.floor(_dimension_of(rope.beta_fast, rope, head_dim, original_seq_len)), 0)
@@ -38,9 +38,17 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, original_seq_len: int) -> 
             return frequencies, yarn_gain(rope.factor)
 
 
-def ntk_theta(rope: RopeConfig, head_dim: int) -> float:
-    """Return the base of static NTK scaling: the lowest frequency is divided by ``factor``, the highest kept (bloc97, 2023)."""
-    return float(rope.theta * rope.factor ** (head_dim / max(head_dim - 2, 1)))
+def raised_theta(rope: RopeConfig, head_dim: int, original_seq_len: int) -> float:
+    """Return the base that stands in for scaling by ``factor``.
+
+    ntk: static, the lowest frequency is divided by ``factor``, the highest kept (bloc97, 2023). theta: the frequency that turned once over
+    the original length, the critical dimension, turns once over the extended one, so that all above it have been seen in full:
+    theta^(ln(s C / 2 pi) / ln(C / 2 pi)) (arXiv:2310.05209, theorem 1, solved for the base).
+    """
+    if rope.scaling == "ntk":
+        return float(rope.theta * rope.factor ** (head_dim / max(head_dim - 2, 1)))
+    turn = math.log(original_seq_len / (2 * math.pi))
+    return float(rope.theta ** ((turn + math.log(rope.factor)) / turn))
 
 
 def yarn_gain(factor: float) -> float:

@@ -10,6 +10,9 @@ from minifoundation.config import ModelConfig
 MOMENT_BYTES = {"fp32": 8.0, "int8": 2 * (1 + 4 / 256)}
 """Bytes of AdamW's two moments a parameter; int8 has a float32 scale for each 256 [torchao]."""
 
+GATES_AT_ONCE = 16_384
+"""Tokens whose gates a checkpointed block by hand holds at once (``fused.AT_ONCE``)."""
+
 
 def n_parameters(config: ModelConfig) -> int:
     """Return the number of weights, a tied head counted once."""
@@ -53,12 +56,15 @@ def memory_bytes(
     optimizer_states: str,
     ema: bool,
     loss_chunk: int,
+    shards: int = 1,
+    regathers: bool = True,
+    buckets: bool = False,
 ) -> dict[str, int]:
     """Return the predicted peak of allocated device memory by what it holds, in bytes; the sum is the prediction.
 
     The largest of three moments of the last micro-batch: its loss and the backward of its last block, when all saved activations exist
     (and gradients, if a micro-batch went before); and the backward of its first block, when all gradients exist. Blocks are taken as
-    compiled, the loss as Triton's. Against measurements: docs/numerics.md.
+    by hand in half precision and as compiled in fp32, the loss as Triton's. Against measurements: docs/numerics.md.
 
     Args:
         grad_accum: micro-batches in a step.
@@ -66,25 +72,41 @@ def memory_bytes(
         optimizer_states: fp32 or int8.
         ema: whether an averaged copy of the weights is kept on the device.
         loss_chunk: tokens whose logits are held at once.
+        shards: parts that weights, gradients and moments are in, on as many devices.
+        regathers: gathered weights of a block are given up after its forward.
+        buckets: gradients have memory of their own from step to step, which they travel from.
     """
     parameters, N, V, D = n_parameters(config), batch_size * seq_len, config.vocab_size, config.d_model
     item = 4 if precision == "fp32" else 2
-    checkpointed = 0 if config.checkpointing == "none" else -(-config.n_layer // config.checkpoint_every)
-    of_checkpointed = {"none": 0, "attention": _attention_kept(config, item), "full": 0}
-    kept = N * (of_checkpointed[config.checkpointing] + D * item)  # with the input of the block
+    kind = config.checkpointing if item == 2 or config.checkpointing != "offload" else "attention"
+    checkpointed = 0 if kind == "none" else -(-config.n_layer // config.checkpoint_every)
     fp8 = precision == "fp8"
     of_block = N * (_saved_by_block(config, item) + (config.n_head * config.head_dim if fp8 else 0))  # what attention mixed, once more
+    kept, again = _checkpointed(config, kind, N, item)
     activations = (config.n_layer - checkpointed) * of_block + checkpointed * kept
     # The widest gradients of a block: of gate, up and their product; in half precision the product again.
-    block_workspace = N * item * (4 if item == 2 else 3) * config.d_ff
+    workspace = N * item * (4 if item == 2 else 3) * config.d_ff
+    if kind in ("attention", "offload") and item == 2:
+        at_work = again if checkpointed == config.n_layer else max(again, workspace)
+        made = 0
+    else:
+        at_work, made = workspace, of_block if checkpointed else 0
     head_gradient = 4 * V * D
+    copies = 2 * n_matmul_parameters(config) + (2 * V * D if fp8 else 0) if item == 2 else 0
+    gradients = 4 * parameters
+    if shards > 1:  # gathered, in the dtype of compute: what is outside the blocks, and the block at work and the next one, or all
+        block = _block_matrices(config)
+        copies = item * ((1 if config.tie_embeddings else 2) * V * D + (2 if regathers else config.n_layer) * block)
+        # What is gathered has a gradient in the same dtype, and both are sent from and to buffers of two blocks.
+        gradients = 4 * parameters if grad_accum > 1 else 4 * parameters // shards
+        copies += 2 * (item + 4) * block
     always = {
-        "weights": 4 * parameters,
-        "weight_copies": 2 * n_matmul_parameters(config) + (2 * V * D if fp8 else 0) if item == 2 else 0,
-        "optimizer": round(MOMENT_BYTES[optimizer_states] * parameters),
-        "ema": 4 * parameters if ema else 0,
+        "weights": 4 * parameters // shards,
+        "weight_copies": copies,
+        "optimizer": round(MOMENT_BYTES[optimizer_states] * parameters / shards),
+        "ema": 4 * parameters // shards if ema else 0,
     }
-    earlier_gradients = 4 * parameters if grad_accum > 1 else 0
+    earlier_gradients = gradients if grad_accum > 1 or buckets else 0
     at_loss = {
         **always,
         "gradients": earlier_gradients,
@@ -95,23 +117,37 @@ def memory_bytes(
     at_last_block = {
         **always,
         "gradients": earlier_gradients,
-        "activations": activations + (of_block if checkpointed else 0),
+        "activations": activations + made,
         "loss": head_gradient + N * D * item,
-        "block_workspace": block_workspace,
+        "block_workspace": at_work,
     }
-    at_first_block = {**always, "gradients": 4 * parameters, "activations": of_block, "block_workspace": block_workspace}
+    first = kept if kind in ("attention", "offload") and item == 2 else of_block
+    at_first_block = {**always, "gradients": gradients, "activations": first, "block_workspace": at_work}
     return max(at_loss, at_last_block, at_first_block, key=lambda parts: sum(parts.values()))
+
+
+def _checkpointed(config: ModelConfig, kind: str, tokens: int, item: int) -> tuple[int, int]:
+    """Return the bytes that a checkpointed block keeps, and those that its backward takes beside them where the block is by hand."""
+    D, h, H, K, F = config.d_model, config.head_dim, config.n_head, config.n_kv_head, config.d_ff
+    large = item * (D + H * h)  # its input, and what attention mixed
+    small = 4 * (H + 1)  # logsumexp of attention, a norm
+    kept = {"none": 0, "attention": large + small, "offload": small, "full": item * D}[kind]
+    # The gates of some tokens: gate and up, their gradients, the product and its own; hidden states beside them. Of all tokens the
+    # gradients of what comes out of the block, goes in, and was mixed.
+    gates = min(tokens, GATES_AT_ONCE) * item * (6 * F + 5 * D) + tokens * item * (2 * D + H * h)
+    # Heads again and their gradients, those of mixed and of the residual; sums of the gradients of heads in float32, as FlashAttention has.
+    attention = tokens * (item * (2 * (H + 2 * K) * h + H * h + D) + 4 * (H + 2 * K) * h)
+    moving = 2 * tokens * large if kind == "offload" else 0  # of the block at work and the one before
+    return tokens * kept, max(gates, attention) + moving
 
 
 def _saved_by_block(config: ModelConfig, item: int) -> int:
     """Return the bytes a token that a block saves for its backward."""
     D, h, H, K = config.d_model, config.head_dim, config.n_head, config.n_kv_head
     # Two inputs of norms; q, k and v as attention reads them and its output; gate and up. Normed values and the product of gate and up are
-    # made again in half precision.
+    # made again in half precision. With QK-norm, heads before it too.
     made_again = 0 if item == 2 else 2 * D + config.d_ff
-    return item * (2 * D + (H + 2 * K) * h + H * h + 2 * config.d_ff + made_again) + 4 * (H + 2)  # logsumexp of attention, two norms
-
-
-def _attention_kept(config: ModelConfig, item: int) -> int:
-    """Return the bytes a token that selective checkpointing keeps: the attention output and its log-sum-exp."""
-    return item * config.n_head * config.head_dim + 4 * config.n_head
+    before_norm = (H + K) * h if config.qk_norm else 0
+    return item * (2 * D + (H + 2 * K) * h + H * h + 2 * config.d_ff + made_again + before_norm) + 4 * (
+        H + 2
+    )  # logsumexp of attention, two norms

@@ -5,6 +5,8 @@ Letters: B rows, T tokens a row, D model width, H query heads, K key/value heads
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,8 +18,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from minifoundation.config import ModelConfig
 from minifoundation.model.attention import KERNEL_OPERATORS, Backend, Mask, attend, documents_for, resolve, rows_for
 from minifoundation.model.fp8 import Scales, Sites
-from minifoundation.model.fused import AfterAttention, AttentionInputs, Norm
+from minifoundation.model.fused import AfterAttention, AttentionInputs, HeadNorms, Norm, heads_again
 from minifoundation.model.initial import draw_normals
+from minifoundation.model.kept import Copies, Kept, MadeAgain, Offloaded, PageLocked
 from minifoundation.model.kernels.language import runs_on
 from minifoundation.model.kernels.quantise import Rounded, Site
 from minifoundation.model.matrix import Matrix, refresh
@@ -47,32 +50,48 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, *, dtype: torch.dtype, checkpointing: str, fp8: bool = False, in_epilogue: bool = False
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        checkpointing: str,
+        fp8: bool = False,
+        in_epilogue: bool = False,
+        copies: bool = True,
     ) -> None:
         super().__init__()
         D, h = config.d_model, config.head_dim
+        half = copies and not fp8
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, h
         self.dropout = config.dropout
         self.checkpointing = checkpointing
         self.attention_norm = RMSNorm(D, config.norm_eps)
-        self.qkv = Matrix(D, (config.n_head + 2 * config.n_kv_head) * h, dtype, small=fp8, half=not fp8)
+        self.qkv = Matrix(D, (config.n_head + 2 * config.n_kv_head) * h, dtype, small=fp8, half=half)
         self.q_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
-        self.out = Matrix(D, D, dtype, small=fp8, half=not fp8)
+        self.out = Matrix(D, D, dtype, small=fp8, half=half)
         self.mlp_norm = RMSNorm(D, config.norm_eps)
-        self.gate_up = Matrix(D, 2 * config.d_ff, dtype, small=fp8, half=not fp8, interleaved=in_epilogue)
+        self.gate_up = Matrix(D, 2 * config.d_ff, dtype, small=fp8, half=half, interleaved=in_epilogue)
         self.in_epilogue = in_epilogue
-        self.down = Matrix(config.d_ff, D, dtype, small=fp8, half=not fp8)
+        self.down = Matrix(config.d_ff, D, dtype, small=fp8, half=half)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Mask | None, sites: Sites | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kernel: Backend,
+        documents: Mask | None,
+        sites: Sites | None = None,
+        kept: Kept | None = None,
     ) -> Tensor:  # (B, T, D)
-        """Return the block's output (B, T, D); by hand (``fused``) with ``sites``, which say what of it is in 8 bits."""
-        whole = self.branches if sites is None else partial(self.fused, sites=sites)
-        if self.checkpointing == "none" or not torch.is_grad_enabled():
+        """Return the block's output (B, T, D); by hand (``fused``) with ``sites``, which say what of it is in 8 bits, and ``kept``."""
+        whole = self.branches if sites is None else partial(self.fused, sites=sites, kept=kept or Kept())
+        selective = self.checkpointing in ("attention", "offload")
+        if self.checkpointing == "none" or not torch.is_grad_enabled() or (selective and sites is not None):
             return whole(x, cos, sin, kernel, documents)
         # Inside forward, so that a compiled block sees it; a selective policy around compiled code would see no operators.
-        extra: dict[str, Any] = {"context_fn": _keep_attention} if self.checkpointing == "attention" else {}
+        extra: dict[str, Any] = {"context_fn": _keep_attention} if selective else {}
         result: Tensor = checkpoint(
             whole,
             x,
@@ -90,25 +109,53 @@ class Block(nn.Module):
         x = x + F.dropout(self.attention(self.attention_norm(x), cos, sin, kernel, documents), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
-    def fused(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Mask | None, *, sites: Sites) -> Tensor:
-        """Return what ``branches`` does, by the functions of ``model/fused.py``."""
+    def fused(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Mask | None, *, sites: Sites, kept: Kept) -> Tensor:
+        """Return what ``branches`` does, by the functions of ``model/fused.py``.
+
+        Selective checkpointing is done in here, not by torch's, which would make the product after the gates again although no backward
+        reads it.
+        """
+        if self.checkpointing == "offload":
+            kept.park(x)
+        with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack) if self.checkpointing == "offload" else nullcontext():
+            return self._fused(x, cos, sin, kernel, documents, sites, kept).view_as(x)
+
+    def _fused(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Mask | None, sites: Sites, kept: Kept) -> Tensor:
         B, T, _ = x.shape
+        flat = x.flatten(0, 1)
+        again = self.checkpointing in ("attention", "offload")
         turned_inside = self.q_norm is None
         tables = (cos.flatten(0, -2), sin.flatten(0, -2)) if turned_inside else None
         shape = B, T, self.n_head, self.n_kv_head, self.head_dim
-        eps = self.attention_norm.eps
-        q, k, v, flat = AttentionInputs.apply(  # type: ignore[no-untyped-call]
-            x.flatten(0, 1), self.attention_norm.weight, self.qkv.weight, self.qkv.operand, eps, tables, shape, sites
-        )
+        gain, eps = self.attention_norm.weight, self.attention_norm.eps
+        rest = self.qkv.operand, eps, tables, shape, sites
+
+        def normed(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+            assert self.q_norm is not None and self.k_norm is not None
+            return apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin)
+
+        packed = kept.pack(flat)
+
+        @torch.no_grad()
+        def make() -> Sequence[Tensor]:
+            heads = heads_again(kept.unpack(packed), gain, *rest)
+            return heads if turned_inside else (*heads, *normed(*heads[:2]))
+
+        q, k, v, flat = AttentionInputs.apply(flat, gain, self.qkv.weight, *rest)  # type: ignore[no-untyped-call]
+        made = MadeAgain(make, kept)
+        heads = [q, k, v]
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin)
-        mixed = attend(q, k, v, kernel, documents).reshape(B * T, -1)
+            with made.instead_of(*heads) if again else nullcontext():
+                q, k = HeadNorms.apply(q, k, normed, self.q_norm.weight, self.k_norm.weight)  # type: ignore[no-untyped-call]
+            heads += [q, k]
+        with made.instead_of(*heads) if again else nullcontext():
+            mixed = attend(q, k, v, kernel, documents).reshape(B * T, -1)
         weights = self.out.weight, self.mlp_norm.weight, self.gate_up.weight, self.down.weight
         operands = self.out.operand, self.gate_up.operand, self.down.operand
         result: Tensor = AfterAttention.apply(  # type: ignore[no-untyped-call]
-            mixed, flat, *weights, operands, eps, sites, self.in_epilogue
+            mixed, flat, *weights, operands, eps, sites, self.in_epilogue, again, self.in_epilogue and self.gate_up.copy is None
         )
-        return result.view_as(x)
+        return result
 
     def attention(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Mask | None) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2K, h)
@@ -142,11 +189,21 @@ class Transformer(nn.Module):
         dtype: of activations.
         fp8: factors of the blocks' products are in 8 bits, and of two of the head's three.
         in_epilogue: SwiGLU is computed in the products beside it, by QuACK.
+        copies: half precision is had by copies of float32 weights; False where the weights themselves come in ``dtype``, from what gathers
+            them before a block is called.
     """
 
     frequencies: Tensor
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32, fp8: bool = False, in_epilogue: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        fp8: bool = False,
+        in_epilogue: bool = False,
+        copies: bool = True,
+    ) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
@@ -157,6 +214,7 @@ class Transformer(nn.Module):
             config.d_model,
             config.vocab_size,
             dtype if config.tie_embeddings else torch.float32,
+            half=copies,
             small=fp8 and config.tie_embeddings,
         )
         self.blocks = nn.ModuleList(
@@ -165,14 +223,16 @@ class Transformer(nn.Module):
                 dtype=dtype,
                 fp8=fp8,
                 in_epilogue=in_epilogue,
+                copies=copies,
                 checkpointing="none" if i % config.checkpoint_every else config.checkpointing,
             )
             for i in range(config.n_layer)
         )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = None if config.tie_embeddings else Matrix(config.d_model, config.vocab_size, dtype, small=fp8)
+        self.head = None if config.tie_embeddings else Matrix(config.d_model, config.vocab_size, dtype, small=fp8, half=copies)
         frequencies, self.gain = rope_frequencies(config.rope, config.head_dim, config.original_seq_len)
         self.register_buffer("frequencies", frequencies, persistent=False)
+        self._copies: Copies | None = None
         self.matrices = [module for module in self.modules() if isinstance(module, Matrix)]
 
     @property
@@ -212,9 +272,13 @@ class Transformer(nn.Module):
                 x = block(x, cos, sin, kernel, documents)
             plain: Tensor = self.norm(x)
             return plain
+        offloaded: Offloaded | None = None
         for number, block in enumerate(self.blocks):
             sites = Sites() if self.scales is None else self.scales.sites(number, watched=torch.is_grad_enabled())
-            x = block(x, cos, sin, kernel, documents, sites)
+            kept = Kept()
+            if block.checkpointing == "offload" and torch.is_grad_enabled():
+                kept = offloaded = Offloaded(offloaded, self.copies(x.device))
+            x = block(x, cos, sin, kernel, documents, sites, kept)
         result: Tensor = Norm.apply(x.flatten(0, 1), self.norm.weight, self.norm.eps)  # type: ignore[no-untyped-call]
         return result.view_as(x)
 
@@ -222,6 +286,12 @@ class Transformer(nn.Module):
         """Return the logits (B, T, V), float32 (float64 when the model computes in it)."""
         logits: Tensor = self.output(self(tokens, cu_seqlens))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def copies(self, device: torch.device) -> Copies:
+        """Return what moves the activations of offloaded blocks; made once, since it holds streams."""
+        if self._copies is None:
+            self._copies = PageLocked(device)
+        return self._copies
 
     def by_hand_on(self, x: Tensor) -> bool:
         """Return whether the blocks for activations like ``x`` are those of ``model/fused.py``."""

@@ -120,7 +120,14 @@ def _training(content: Content) -> str:
     if ledger:
         header = ["source", "phase", "share", "tokens", "epochs"]
         rows = [
-            [e.source, e.phase, f"{e.share:.1%}", f"{e.tokens:,}", "under 1" if e.epochs is None else f"{e.epochs:.2f}"] for e in ledger
+            [
+                f"{e.source} ({e.part})" if e.part else e.source,
+                e.phase,
+                f"{e.share:.1%}",
+                f"{e.tokens:,}",
+                "under 1" if e.epochs is None else f"{e.epochs:.2f}",
+            ]
+            for e in ledger
         ]
         lines += ["", _table(header, rows)]
     return "\n".join(lines)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from minifoundation.checkpoint import Checkpoint, write_whole
 from minifoundation.config import RunConfig
 from minifoundation.data.held_out import HeldOut
 from minifoundation.data.ledger import Entry
-from minifoundation.data.loader import Loader
+from minifoundation.data.lengths import Documents, LongRows, PackedRows, buckets
+from minifoundation.data.loader import Loader, Readable, part_of, source_of
 from minifoundation.data.mixture import Mixture
 from minifoundation.data.prepare import tokenizer_for
 from minifoundation.data.samples import Order, Samples
@@ -59,9 +61,23 @@ def training_data(
     Raises:
         UserError: the corpus cannot be read, is too small for one step, or is not the one that the checkpoint has read.
     """
+    made: list[TrainingData] = []
+    opened = partial(_opened, config, planned, say, resumed=resumed, start=start, stepped_over=stepped_over)
+    world.agreed(lambda: made.append(opened()))
+    with world.together():
+        return made[0] if made else opened()
+
+
+def _opened(
+    config: RunConfig,
+    planned: Plan,
+    say: Say,
+    *,
+    resumed: Checkpoint | None,
+    start: Start | None,
+    stepped_over: list[list[int]],
+) -> TrainingData:
     before = resumed or (start.checkpoint if start else None)
-    if not world.is_first:
-        world.wait()
     tokenizer = _tokenizer(config, before)
     progress = Progress(**resumed.progress) if resumed else Progress(phase=start.phase if start else "pretrain")
     progress.samples_per_step = planned.samples_per_step
@@ -70,6 +86,7 @@ def training_data(
     weights = config.data.weights
     assert isinstance(config.train.batch_size, int)
     mixture = Mixture([weights[source] for source in sources])
+    by_length = config.data.min_tokens is not None
     seq_len = config.train.seq_len
     size = planned.samples_per_step
     in_all = mixture.counts(progress.end(planned.steps - progress.step, size))
@@ -80,6 +97,8 @@ def training_data(
     for source, samples, first_samples in zip(sources, in_all, at_once, strict=True):
         if resumed is None and source in ledger:
             progress.first_shards[source] = _first_unread(ledger[source], config, tokenizer, say)
+        if by_length:  # what is long is known once all of it has been looked through
+            samples = first_samples = -(-round(searched(config) * weights[source]) // seq_len)
         want = Want(source, progress.first_shards.setdefault(source, 0), samples, seq_len)
         shards[source] = prepared(want, first_samples, config.data, tokenizer)
         if resumed is not None:
@@ -87,9 +106,7 @@ def training_data(
         wants.append(want)
     if start is not None and resumed is None and ledger and ledger.keys().isdisjoint(sources):
         say(f"data: another corpus than the phase before ({', '.join(ledger)}); reading it from the start")
-    if world.is_first:
-        world.wait()
-    loader = Loader(
+    windows = Loader(
         {
             source: Samples(shards[source], seq_len=seq_len, seed=config.train.seed, first_shard=progress.first_shards[source])
             for source in sources
@@ -97,16 +114,83 @@ def training_data(
         weights,
         mask_documents=config.data.mask_documents,
     )
-    _enough(loader, planned)
+    loader = by_lengths(windows, config, planned, say) if by_length else windows
+    _enough(windows, planned)
     held_out = HeldOut(
-        loader,
-        samples=planned.steps * planned.samples_per_step,
+        windows,
+        samples=-(-searched(config) // seq_len) if by_length else planned.steps * planned.samples_per_step,
         tokens=config.train.eval_tokens,
         batch_size=config.train.batch_size,
         text_bytes=tokenizer.text_bytes,
     )
     to_make = tuple(want for want in wants if not want.met(shards[want.source], want.samples))
     return TrainingData(tokenizer, loader, held_out, progress, to_make)
+
+
+def searched(config: RunConfig) -> int:
+    """Return the tokens of the corpus that are looked through for long documents."""
+    return config.data.search_tokens or config.train.tokens
+
+
+def by_lengths(windows: Loader, config: RunConfig, planned: Plan, say: Say) -> Loader:
+    """Return the loader that reads the long documents of each source of ``windows`` more often than they occur, and packs the short ones.
+
+    ``data.long_share`` of the rows begin with a long document, fewer where these would be read more than ``data.long_repeats`` times.
+
+    Raises:
+        UserError: no document is as long as ``data.min_tokens``; where that is auto, ``windows`` comes back, and it is said.
+    """
+    data, seq_len, seed = config.data, config.train.seq_len, config.train.seed
+    auto = data.min_tokens == "auto"
+    least = seq_len // 2 if auto else data.min_tokens
+    assert isinstance(least, int)
+    rows = planned.steps * planned.samples_per_step
+    sources: dict[str, Readable] = {}
+    weights: dict[str, float] = {}
+    for source, samples in windows.sources.items():
+        order = samples.order
+        enough, tokens = [], 0
+        for shard in order.turns:
+            if tokens < searched(config) * data.weights[source]:
+                enough.append(order.shards.train[shard])
+                tokens += enough[-1].n_tokens
+        documents = Documents.of(enough, order.shards.manifest.eos)
+        long = LongRows(documents, order, min_tokens=least, seed=seed)
+        packed = PackedRows(documents, order, min_tokens=least, seed=seed)
+        weight = data.weights[source]
+        share = min(data.long_share, data.long_repeats * long.samples_per_epoch / (weight * rows)) if packed.samples_per_epoch else 1.0
+        if long.samples_per_epoch == 0:
+            longest = int(documents.length.max())
+            problem = f"no document of {source} has {least:,} tokens: the longest of {tokens:,} tokens searched has {longest:,}"
+            if not auto:
+                raise UserError("data.min_tokens", problem, "lower it, or raise data.search_tokens to look further")
+            say(f"warning: {problem}; rows are windows of {seq_len:,} tokens cut from documents one after the other (data.search_tokens)")
+            return windows
+        for line in _lengths(source, long, packed, least, share, rows * weight):
+            say(line)
+        sources |= {part_of(source, "long"): long}
+        weights |= {part_of(source, "long"): round(weight * share, 9)}
+        if share < 1:
+            sources |= {part_of(source, "short"): packed}
+            weights |= {part_of(source, "short"): round(weight * (1 - share), 9)}
+    return Loader(sources, weights, mask_documents=data.mask_documents)
+
+
+def _lengths(source: str, long: LongRows, packed: PackedRows, least: int, share: float, rows: float) -> list[str]:
+    """Return lines for a person: the share of each length in what was searched and in what is trained on."""
+    times = share * rows / long.samples_per_epoch
+    lines = [
+        f"  lengths  {source}: {share:.0%} of the rows begin with one of {long.samples_per_epoch:,} pieces of documents of {least:,} "
+        f"tokens and more (read {times:.2g} times); the rest is short documents, packed"
+    ]
+    for bucket in buckets(long, packed, share):
+        if bucket.documents:
+            most = "and more" if bucket.longest is None else f"to {bucket.longest:,}"
+            lines.append(
+                f"           {bucket.shortest:>7,} {most:<10} {bucket.documents:>9,} documents, {bucket.corpus:6.1%} of the tokens there, "
+                f"{bucket.mix:6.1%} of those trained on"
+            )
+    return lines
 
 
 def _tokenizer(config: RunConfig, before: Checkpoint | None) -> Tokenizer:
@@ -174,11 +258,14 @@ def described(data: TrainingData, planned: Plan) -> list[str]:
     in_all = data.loader.counts(planned.steps * planned.samples_per_step)
     shares = dict(zip(data.loader.sources, data.loader.mixture.shares, strict=True))
     making = {want.source for want in data.to_make}
-    for source, samples in data.loader.sources.items():
+    for name_of, samples in data.loader.sources.items():
+        source, part = source_of(name_of)
+        if part == "short":
+            continue
         shards = samples.order.shards
-        name = "" if len(in_all) == 1 else f"{source} {float(100 * shares[source]):.3g}%: "
+        name = "" if len(in_all) == 1 else f"{source}: " if part else f"{source} {float(100 * shares[source]):.3g}%: "
         text = f"{name}{shards.train_tokens:,} tokens in {len(shards.train)} shards"
-        if (there := samples.samples_per_epoch) is not None and (len(in_all) > 1 or in_all[source] > there):
+        if part is None and (there := samples.samples_per_epoch) is not None and (len(in_all) > 1 or in_all[source] > there):
             text += f", read {in_all[source] / there:.1f} times"
         if source in making:
             text += ", more is made while training runs"

@@ -12,7 +12,7 @@ import torch
 
 from minifoundation import runtime
 from minifoundation.config import RunConfig
-from minifoundation.distributed import World
+from minifoundation.distributed import Split, World
 from minifoundation.model.attention import Backend, attend, candidates, documents_for, resolve, rows_for
 from minifoundation.model.kernels import gated
 from minifoundation.model.rope import positions_within
@@ -26,6 +26,8 @@ SLOW = {"efficient", "math"}
 
 DOCUMENT_TOKENS = 512
 """Attention within documents is timed on rows cut into documents of this length."""
+
+ONE = Split()
 
 WARM_UP, ROUNDS = 3, 10
 
@@ -74,12 +76,18 @@ def _quack_obstacle(config: RunConfig, machine: Machine) -> str | None:
     return gated.obstacle(machine.device, runtime.compute_dtype(precision, machine), machine.capability)
 
 
-def transformer_for(config: RunConfig, machine: Machine, kernels: Kernels) -> Transformer:
+def transformer_for(config: RunConfig, machine: Machine, kernels: Kernels, split: Split = ONE) -> Transformer:
     """Return the model of a run on the device, its weights still to be set there: never all of them on the CPU first."""
     model = config.model.model_copy(update={"attention": kernels.attention})
     dtype = runtime.compute_dtype(config.train.precision, machine)
     with torch.device(machine.device):
-        transformer = Transformer(model, dtype=dtype, fp8=config.train.precision == "fp8", in_epilogue=kernels.swiglu == "quack")
+        transformer = Transformer(
+            model,
+            dtype=dtype,
+            fp8=config.train.precision == "fp8",
+            in_epilogue=kernels.swiglu == "quack",
+            copies=not split.is_sharded,
+        )
     return transformer.to(machine.device)  # the frequencies of RoPE and the first scales are made on the CPU
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from minifoundation.config import RunConfig
-from minifoundation.distributed import World
+from minifoundation.distributed import Split, World
 from minifoundation.errors import UserError
 from minifoundation.runtime import Machine
-from minifoundation.train.plan import USABLE_MEMORY, plan
+from minifoundation.train.plan import ALONE, USABLE_MEMORY, plan
 from minifoundation.train.provenance import typed
 
 GIB = 2**30
@@ -19,14 +19,16 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return "out of memory" in str(error) or "DefaultCPUAllocator" in str(error)
 
 
-def too_large(config: RunConfig, machine: Machine, world: World, *, resumable: bool) -> UserError:
+def too_large(config: RunConfig, machine: Machine, world: World, *, resumable: bool, split: Split = ALONE) -> UserError:
     """Return the error of a run that does not fit: the peak, the change that helps, the memory predicted with it and the whole line.
 
     Args:
         resumable: the run's folder holds something to go on from.
     """
     train = config.train
-    options, needed = remedy(config, machine, world)
+    options, needed = remedy(config, machine, world, split)
+    if train.tokens_per_step is not None:
+        options = {name: value for name, value in options.items() if name != "grad_accum"}  # it follows
     line = typed(world, **options, **({"resume": "auto"} if resumable else {}))
     changes = " ".join(f"--{name} {value}" for name, value in options.items())
     return UserError(
@@ -37,14 +39,14 @@ def too_large(config: RunConfig, machine: Machine, world: World, *, resumable: b
     )
 
 
-def remedy(config: RunConfig, machine: Machine, world: World) -> tuple[dict[str, Any], int]:
+def remedy(config: RunConfig, machine: Machine, world: World, split: Split = ALONE) -> tuple[dict[str, Any], int]:
     """Return the options that make the run fit at the least cost in speed, and the bytes predicted with them.
 
-    Fewer rows with more micro-batches cost nearly nothing and leave the tokens of a step as they are; recomputing activations costs a
-    fifth to a third. Where nothing fits, the change with the smallest prediction comes back.
+    Fewer rows with more micro-batches cost nearly nothing and leave the tokens of a step as they are; to recompute all but attention costs
+    little in long rows, to recompute all a fifth to a third. Where nothing fits, the change with the smallest prediction comes back.
     """
-    usable = min(USABLE_MEMORY * machine.memory_bytes, 0.9 * plan(config, world.size).memory_total)
-    tried = [(options, plan(_changed(config, options), world.size).memory_total) for options in _changes(config)]
+    usable = min(USABLE_MEMORY * machine.memory_bytes, 0.9 * plan(config, world.size, split).memory_total)
+    tried = [(options, plan(_changed(config, options), world.size, split).memory_total) for options in _changes(config)]
     return next(((options, needed) for options, needed in tried if needed <= usable), min(tried, key=lambda one: one[1]))
 
 
@@ -55,10 +57,12 @@ def _changes(config: RunConfig) -> list[dict[str, Any]]:
     splits = [{"batch_size": rows // part, "grad_accum": micro * part} for part in range(2, rows + 1) if rows % part == 0]
     one_row = splits[-1] if splits else {}
     smaller = {"train.loss_chunk": max(1, train.loss_chunk // 4)}
-    kinds = {"none": ("attention", "full"), "attention": ("full",), "full": ()}[model.checkpointing]
-    recomputed = [{**one_row, "model.checkpointing": kind} for kind in kinds]
-    least: dict[str, Any] = {**one_row, "model.checkpointing": "full", **smaller}
-    return [*splits, *recomputed, {**one_row, **smaller}, least, {**least, "train.optimizer_states": "int8"}]
+    by_hand = train.precision != "fp32" and not model.dropout  # elsewhere nothing can be offloaded
+    order = ("none", "attention", *(("offload",) if by_hand else ()), "full")
+    rest = order[order.index(model.checkpointing) + 1 :]
+    recomputed = [{**one_row, "model.checkpointing": kind} for kind in rest]
+    least: list[dict[str, Any]] = [{**one_row, "model.checkpointing": kind, **smaller} for kind in rest[-2:] or (model.checkpointing,)]
+    return [*splits, *recomputed, {**one_row, **smaller}, *least, *({**one, "train.optimizer_states": "int8"} for one in least)]
 
 
 def _changed(config: RunConfig, options: dict[str, Any]) -> RunConfig:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from minifoundation.checkpoint import FINAL, Checkpoint, Saver, load_checkpoint,
 from minifoundation.config import RunConfig, changed, to_yaml
 from minifoundation.data.supply import Supply
 from minifoundation.data.tokenizer import Tokenizer
-from minifoundation.distributed import World, join, spread
+from minifoundation.distributed import Watch, World, join
 from minifoundation.errors import Stopped
 from minifoundation.lock import LOCK, held
 from minifoundation.model.attention import resolve
@@ -28,26 +29,40 @@ from minifoundation.train.finder import steps_fit, with_batch_size
 from minifoundation.train.guard import Guard
 from minifoundation.train.kernels import Kernels, chosen_kernels, transformer_for
 from minifoundation.train.loop import fit
+from minifoundation.train.meeting import network, same_data, same_run, same_weights
 from minifoundation.train.metrics import METRICS, MetricsLog
 from minifoundation.train.optimizer import adamw, restore_optimizer
 from minifoundation.train.out_of_memory import is_out_of_memory, too_large
+from minifoundation.train.parallel import accumulated, as_asked, chosen_split, spread_over
 from minifoundation.train.plan import Plan, describe, plan
 from minifoundation.train.provenance import record_start, typed
 from minifoundation.train.resume import checkpoint_to_resume, set_later_aside
 from minifoundation.train.rollback import Bad, checkpoint_before, record_rollback, stepped_over
 from minifoundation.train.state import Start, Training
 from minifoundation.train.stop import Stop, stop_on_signals
+from minifoundation.train.suite import Suite
 
-LESS_MEMORY = "lower --batch_size and raise --grad_accum, or take --model.checkpointing attention or full, or --train.optimizer_states int8"
+LESS_MEMORY = (
+    "lower --batch_size and raise --grad_accum, or take --model.checkpointing attention or offload, or --train.optimizer_states int8"
+)
 
 
-def run(config: RunConfig, *, resume: str | None, dry_run: bool, allowed: tuple[str, ...] = (), start: Start | None = None) -> Path | None:
+def run(
+    config: RunConfig,
+    *,
+    resume: str | None,
+    dry_run: bool,
+    allowed: tuple[str, ...] = (),
+    start: Start | None = None,
+    suite_for: Callable[[RunConfig], Suite | None] = lambda _: None,
+) -> Path | None:
     """Train one phase and return the path of its ``final.pth`` (None for a dry run).
 
     Args:
         resume: ``auto`` or the path of a checkpoint; None refuses a folder that holds a run.
         allowed: settings that may differ from the checkpoint's although they change the result.
         start: the checkpoint whose weights and tokenizer a later phase starts from.
+        suite_for: returns the benchmarks that a run does on its weights, None for none.
 
     Raises:
         UserError: anything in the settings, files or device that cannot work.
@@ -56,26 +71,33 @@ def run(config: RunConfig, *, resume: str | None, dry_run: bool, allowed: tuple[
     with join() as world, stop_on_signals(config.train.max_hours) as stop:
         machine = runtime.machine(world.local_rank)
         say = Printer(world)
-        asked = _supported(config, machine, say)
-        config = with_batch_size(asked, machine)
-        planned = plan(config, world.size)
+        same_run(config, world)
+        with world.together():
+            asked = accumulated(_supported(config, machine, say), world)
+            split = world.agreed(lambda: chosen_split(asked, machine, world))
+            config = world.agreed(lambda: with_batch_size(asked, machine, split=split))
+            planned = plan(config, world.size, split)
         if dry_run:
             if world.is_first:
                 print(f"plan of {config.out_dir}:\n{describe(config, planned, machine, world.size)}\nnothing was started (--dry_run)")
             return None
         try:
-            resumed = checkpoint_to_resume(config, resume, allowed, planned, say)
+            with world.together():
+                resumed = checkpoint_to_resume(config, resume, allowed, planned, world, say)
             final = config.out_dir / FINAL
             if resumed is not None and resumed.progress["step"] >= planned.steps and not resumed.optimizer:
                 say(f"{final} is finished: {planned.steps:,} of {planned.steps:,} steps")
                 return final
-            with _owned(config.out_dir, world):
-                if world.is_first:
-                    set_later_aside(config.out_dir, resumed.progress["step"] if resumed else 0, say)
+            with ExitStack() as owned:
+                world.agreed(lambda: owned.enter_context(_owned(config.out_dir)))
+                step = resumed.progress["step"] if resumed else 0
+                world.agreed(lambda: set_later_aside(config.out_dir, step, say))
                 if asked.train.batch_size == "auto":
                     config = _fitting(asked, planned, machine, world, say, resumed)
-                    planned = plan(config, world.size)
-                return _trained(config, planned, machine, world, say, stop, resumed=resumed, start=start)
+                    planned = plan(config, world.size, split)
+                with world.together():
+                    suite = suite_for(config)
+                return _trained(config, planned, machine, world, say, stop, resumed=resumed, start=start, suite=suite)
         except KeyboardInterrupt:
             if stop.nothing_to_save:
                 there = "nothing is lost" if step_folders(config.out_dir) else "no step was done yet"
@@ -85,16 +107,13 @@ def run(config: RunConfig, *, resume: str | None, dry_run: bool, allowed: tuple[
             if not is_out_of_memory(error):
                 raise
             resumable = bool(step_folders(config.out_dir)) or (config.out_dir / METRICS).exists()
-            fault = too_large(config, machine, world, resumable=resumable)
+            fault = too_large(config, machine, world, resumable=resumable, split=split)
         raise fault  # outside the handler, so that what the device held for the step is free
 
 
 @contextmanager
-def _owned(out_dir: Path, world: World) -> Iterator[None]:
-    """Hold the folder of the run, on the first process, and remove what a killed one has left half-written in it."""
-    if not world.is_first:
-        yield
-        return
+def _owned(out_dir: Path) -> Iterator[None]:
+    """Hold the folder of the run, and remove what a killed one has left half-written in it."""
     out_dir.mkdir(parents=True, exist_ok=True)
     with held(out_dir):
         tidy(out_dir)
@@ -115,30 +134,34 @@ def _trained(
     *,
     resumed: Checkpoint | None,
     start: Start | None,
+    suite: Suite | None,
 ) -> Path:
     """Train to the end and return ``final.pth``, going back to a checkpoint as often as that is needed and allowed."""
     again = False
     while True:
-        outcome = _train(config, planned, machine, world, say, stop, resumed=resumed, start=start, again=again)
+        outcome = _train(config, planned, machine, world, say, stop, resumed=resumed, start=start, suite=suite, again=again)
         if isinstance(outcome, Path):
             return outcome
-        world.wait()
-        folder = checkpoint_before(outcome, config.out_dir, most=config.train.max_rollbacks, say=say)
-        say(f"going back to {folder or 'the beginning'}, and over what was skipped: {outcome}")
-        world.wait()  # all have looked before the first one changes anything
-        if world.is_first:
-            record_rollback(outcome, folder, config.out_dir)
-        world.wait()
+        folder = world.agreed(partial(_gone_back, outcome, config, say))
         resumed = load_checkpoint(folder, verified=True) if folder else None
         torch.compiler.reset()
         again = True
+
+
+def _gone_back(bad: Bad, config: RunConfig, say: Printer) -> Path | None:
+    """Return the checkpoint from which the run goes on, once the folder says so; None for the beginning."""
+    folder = checkpoint_before(bad, config.out_dir, most=config.train.max_rollbacks, say=say)
+    say(f"going back to {folder or 'the beginning'}, and over what was skipped: {bad}")
+    record_rollback(bad, folder, config.out_dir)
+    return folder
 
 
 def _fitting(asked: RunConfig, planned: Plan, machine: Machine, world: World, say: Printer, resumed: Checkpoint | None) -> RunConfig:
     """Return ``asked`` with the batch size that real steps show to fit; a resumed run stays at the rows of its steps."""
     if resumed is not None:
         asked = asked.model_copy(update={"train": asked.train.model_copy(update={"grad_accum": planned.samples_per_step // world.size})})
-    config = with_batch_size(asked, machine, lambda one: steps_fit(one, machine, world, say))
+    split = planned.split
+    config = with_batch_size(asked, machine, lambda one: steps_fit(one, machine, world, say, split), split)
     say(f"train.batch_size: auto is {config.train.batch_size} rows x {config.train.grad_accum} micro-batches")
     return config
 
@@ -172,6 +195,9 @@ def _supported(config: RunConfig, machine: Machine, say: Printer) -> RunConfig:
     )
     if warning:
         say(f"warning: model.attention: {warning}")
+    if config.model.checkpointing == "offload" and (obstacle := _offload_obstacle(config, machine)):
+        say(f"warning: model.checkpointing: offload {obstacle}; using attention")
+        config = config.model_copy(update={"model": config.model.model_copy(update={"checkpointing": "attention"})})
     if config.train.deterministic:
         runtime.make_deterministic()
         if machine.is_cuda and config.model.attention == "auto":  # of the fast kernels, the one whose backward follows torch's switch
@@ -181,6 +207,15 @@ def _supported(config: RunConfig, machine: Machine, say: Printer) -> RunConfig:
         say(f"warning: --compile: {reason}; running without it")
         compiled = False
     return config.model_copy(update={"train": config.train.model_copy(update={"compile": compiled})})
+
+
+def _offload_obstacle(config: RunConfig, machine: Machine) -> str | None:
+    """Return why activations cannot be kept in host memory, or None: it is the blocks by hand that do it."""
+    if not machine.is_cuda:
+        return f"needs a CUDA GPU and this is {machine.device.type}"
+    if config.train.precision == "fp32":
+        return "is for half precision"
+    return "cannot do dropout" if config.model.dropout else None
 
 
 def _train(
@@ -193,6 +228,7 @@ def _train(
     *,
     resumed: Checkpoint | None,
     start: Start | None,
+    suite: Suite | None,
     again: bool,
 ) -> Path | Bad:
     """Train from ``resumed`` or the beginning, and return ``final.pth``, or the steps from which nothing could be learnt.
@@ -206,22 +242,29 @@ def _train(
     out_dir = config.out_dir
     before = resumed or (start.checkpoint if start else None)
     data = training_data(config, planned, world, say, resumed=resumed, start=start, stepped_over=stepped_over(out_dir))
+    same_data(data.loader, data.progress.sample, world)
     config = _with_vocabulary(config, data.tokenizer, before, say)
-    planned = plan(config, world.size)
+    planned = plan(config, world.size, planned.split)
     if not again:
         _tell(config, planned, machine, world, data, say)
+        for line in network(machine, world):
+            say(line)
     kernels, choices = chosen_kernels(config, machine, world, resumed.kernels if resumed else {})
     for choice in [] if again else choices:
         say(choice)
     background = Supply(data.to_make, config.data, data.tokenizer.path) if data.to_make and world.is_first else nullcontext()
     with background as supply, _saver(config, say) as saver:
-        training = _built(config, planned, machine, world, data, supply, saver, say, kernels=kernels, resumed=resumed, start=start)
+        training = _built(
+            config, planned, machine, world, data, supply, saver, say, kernels=kernels, resumed=resumed, start=start, suite=suite
+        )
         progress = data.progress
         if world.is_first:
-            write_whole(out_dir / "config.yaml", to_yaml(config).encode())
+            write_whole(out_dir / "config.yaml", to_yaml(as_asked(config)).encode())
             record_start(out_dir, world, machine, step=progress.step)
         resumed_at = progress.step - (progress.due is not None)
-        with MetricsLog(out_dir if world.is_first else None, resumed_at=resumed_at, tensorboard=config.train.tensorboard) as log:
+        folder = out_dir if world.is_first else None
+        scores = suite.columns if suite is not None else ()
+        with MetricsLog(folder, resumed_at=resumed_at, tensorboard=config.train.tensorboard, also=scores) as log:
             outcome = fit(training, log, stop)
         if isinstance(outcome, Bad):
             return outcome
@@ -232,10 +275,11 @@ def _train(
             )
         saver.finish()
         path = out_dir / FINAL
-        if world.is_first:
-            save_final(training.checkpoint(with_optimizer=False), out_dir)
-            say(f"wrote {path} (metrics: {out_dir / METRICS}, settings: {out_dir / 'config.yaml'})")
-        world.wait()
+        checkpoint = training.checkpoint(with_optimizer=False)
+        if planned.split.is_sharded:
+            checkpoint = checkpoint.in_host_memory(kept=world.is_first)
+        world.agreed(lambda: save_final(checkpoint, out_dir))
+        say(f"wrote {path} (metrics: {out_dir / METRICS}, settings: {out_dir / 'config.yaml'})")
         return path
 
 
@@ -288,18 +332,20 @@ def _built(
     kernels: Kernels,
     resumed: Checkpoint | None,
     start: Start | None,
+    suite: Suite | None,
 ) -> Training:
     """Return the model, optimizer and the rest in the state in which the phase begins or goes on."""
     before = resumed or (start.checkpoint if start else None)
-    transformer = transformer_for(config, machine, kernels)
+    transformer = transformer_for(config, machine, kernels, planned.split)
     if before is None:
         transformer.initialise(config.train.seed)
     else:
         transformer.load_state_dict(before.model)
+    same_weights(transformer, world)
     training_model = TrainingModel(transformer, z_loss=config.train.z_loss, chunk=config.train.loss_chunk)
     if config.train.compile:
         transformer.compile_blocks()
-    model = spread(training_model, world)
+    model = spread_over(training_model, config, machine, world, planned.split)
     optimizer = adamw(transformer, config.train)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=config.train.precision == "fp16")
     average = None
@@ -307,6 +353,8 @@ def _built(
         average = Average(dict(transformer.named_parameters()), config.train.ema, resumed.ema if resumed else None)
     guard = Guard(config.train.spike_z, config.train.spike_window, machine.device, resumed.window if resumed else None)
     earlier = start.checkpoint.ledger if start else []
+    if start is not None and start.with_optimizer and resumed is None:
+        restore_optimizer(optimizer, {weight: name for name, weight in transformer.named_parameters()}, start.checkpoint.optimizer)
     if resumed is not None:
         restore_optimizer(optimizer, {weight: name for name, weight in transformer.named_parameters()}, resumed.optimizer)
         if transformer.scales is not None:
@@ -332,6 +380,8 @@ def _built(
         tokenizer_model=data.tokenizer.model,
         earlier=earlier,
         guard=guard,
+        watch=Watch(world, config.train.rank_timeout, config.out_dir),
+        suite=suite,
         saver=saver,
         say=say,
     )

@@ -15,14 +15,16 @@ from minifoundation.data.held_out import HeldOut
 from minifoundation.data.ledger import entries
 from minifoundation.data.loader import Loader
 from minifoundation.data.supply import Supply
-from minifoundation.distributed import World
+from minifoundation.distributed import Watch, World
 from minifoundation.model.transformer import Transformer
 from minifoundation.runtime import Machine
 from minifoundation.train.ema import Average
 from minifoundation.train.guard import Guard
 from minifoundation.train.kernels import Kernels
 from minifoundation.train.optimizer import optimizer_state
+from minifoundation.train.parallel import as_asked
 from minifoundation.train.plan import Plan
+from minifoundation.train.suite import Suite
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Start:
 
     phase: str
     checkpoint: Checkpoint
+    with_optimizer: bool = False
+    """The optimizer's moments go on too."""
 
 
 @dataclass
@@ -106,15 +110,21 @@ class Training:
     earlier: list[dict[str, Any]]
     """The ledger of the phases before."""
     guard: Guard
+    watch: Watch
+    suite: Suite | None
+    """The benchmarks that are run on the weights as they are."""
     saver: Saver
     say: Callable[[str], None]
     """Prints a line for the person, on the first process."""
 
     def checkpoint(self, *, with_optimizer: bool) -> Checkpoint:
-        """Return the run as it stands; the tensors are those of the run, not copies, but for the small ones that change first in a step."""
+        """Return the run as it stands.
+
+        The tensors are those of the run, split as they are, and not copies, but for the small ones that change first in a step.
+        """
         read = entries(self.loader.sources, self.loader.mixture, self.progress.sample, self.progress.phase)
         checkpoint = Checkpoint(
-            config=self.config,
+            config=as_asked(self.config),
             model=self.transformer.state_dict(),
             tokenizer_model=self.tokenizer_model,
             progress=self.progress.as_dict(),
@@ -129,16 +139,29 @@ class Training:
             checkpoint.kernel_state = self.transformer.scales.state() if self.transformer.scales is not None else {}
         return checkpoint
 
+    def scores(self, told: Callable[[], bool]) -> dict[str, float | None] | None:
+        """Return the scores of the weights as they are on the run's benchmarks; None when told to stop before the end."""
+        assert self.suite is not None
+        checkpoint = self.checkpoint(with_optimizer=False).in_host_memory(kept=True)
+        scores = self.suite.scores(checkpoint, self.machine, self.world, told)
+        self.machine.forget()
+        return scores
+
     @property
     def names(self) -> dict[Tensor, str]:
         """Each weight's name."""
         return {weight: name for name, weight in self.transformer.named_parameters()}
 
     def save(self) -> None:
-        """Save a step checkpoint, on the first process.
+        """Save a step checkpoint: the first process writes it, and all give it their parts.
 
         Raises:
-            UserError, OSError: as ``Saver.save``.
+            UserError, OSError: as ``Saver.save``, on every process.
         """
-        if self.world.is_first:
-            self.saver.save(self.checkpoint(with_optimizer=True))
+        checkpoint = self.checkpoint(with_optimizer=True)
+        if self.world.agreed(lambda: self.saver.accepts(checkpoint)):
+            if self.world.is_first:
+                self.saver.save(checkpoint)
+            elif self.plan.split.is_sharded:
+                for _ in checkpoint.gathered():
+                    pass

@@ -1,0 +1,140 @@
+"""What an extension of the context has done: the model before and after it, on the same held-out text and needles."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from minifoundation.checkpoint import Checkpoint
+from minifoundation.config import RunConfig
+from minifoundation.data.held_out import rows_of
+from minifoundation.data.prepare import shards_folder
+from minifoundation.data.shards import Shard, Shards
+from minifoundation.data.tokenizer import Tokenizer
+from minifoundation.runtime import Machine
+from minifoundation.train.kernels import Kernels, transformer_for
+from minifoundation.train.reach import Ids, Needle, Needles, Place, edges, long_documents, loss_by_position, mean_loss, needle_lengths
+
+WORSE = 0.005
+"""The share by which the loss of short rows may rise."""
+
+TEXT_TOKENS = 2_000_000
+"""Held-out tokens at most that needles are hidden in."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What both models are tried on."""
+
+    original: int
+    """Tokens of the context before any extension."""
+    length: int
+    documents: list[Ids]
+    short: Ids
+    """Rows of the original length, (rows, original + 1)."""
+    needles: Needles
+    tries: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one model made of it."""
+
+    positions: list[Place]
+    short: float | None
+    """Nats a token in rows of the original length; None where too little text is held out."""
+    needles: list[Needle]
+
+
+def material(config: RunConfig, tokenizer: Tokenizer, *, documents: int, tries: int) -> Material:
+    """Return what the extension of ``config`` is proved on, from the held-out split of its sources.
+
+    Args:
+        documents: at most, that are longer than the original length, the longest first.
+        tries: prompts of each task, length and depth.
+    """
+    shards: list[Shard] = []
+    for source in config.data.weights:
+        shards += Shards.open(shards_folder(source, config.data, tokenizer)).held_out
+    original, length = config.model.original_seq_len, config.train.seq_len
+    return Material(
+        original=original,
+        length=length,
+        documents=long_documents(shards, tokenizer.special.eos, longer_than=original, length=length, count=documents),
+        short=rows_of(shards, max(1, config.train.eval_tokens // original), original),
+        needles=Needles(tokenizer.encode, tokenizer.prefix, _text(shards, tokenizer), seed=config.train.seed),
+        tries=tries,
+    )
+
+
+def _text(shards: Sequence[Shard], tokenizer: Tokenizer) -> Ids:
+    """Return the beginning of the held-out text without bos and eos."""
+    parts = [np.zeros(0, np.int64), *(shard.tokens()[:TEXT_TOKENS].astype(np.int64) for shard in shards)]
+    ids: Ids = np.concatenate(parts)[:TEXT_TOKENS]
+    kept: Ids = ids[~np.isin(ids, [tokenizer.special.eos, *tokenizer.prefix])]
+    return kept
+
+
+def found(checkpoint: Checkpoint, on: Material, machine: Machine) -> Found:
+    """Return what the model of ``checkpoint`` makes of ``on``, under its own RoPE, also beyond the length it is made for."""
+    config = checkpoint.config
+    if config.train.precision == "fp8":  # its scales belong to a run
+        config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "bf16"})})
+    transformer = transformer_for(config, machine, Kernels("auto", "own"))
+    transformer.load_state_dict(checkpoint.model)
+    transformer.eval()
+    lengths = needle_lengths(on.original, on.length)
+    text = len(on.needles.text) > 0
+    return Found(
+        loss_by_position(transformer, on.documents, edges(on.original, on.length), machine.device),
+        mean_loss(transformer, on.short, machine.device) if len(on.short) else None,
+        list(on.needles.grid(transformer, lengths, on.tries, machine.device)) if on.tries and text else [],
+    )
+
+
+def described(before: Found, after: Found) -> list[str]:
+    """Return lines for a person; one begins with "warning" where short rows have become worse."""
+    lines = []
+    if before.positions:
+        lines.append("  loss by position, nats a token (held-out documents behind it)")
+    for old, new in zip(before.positions, after.positions, strict=True):
+        lines.append(f"    {old.first:>7,} to {old.last:>7,}: {old.nats:.3f} before, {new.nats:.3f} after ({new.documents:,} documents)")
+    if before.short is not None and after.short is not None:
+        change = after.short / before.short - 1
+        lines.append(f"  rows of the original length: {before.short:.4f} before, {after.short:.4f} after ({change:+.2%})")
+        if change > WORSE:
+            lines.append(
+                f"warning: short rows are {change:.1%} worse, more than {WORSE:.1%}; lower --lr or data.long_share, or raise --tokens"
+            )
+    for task in dict.fromkeys(needle.task for needle in after.needles):
+        for length in dict.fromkeys(needle.length for needle in after.needles):
+            pair = [[n for n in one.needles if (n.task, n.length) == (task, length)] for one in (before, after)]
+            if pair[1]:
+                old_found, new_found = (sum(n.found for n in side) for side in pair)
+                lines.append(f"    {task} at {length:>7,}: {old_found} of {sum(n.tries for n in pair[1])} found before, {new_found} after")
+    return lines
+
+
+def positions_csv(before: Found, after: Found) -> str:
+    """Return loss by position as a table: first, last, documents, tokens, before, after."""
+    pairs = zip(before.positions, after.positions, strict=True)
+    rows = [[a.first, a.last, a.documents, a.tokens, round(b.nats, 5), round(a.nats, 5)] for b, a in pairs]
+    return _csv(["first", "last", "documents", "tokens", "before", "after"], rows)
+
+
+def needles_csv(before: Found, after: Found) -> str:
+    """Return the needles as a table: task, length, depth, tries, and what was found, and nats a token of the answer, before and after."""
+    pairs = zip(before.needles, after.needles, strict=True)
+    rows = [[a.task, a.length, a.depth, a.tries, b.found, a.found, round(b.nats, 4), round(a.nats, 4)] for b, a in pairs]
+    return _csv(["task", "length", "depth", "tries", "found_before", "found_after", "nats_before", "nats_after"], rows)
+
+
+def _csv(header: list[str], rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue()

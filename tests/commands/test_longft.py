@@ -1,0 +1,106 @@
+"""``longft``: what it refuses, what it carries over, and the proof that it leaves behind."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from minifoundation import cli
+from minifoundation.checkpoint import load_checkpoint
+
+PRETRAIN = """
+model: {vocab_size: 512, d_model: 32, n_layer: 2, n_head: 4, n_kv_head: 2, d_ff: 64, original_seq_len: 64}
+tokenizer: {vocab_size: 512}
+data: {held_out: 0.3, max_document_bytes: 2048, shard_tokens: 16384}
+train: {tokens: 5120, seq_len: 64, batch_size: 4, lr: 1.0e-2, save_every: 5, eval_tokens: 1024}
+"""
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 20 steps at 64 tokens, with its corpus beside it."""
+    folder = tmp_path_factory.mktemp("longft")
+    example = Path(__file__).parents[2] / "examples" / "shakespeare.txt"
+    (folder / "verse.txt").write_bytes(example.read_bytes()[:200_000])
+    (folder / "run.yaml").write_text(PRETRAIN)
+    line = f"pretrain --config {folder}/run.yaml --data {folder}/verse.txt --out_dir {folder}/run --data.shards_dir {folder}/shards"
+    assert cli.main(line.split()) == 0
+    return folder
+
+
+def extend(folder: Path, out: str, *options: str, ckpt: str = "run/final.pth") -> int:
+    given = f"longft --ckpt_in {folder}/{ckpt} --out_dir {folder}/{out} --seq_len 256 --batch_size 1 --tokens 1024 --eval_every 99".replace(
+        "--eval_every", "--train.eval_every"
+    )
+    return cli.main([*given.split(), *options])
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_proof_lies_beside_the_model(pretrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert extend(pretrained, "proved", "--proof_documents", "3", "--needles", "1") == 0
+    said = capsys.readouterr()
+    assert "100% of the rows begin with one of" in said.err  # all its documents are long
+    assert re.search(r"0 to +15: \d\.\d{3} before, \d\.\d{3} after \(3 documents\)", said.out)
+    assert "rows of the original length: " in said.out and "passkey at     256: " in said.out
+    folder = pretrained / "proved"
+    places = table(folder / "loss_by_position.csv")
+    assert [int(row["last"]) + 1 for row in places] == [16, 32, 64, 96, 128, 192, 256]
+    assert all(int(row["documents"]) == 3 for row in places)
+    needles = table(folder / "needles.csv")
+    assert {int(row["length"]) for row in needles} >= {128, 256} and {row["task"] for row in needles} == {"single", "multi-key", "passkey"}
+    assert (folder / "long_context.png").read_bytes().startswith(b"\x89PNG")
+    assert load_checkpoint(folder / "final.pth").config.model.max_seq_len == 256
+
+
+def test_scaling_by_name_counts_from_the_original_length(pretrained: Path) -> None:
+    quick = ("--proof_documents", "0", "--needles", "0")
+    assert extend(pretrained, "first", "--model.rope.scaling", "theta", *quick) == 0
+    assert not (pretrained / "first" / "needles.csv").exists()
+    again = f"longft --ckpt_in {pretrained}/first/final.pth --out_dir {pretrained}/second --seq_len 512 --batch_size 1 --tokens 1024"
+    assert cli.main([*again.split(), "--model.rope.scaling", "theta", *quick]) == 0
+    rope = load_checkpoint(pretrained / "second" / "final.pth").config.model.rope
+    assert (rope.scaling, rope.factor, rope.theta) == ("theta", 8.0, 10_000.0)
+    assert extend(pretrained, "none", "--model.rope.scaling", "none", *quick) == 0
+
+
+def test_moments_begin_anew_or_go_on(pretrained: Path) -> None:
+    quick = ("--proof_documents", "0", "--needles", "0", "--train.save_every", "1", "--train.keep", "9")
+    before = load_checkpoint(pretrained / "run" / "step_00000015").optimizer
+    for out, options, steps in (("anew", (), 0), ("carried", ("--carry_optimizer",), 15)):
+        assert extend(pretrained, out, *options, *quick, ckpt="run/step_00000015") == 0
+        after = load_checkpoint(pretrained / out / "step_00000001").optimizer
+        assert after.keys() == before.keys()
+        assert all(int(after[name]) == steps + 1 for name in after if name.startswith("step/"))
+        name = "exp_avg_sq/blocks.0.qkv.weight"
+        # Of the second moments 95% are kept by the first step.
+        kept = torch.all(after[name] >= 0.95 * before[name] * (1 - 1e-5))
+        assert bool(kept) == bool(options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--seq_len", "32"),
+            r"train.seq_len: 32 is shorter than the 64 tokens that .*final\.pth reaches; give --seq_len above 64, or go on",
+        ),
+        (
+            ("--carry_optimizer",),
+            r"--carry_optimizer: .*final\.pth holds no optimizer state; give a step_ folder of the run, or leave it out",
+        ),
+        (("--data.min_tokens", "100_000"), r"data\.min_tokens: no document of .* has 100,000 tokens: the longest of .* searched has \d"),
+        (("--model.rope.scaling", "yarm"), r"model\.rope\.scaling: 'yarm' is not valid; .*'theta'"),
+    ],
+)
+def test_a_mistake_is_one_line(pretrained: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str) -> None:
+    assert extend(pretrained, "wrong", *options) == 2
+    assert re.match(rf"error: {message}", capsys.readouterr().err.splitlines()[-1])
+    assert not (pretrained / "wrong" / "final.pth").exists()
