@@ -61,7 +61,7 @@ def test_a_documented_line_is_accepted(calls: Calls, monkeypatch: pytest.MonkeyP
     name, options, values = calls.pop()
     if name in ("pretrain", "longft"):
         below = {"data": {"source": "text"}}
-        if name == "longft":
+        if name == "longft" or options.init_from is not None:  # the model comes from the checkpoint
             below = config.merged(below, config.read_yaml(ROOT / "configs" / "model_0p5b.yaml"))
             below = config.merged(below, {"model": {"rope": {"scaling": "yarn", "factor": 4}}})
         from_yaml = config.read_yaml(options.config) if options.config else {}
