@@ -31,7 +31,7 @@ def generate(options: GenerateOptions) -> None:
         prompt = tokenizer(options.prompt, return_tensors="pt").to(device)
         context, length = model.config.max_position_embeddings, prompt.input_ids.shape[1]
         if length >= context:
-            raise UserError("--prompt", f"{length:,} tokens with the leading <s>, but the context is {context:,}", "shorten the prompt")
+            raise UserError("--prompt", f"{length:,} tokens as the model reads it, but the context is {context:,}", "shorten the prompt")
         sampling: dict[str, Any] = {"do_sample": False}
         if options.temperature > 0:
             sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
