@@ -1,4 +1,4 @@
-"""Long context: speed and memory at 16k to 64k tokens, what extension does to the loss of later positions, and recall beyond the old length.
+"""Long context: speed and memory at 16k to 64k tokens, the loss of later positions after extension, and recall beyond the old length.
 
     python -m benchmarks.long_context speed                      one GPU: 0.5B and 1B at 16k, 32k and 64k under each kind of checkpointing
     python -m benchmarks.long_context speed --only '1B 64k'      rows whose name matches, put beside those that are kept; --list names them
@@ -14,20 +14,30 @@ Each part keeps its figures in docs/data/long_context.json beside those of the o
 from __future__ import annotations
 
 import argparse
+import csv
+import hashlib
 import json
 import re
+import statistics
+import tempfile
 import time
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 from benchmarks.apart import apart, context
 from benchmarks.record import ROOT, finish, machine
-from minifoundation import config, runtime
+from minifoundation import cli, config, runtime
+from minifoundation.checkpoint import load_checkpoint
 from minifoundation.config import RunConfig
+from minifoundation.data.rows import all_documents
+from minifoundation.model.size import n_parameters
+from minifoundation.report.reach import picture
 from minifoundation.train.kernels import milliseconds, usable_kernels
+from minifoundation.train.reach import NOISE, PLACES
 from minifoundation.train.trial import trial
 
-PARTS = ("speed", "attention")
+PARTS = ("speed", "attention", "quality", "recall")
 MODELS = {"0.5B": "model_0p5b", "1B": "model_1b"}
 LENGTHS = (16_384, 32_768, 65_536)
 CHECKPOINTING = ("none", "attention", "offload", "full")
@@ -121,6 +131,261 @@ def attention(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+SCALINGS = ("none", "linear", "ntk", "yarn", "theta")
+
+
+class Quality(NamedTuple):
+    """The sizes of the comparison of scalings."""
+
+    model: dict[str, Any]
+    original: int
+    length: int
+    vocabulary: int
+    held_out: int
+    """Documents longer than ``length`` that are kept out of training."""
+    held_out_bytes: int
+    """What a document has to have to be chosen for that."""
+    tokens: int
+    rows: int
+    """Of pretraining at once."""
+    extension_tokens: int
+    extension_rows: int
+    lr: float
+
+
+FULL = Quality(
+    {"d_model": 768, "n_layer": 12, "n_head": 12, "n_kv_head": 4, "d_ff": 2048},
+    original=2048,
+    length=8192,
+    vocabulary=16_384,
+    held_out=240,
+    held_out_bytes=40_000,
+    tokens=100_000_000,
+    rows=32,
+    extension_tokens=8_388_608,
+    extension_rows=8,
+    lr=1e-3,
+)
+SMALL = Quality(
+    {"d_model": 32, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_ff": 64},
+    original=64,
+    length=256,
+    vocabulary=512,
+    held_out=4,
+    held_out_bytes=1500,
+    tokens=40_960,
+    rows=8,
+    extension_tokens=4096,
+    extension_rows=2,
+    lr=3e-3,
+)
+
+
+def split_by_length(corpus: Path, folder: Path, sizes: Quality) -> tuple[Path, Path]:
+    """Write the documents of ``corpus`` to train on, and the long ones that are held out, chosen by their hashes; return both files."""
+    data = config.DataConfig(source=str(corpus), max_document_bytes=2048 if sizes is SMALL else 4_194_304)
+    texts = list(all_documents(str(corpus), data))
+    long = [text for text in texts if len(text.encode()) >= sizes.held_out_bytes]
+    held_out = set(sorted(long, key=lambda text: hashlib.blake2b(text.encode(), digest_size=8).digest())[: sizes.held_out])
+    paths = folder / "train.jsonl", folder / "held_out.jsonl"
+    for path, chosen in zip(paths, (False, True), strict=True):
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts if (text in held_out) is chosen), encoding="utf-8")
+    print(
+        f"{len(texts):,} documents, {len(long):,} of {sizes.held_out_bytes:,} bytes and more, of which {len(held_out)} are held out",
+        flush=True,
+    )
+    return paths
+
+
+def command(*words: object) -> None:
+    """Run one command line of the toolkit."""
+    code = cli.main([str(word) for word in words])
+    if code:
+        raise SystemExit(code)
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def quality(options: argparse.Namespace) -> dict[str, Any]:
+    """Pretrain at one length, extend to four times that with each scaling, and compare the loss of held-out long documents by position."""
+    sizes = SMALL if options.quick else FULL._replace(tokens=options.tokens, extension_tokens=options.extension_tokens)
+    corpus = ROOT / "examples" / "shakespeare.txt" if options.quick else options.corpus
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        train, held_out = split_by_length(corpus, folder, sizes)
+        base = {
+            "model": {**sizes.model, "original_seq_len": sizes.original, "vocab_size": sizes.vocabulary},
+            "tokenizer": {"vocab_size": sizes.vocabulary, "sample_bytes": 10_000_000},
+            "data": {"source": str(train), "shards_dir": str(folder / "shards"), "held_out": 0.01, "shard_tokens": 4_194_304},
+            "train": {
+                "seq_len": sizes.original,
+                "batch_size": sizes.rows,
+                "tokens": sizes.tokens,
+                "lr": sizes.lr,
+                "precision": "fp32" if options.quick else "bf16",
+                "compile": not options.quick,
+                "eval_every": 10**9,
+                "save_every": 10**9,
+            },
+        }
+        if options.tokenizer:
+            base["tokenizer"] = {"path": str(options.tokenizer)}
+        (folder / "run.yaml").write_text(json.dumps(base))  # which is YAML too
+        began = time.monotonic()
+        command("pretrain", "--config", folder / "run.yaml", "--out_dir", folder / "run")
+        steps = table(folder / "run" / "metrics.csv")
+        rate = statistics.median(float(row["tokens_per_second"]) for row in steps)
+        parameters = n_parameters(load_checkpoint(folder / "run" / "final.pth").config.model)
+        found["pretraining"] = {
+            **{key: value for key, value in sizes._asdict().items() if key != "model"},
+            "model": sizes.model,
+            "parameters": parameters,
+            "tokens_per_second": round(rate),
+            "seconds": round(time.monotonic() - began, 1),
+            "loss": round(float(steps[-1]["loss"]), 4),
+            "held_out_bits_per_byte": float(steps[-1]["held_out_bits_per_byte"] or "nan"),
+        }
+        print(found["pretraining"], flush=True)
+        for scaling in SCALINGS:
+            began, out = time.monotonic(), folder / scaling
+            line = ["longft", "--ckpt_in", folder / "run" / "final.pth", "--out_dir", out, "--seq_len", sizes.length]
+            line += ["--batch_size", sizes.extension_rows, "--tokens", sizes.extension_tokens, "--lr", sizes.lr / 10]
+            line += ["--model.rope.scaling", scaling, "--train.eval_every", 10**9, "--train.save_every", 10**9]
+            command(*line, "--proof_data", held_out, "--proof_documents", sizes.held_out, "--needles", 0)
+            places = table(out / "loss_by_position.csv")
+            steps = table(out / "metrics.csv")
+            by_position = [{key: float(value) for key, value in place.items()} for place in places]
+            found[scaling] = {
+                "positions": by_position,
+                "tokens_per_second": round(statistics.median(float(row["tokens_per_second"]) for row in steps)),
+                "seconds": round(time.monotonic() - began, 1),
+            }
+            print(f"{scaling}: {[(int(place['first']), place['before'], place['after']) for place in by_position]}", flush=True)
+    if not options.quick:
+        plot_quality(found, sizes.original, ROOT / "docs" / "data" / "long_context_quality.png")
+    return found
+
+
+def plot_quality(found: dict[str, Any], original: int, path: Path) -> None:
+    """Draw loss by position without extension and after each."""
+    curves = {"before": [((p["first"] + p["last"]) / 2, p["before"]) for p in found["none"]["positions"]]}
+    for scaling in SCALINGS:
+        curves[scaling] = [((p["first"] + p["last"]) / 2, p["after"]) for p in found[scaling]["positions"]]
+    path.write_bytes(picture(curves, {}, original))
+
+
+WORDS = (
+    "time year people way day man thing woman life child world school state family student group country problem hand part place case "
+    "week company system program question work government number night point home water room mother area money story fact month"
+)
+
+
+class Recall(NamedTuple):
+    """The sizes of the model that repeats what it was told."""
+
+    original: int = 256
+    lengths: tuple[int, ...] = (1024, 4096)
+    """To which it is extended, one after the other."""
+    d_model: int = 128
+    n_layer: int = 4
+    tokens: int = 16_000_000
+    extension_tokens: int = 4_000_000
+    tries: int = 10
+
+
+def told(random: Random, n_words: int) -> str:
+    """Return a text of ``n_words`` words in which facts are told again and again, in the sentences of the needles."""
+    passkey = random.random() < 1 / 3
+    secrets = {place: random.randint(10_000, 99_999) for place in random.sample(PLACES, random.randint(1, 4))}
+    key = random.randint(10_000, 99_999)
+    asked, again = f"\nWhat is the pass key? The pass key is {key}.\n", f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
+    parts, words = [], 0
+    while words < n_words:
+        gap = random.randint(5, 40)
+        if passkey:
+            parts += [NOISE * max(1, gap // 18), random.choice((asked, again))]
+        else:
+            place = random.choice(list(secrets))
+            parts += [" ".join(random.choices(WORDS.split(), k=gap)) + ".", f"\nThe secret number of {place} is {secrets[place]}.\n"]
+        words += gap + 12
+    return "".join(parts)
+
+
+def recall(options: argparse.Namespace) -> dict[str, Any]:
+    """Train a small model to repeat what it was told, extend it, and count the needles that it finds before and after."""
+    sizes = (
+        Recall(original=128, lengths=(256,), d_model=32, n_layer=2, tokens=4096, extension_tokens=2048, tries=1)
+        if options.quick
+        else Recall()
+    )
+    random, found = Random(0), {}
+    cuda = runtime.machine().is_cuda
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        # A word is about two tokens here.
+        for length, tokens in [(sizes.original, sizes.tokens), *((length, sizes.extension_tokens) for length in sizes.lengths)]:
+            texts = (told(random, random.randint(length // 2, length)) for _ in range(max(64, 2 * tokens // length)))
+            (folder / f"{length}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        base = {
+            "model": {
+                "vocab_size": 512,
+                "d_model": sizes.d_model,
+                "n_layer": sizes.n_layer,
+                "n_head": 4,
+                "n_kv_head": 4,
+                "d_ff": 3 * sizes.d_model,
+                "original_seq_len": sizes.original,
+            },
+            "tokenizer": {"vocab_size": 512, "sample_bytes": 1_000_000},
+            "data": {"source": str(folder / f"{sizes.original}.jsonl"), "shards_dir": str(folder / "shards"), "held_out": 0.05},
+            "train": {
+                "seq_len": sizes.original,
+                "batch_size": 64 if cuda else 16,
+                "tokens": sizes.tokens,
+                "lr": 2e-3,
+                "beta2": 0.99,
+                "precision": "bf16" if cuda else "fp32",
+                "eval_every": 10**9,
+                "save_every": 10**9,
+            },
+        }
+        (folder / "run.yaml").write_text(json.dumps(base))
+        command("pretrain", "--config", folder / "run.yaml", "--out_dir", folder / "run")
+        before = folder / "run"
+        for length in sizes.lengths:
+            out = folder / f"to {length}"
+            line = [
+                "longft",
+                "--ckpt_in",
+                before / "final.pth",
+                "--out_dir",
+                out,
+                "--data",
+                folder / f"{length}.jsonl",
+                "--seq_len",
+                length,
+            ]
+            line += ["--batch_size", max(1, (16_384 if cuda else 4096) // length), "--tokens", sizes.extension_tokens, "--lr", 5e-4]
+            command(*line, "--needles", sizes.tries, "--train.eval_every", 10**9, "--train.save_every", 10**9)
+            needles = table(out / "needles.csv")
+            shares = {}
+            for when in ("before", "after"):
+                for tried in sorted({int(needle["length"]) for needle in needles}):
+                    here = [needle for needle in needles if int(needle["length"]) == tried]
+                    shares[f"{when}, {tried}"] = round(sum(int(n[f"found_{when}"]) for n in here) / sum(int(n["tries"]) for n in here), 4)
+            found[f"to {length}"] = {**sizes._asdict(), "share_found": shares, "needles": needles}
+            print(f"to {length}: {shares}", flush=True)
+            if not options.quick:
+                (ROOT / "docs" / "data" / f"long_context_recall_{length}.png").write_bytes((out / "long_context.png").read_bytes())
+            before = out
+    return found
+
+
 def kept(results: dict[str, Any]) -> dict[str, Any]:
     """Return the parts of docs/data/long_context.json with ``results`` in the place of what was measured again."""
     path = ROOT / "docs" / "data" / "long_context.json"
@@ -144,6 +409,18 @@ def summary(parts: dict[str, Any]) -> dict[str, Any]:
                 ]
                 if there:
                     figures[f"{model} {length // 1024}k over {bar:,}"] = round(max(there) / bar, 3)
+    if rows := parts.get("quality"):
+        for scaling in SCALINGS:
+            places = rows[scaling]["positions"]
+            end = next(place for place in places if place["last"] + 1 == rows["pretraining"]["original"])
+            figures[f"loss at the end, {scaling}"] = {
+                "before": places[-1]["before"],
+                "after": places[-1]["after"],
+                "at the original end": end["after"],
+                "documents": places[-1]["documents"],
+            }
+    if rows := parts.get("recall"):
+        figures["recall"] = {name: row["share_found"] for name, row in rows.items()}
     return figures
 
 
@@ -154,6 +431,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--list", action="store_true", help="print the names of speed's rows")
     parser.add_argument("--only", default="", help="a regular expression that names must match")
+    parser.add_argument("--corpus", type=Path, help="text for quality: a file or folder with documents of 8k tokens and more")
+    parser.add_argument("--tokenizer", type=Path, help="for quality; without one it is trained on the corpus")
+    parser.add_argument("--tokens", type=int, default=FULL.tokens, help="of quality's pretraining")
+    parser.add_argument("--extension_tokens", type=int, default=FULL.extension_tokens, help="of each of its extensions")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=900.0, help="start no row after this long")
     options = parser.parse_args()
@@ -162,7 +443,9 @@ def main() -> None:
         return
     if options.part is None and not options.quick:
         parser.error(f"name a part ({', '.join(PARTS)}), or give --quick")
-    measure = {"speed": speed, "attention": attention}
+    if options.part == "quality" and options.corpus is None and not options.quick:
+        parser.error("quality needs --corpus")
+    measure = {"speed": speed, "attention": attention, "quality": quality, "recall": recall}
     results = {part: measure[part](options) for part in PARTS if options.part in (None, part)}
     parts = results if options.quick else kept(results)
     finish("long_context", {"parts": list(parts), **summary(parts)}, results=parts, quick=options.quick)

@@ -25,6 +25,7 @@ def longft(options: LongftOptions, values: dict[str, Any]) -> None:
         UserError: rows shorter than the context there is, or an optimizer asked for that the checkpoint has not.
     """
     from minifoundation.checkpoint import load_checkpoint
+    from minifoundation.data.sources import find_corpus
     from minifoundation.distributed import is_first_process
     from minifoundation.train.run import run
     from minifoundation.train.state import Start
@@ -44,6 +45,8 @@ def longft(options: LongftOptions, values: dict[str, Any]) -> None:
     if "factor" not in layered(options, values, below={}).get("model", {}).get("rope", {}):
         settings = config.merged(settings, {"model": {"rope": reaching(seq_len, model)}})
     run_config = config.build(RunConfig, settings, f"{options.ckpt_in}, {sources(options)}")
+    if options.proof_data is not None:
+        find_corpus(options.proof_data, run_config.data)  # a mistake in it should not show after the training
     if options.carry_optimizer:
         _carries(checkpoint, run_config, options.ckpt_in)
     start = Start("longft", checkpoint, with_optimizer=options.carry_optimizer)
@@ -79,7 +82,7 @@ def prove(start: Checkpoint, final: Path, options: LongftOptions) -> None:
 
     extended, folder = load_checkpoint(final), final.parent
     tokenizer = Tokenizer.load(folder / "tokenizer" / "tokenizer.model")
-    on = proof.material(extended.config, tokenizer, documents=options.proof_documents, tries=options.needles)
+    on = proof.material(extended.config, tokenizer, documents=options.proof_documents, tries=options.needles, source=options.proof_data)
     machine = runtime.machine()
     before, after = (proof.found(checkpoint, on, machine) for checkpoint in (start, extended))
     print(f"proof of {folder}:")
