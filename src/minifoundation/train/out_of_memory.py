@@ -20,21 +20,37 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def too_large(config: RunConfig, machine: Machine, world: World, *, resumable: bool) -> UserError:
-    """Return the error of a run that does not fit: the peak, the change that helps, the memory predicted with it and the whole line.
+    """Return the error of a run that do not fit: the peak, the change that helps, the memory predicted with it and the whole line.
 
     Args:
         resumable: the run's folder holds something to go on from.
     """
-    train = config.train
+    peak = f"peak {machine.peak_memory_bytes() / GIB:.1f}"
+    return _does_not_fit(config, machine, world, peak, {"resume": "auto"} if resumable else {})
+
+
+def foreseen(config: RunConfig, machine: Machine, world: World) -> UserError | None:
+    """Return the error of a run that is predicted to take more memory than there is; None where it may fit, and off CUDA.
+
+    Peaks lie within a tenth of the prediction (docs/numerics.md), mostly above it.
+    """
+    needed = plan(config, world.size).memory_total
+    if not machine.is_cuda or needed <= machine.memory_bytes:
+        return None
+    return _does_not_fit(config, machine, world, f"predicted {needed / GIB:.1f}", {})
+
+
+def _does_not_fit(config: RunConfig, machine: Machine, world: World, peak: str, more: dict[str, Any]) -> UserError:
+    train, memory = config.train, machine.memory_bytes
     options, needed = remedy(config, machine, world)
-    line = typed(world, **options, **({"resume": "auto"} if resumable else {}))
     changes = " ".join(f"--{name} {value}" for name, value in options.items())
-    return UserError(
-        "train.batch_size",
-        f"{train.batch_size} rows of {train.seq_len} tokens do not fit the memory of {machine.name} "
-        f"(peak {machine.peak_memory_bytes() / GIB:.1f} of {machine.memory_bytes / GIB:.1f} GiB)",
-        f"with {changes} {needed / GIB:.1f} GiB are predicted: {line}",
-    )
+    if needed <= memory:
+        advice = f"with {changes} {needed / GIB:.1f} GiB are predicted: {typed(world, **options, **more)}"
+    else:
+        advice = f"even with {changes} {needed / GIB:.1f} GiB are predicted; take shorter rows, a smaller model or a larger GPU"
+    rows, do = ("1 row", "does") if train.batch_size == 1 else (f"{train.batch_size} rows", "do")
+    problem = f"{rows} of {train.seq_len} tokens {do} not fit the memory of {machine.name} ({peak} of {memory / GIB:.1f} GiB)"
+    return UserError("train.batch_size" if train.batch_size != 1 else "train.seq_len", problem, advice)
 
 
 def remedy(config: RunConfig, machine: Machine, world: World) -> tuple[dict[str, Any], int]:

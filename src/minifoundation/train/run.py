@@ -30,17 +30,13 @@ from minifoundation.train.kernels import Kernels, chosen_kernels, transformer_fo
 from minifoundation.train.loop import fit
 from minifoundation.train.metrics import METRICS, MetricsLog
 from minifoundation.train.optimizer import adamw, restore_optimizer
-from minifoundation.train.out_of_memory import is_out_of_memory, too_large
+from minifoundation.train.out_of_memory import foreseen, is_out_of_memory, too_large
 from minifoundation.train.plan import Plan, describe, plan
 from minifoundation.train.provenance import record_start, typed
 from minifoundation.train.resume import checkpoint_to_resume, set_later_aside
 from minifoundation.train.rollback import Bad, checkpoint_before, record_rollback, stepped_over
 from minifoundation.train.state import Start, Training
 from minifoundation.train.stop import Stop, stop_on_signals
-
-LESS_MEMORY = (
-    "lower --batch_size and raise --grad_accum, or take --model.checkpointing attention or offload, or --train.optimizer_states int8"
-)
 
 
 def run(config: RunConfig, *, resume: str | None, dry_run: bool, allowed: tuple[str, ...] = (), start: Start | None = None) -> Path | None:
@@ -64,7 +60,11 @@ def run(config: RunConfig, *, resume: str | None, dry_run: bool, allowed: tuple[
         if dry_run:
             if world.is_first:
                 print(f"plan of {config.out_dir}:\n{describe(config, planned, machine, world.size)}\nnothing was started (--dry_run)")
+            if fault := foreseen(config, machine, world):
+                raise fault
             return None
+        if fault := foreseen(config, machine, world):
+            raise fault
         try:
             resumed = checkpoint_to_resume(config, resume, allowed, planned, say)
             final = config.out_dir / FINAL
@@ -260,8 +260,6 @@ def _tell(config: RunConfig, planned: Plan, machine: Machine, world: World, data
     say(f"{out_dir}:\n{describe(config, planned, machine, world.size)}\n  settings {settings}")
     for line in described(data, planned):
         say(line)
-    if machine.is_cuda and planned.memory_total > machine.memory_bytes:
-        say(f"warning: train.batch_size: more memory is predicted than {machine.name} has; {LESS_MEMORY}")
     if planned.disk_bytes > runtime.free_disk_bytes(out_dir):
         say(
             f"warning: {out_dir}: the disk is too small for the checkpoints; free some space, lower --train.keep, or give another --out_dir"
