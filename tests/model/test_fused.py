@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minifoundation.config import ModelConfig
-from minifoundation.model import fused, transformer
+from minifoundation.model import attention, fused, transformer
 from minifoundation.model.fp8 import Sites
 from minifoundation.model.kept import Kept
 from minifoundation.model.kernels import gated, swiglu
@@ -214,3 +214,20 @@ def test_parts_of_a_row_are_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
         found.append((result(model), model.scales.largest.amax(1)))
     assert torch.equal(found[0][1], found[1][1])
     assert torch.equal(found[0][0]["hidden"], found[1][0]["hidden"]) and largest_error(found[1][0], found[0][0]) < 1e-5
+
+
+def test_rows_of_one_document_need_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that kernels which know no documents can do them."""
+    model = by_hand(Transformer(ModelConfig.model_validate(SMALL), dtype=torch.bfloat16, rows="math"), monkeypatch)
+    model.initialise(0)
+    seen = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, kernel: Any, mask: Any = None) -> Tensor:
+        seen.append((kernel, mask is None))
+        return attention.attend(q, k, v, kernel, mask)
+
+    monkeypatch.setattr(transformer, "attend", attend)
+    whole = model(TOKENS, torch.tensor([0, 48, 96], dtype=torch.int32))
+    assert largest_error({"hidden": whole}, {"hidden": model(TOKENS)}) < 0.02  # another kernel, in half precision
+    model(TOKENS, CU_SEQLENS)
+    assert seen[:2] == [("math", True)] * 2 and seen[2] == ("auto", True) and seen[-1] == ("auto", False)
