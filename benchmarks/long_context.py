@@ -5,6 +5,7 @@
     python -m benchmarks.long_context attention                  one GPU: the kernels of attention at these lengths
     python -m benchmarks.long_context quality --corpus wiki      one GPU, ten minutes: a model of 2k extended to 8k by each scaling
     python -m benchmarks.long_context recall                     any device: a small model finds what it was told, beyond the old length
+    python -m benchmarks.long_context --tables                   what is kept, as the tables of docs/long-context.md
     python -m benchmarks.long_context --quick                    every part, tiny, on any device
 
 Steps are those of ``pretrain`` (``train/trial.py``) on random tokens, one row a micro-batch; times are medians after two steps to warm up.
@@ -424,12 +425,58 @@ def summary(parts: dict[str, Any]) -> dict[str, Any]:
     return figures
 
 
+def tables(parts: dict[str, Any]) -> str:
+    """Return the figures as the tables of docs/long-context.md."""
+    lines: list[str] = []
+
+    def add(header: list[str], rows: list[list[str]]) -> None:
+        lines.extend(["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]])
+        lines.append("")
+
+    if rows := parts.get("speed"):
+        found = [
+            [
+                name,
+                f"{row['tokens_per_second']:,}",
+                f"{row['mfu']:.1%}" if row["mfu"] else "",
+                f"{row['peak_gib']:.1f}",
+                f"{row['predicted_gib']:.1f}",
+            ]
+            if "peak_gib" in row
+            else [name, row["failed"].splitlines()[0][:60], "", "", ""]
+            for name, row in rows.items()
+        ]
+        add(["model, length, checkpointing", "tokens/s", "MFU", "peak GiB", "predicted"], found)
+    if rows := parts.get("attention"):
+        kernels = list(dict.fromkeys(kernel for row in rows.values() for kernel in row if kernel != "measured_on"))
+        cells = [[name, *(f"{row[k]['ms']} ({row[k]['tflops']})" if k in row else "" for k in kernels)] for name, row in rows.items()]
+        add(["ms (TFLOP/s)", *kernels], cells)
+    if rows := parts.get("quality"):
+        places = rows["none"]["positions"]
+        header = ["positions", "documents", "before", *SCALINGS]
+        cells = [
+            [
+                f"{place['first']:,.0f} to {place['last']:,.0f}",
+                f"{place['documents']:.0f}",
+                f"{place['before']:.3f}",
+                *(f"{rows[scaling]['positions'][number]['after']:.3f}" for scaling in SCALINGS),
+            ]
+            for number, place in enumerate(places)
+        ]
+        add(header, cells)
+    if rows := parts.get("recall"):
+        for name, row in rows.items():
+            add([f"{name}: found", "share"], [[where, f"{share:.1%}"] for where, share in row["share_found"].items()])
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure the parts asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=PARTS, help="which part; every one with --quick")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--list", action="store_true", help="print the names of speed's rows")
+    parser.add_argument("--tables", action="store_true", help="measure nothing: print what is kept as tables")
     parser.add_argument("--only", default="", help="a regular expression that names must match")
     parser.add_argument("--corpus", type=Path, help="text for quality: a file or folder with documents of 8k tokens and more")
     parser.add_argument("--tokenizer", type=Path, help="for quality; without one it is trained on the corpus")
@@ -438,6 +485,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=900.0, help="start no row after this long")
     options = parser.parse_args()
+    if options.tables:
+        print(tables(kept({})))
+        return
     if options.list:
         print("\n".join(row.name for row in speed_rows(options.quick)))
         return
