@@ -350,6 +350,7 @@ def recall(options: argparse.Namespace) -> dict[str, Any]:
                 "tokens": sizes.tokens,
                 "lr": 2e-3,
                 "beta2": 0.99,
+                "spike_z": None,  # to look something up is learnt all at once, in steps whose gradients are many times the usual
                 "precision": "bf16" if cuda else "fp32",
                 "eval_every": 10**9,
                 "save_every": 10**9,
