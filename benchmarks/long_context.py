@@ -300,21 +300,23 @@ class Recall(NamedTuple):
 
 
 def told(random: Random, n_words: int) -> str:
-    """Return a text of ``n_words`` words in which facts are told again and again, in the sentences of the needles."""
-    passkey = random.random() < 1 / 3
-    secrets = {place: random.randint(10_000, 99_999) for place in random.sample(PLACES, random.randint(1, 4))}
-    key = random.randint(10_000, 99_999)
-    asked, again = f"\nWhat is the pass key? The pass key is {key}.\n", f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
-    parts, words = [], 0
-    while words < n_words:
-        gap = random.randint(5, 40)
-        if passkey:
-            parts += [NOISE * max(1, gap // 18), random.choice((asked, again))]
-        else:
-            place = random.choice(list(secrets))
-            parts += [" ".join(random.choices(WORDS.split(), k=gap)) + ".", f"\nThe secret number of {place} is {secrets[place]}.\n"]
-        words += gap + 12
-    return "".join(parts)
+    """Return a text of about ``n_words`` words in which facts are told and, anywhere after that, told again: sentences of the needles."""
+    if random.random() < 0.25:
+        key = random.randint(10_000, 99_999)
+        asked = [f"\nWhat is the pass key? The pass key is {key}.\n"] * random.randint(1, 3)
+        facts = [f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n", *asked]
+        filler = [NOISE] * (n_words // 18)
+    else:
+        names = random.sample(PLACES, min(len(PLACES), max(2, n_words // 32)))
+        facts = [f"\nThe secret number of {name} is {random.randint(10_000, 99_999)}.\n" for name in names] * 2
+        random.shuffle(facts)
+        filler = [word + " " for word in random.choices(WORDS.split(), k=max(0, n_words - 8 * len(facts)))]
+    places = sorted(random.randint(0, len(filler)) for _ in facts)
+    parts, at = [], 0
+    for place, fact in zip(places, facts, strict=True):
+        parts += [*filler[at:place], fact]
+        at = place
+    return "".join([*parts, *filler[at:]])
 
 
 def recall(options: argparse.Namespace) -> dict[str, Any]:
@@ -328,7 +330,8 @@ def recall(options: argparse.Namespace) -> dict[str, Any]:
     cuda = runtime.machine().is_cuda
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        # A word is about two tokens here.
+        plain = (" ".join(random.choices(WORDS.split(), k=500)) for _ in range(200))  # what needles are hidden in tells no other facts
+        (folder / "plain.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in plain))
         for length, tokens in [(sizes.original, sizes.tokens), *((length, sizes.extension_tokens) for length in sizes.lengths)]:
             texts = (told(random, random.randint(length // 2, length)) for _ in range(max(64, 2 * tokens // length)))
             (folder / f"{length}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -373,7 +376,17 @@ def recall(options: argparse.Namespace) -> dict[str, Any]:
                 length,
             ]
             line += ["--batch_size", max(1, (16_384 if cuda else 4096) // length), "--tokens", sizes.extension_tokens, "--lr", 5e-4]
-            command(*line, "--needles", sizes.tries, "--train.eval_every", 10**9, "--train.save_every", 10**9)
+            command(
+                *line,
+                "--needles",
+                sizes.tries,
+                "--proof_data",
+                folder / "plain.jsonl",
+                "--train.eval_every",
+                10**9,
+                "--train.save_every",
+                10**9,
+            )
             needles = table(out / "needles.csv")
             shares = {}
             for when in ("before", "after"):

@@ -84,6 +84,7 @@ def prove(start: Checkpoint, final: Path, options: LongftOptions) -> None:
     tokenizer = Tokenizer.load(folder / "tokenizer" / "tokenizer.model")
     on = proof.material(extended.config, tokenizer, documents=options.proof_documents, tries=options.needles, source=options.proof_data)
     machine = runtime.machine()
+    machine.forget()
     before, after = (proof.found(checkpoint, on, machine) for checkpoint in (start, extended))
     print(f"proof of {folder}:")
     for line in proof.described(before, after):

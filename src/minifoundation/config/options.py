@@ -73,7 +73,7 @@ class LongftOptions(PretrainOptions):
     proof_data: str | None = setting(
         None,
         flag="proof_data",
-        help="text that was not trained on, in any form that --data takes, to read these documents from; default: the held-out split",
+        help="text that was not trained on, as --data takes it, for these documents and to hide needles in; default: the held-out split",
     )
     needles: int = setting(2, ge=0, flag="needles", help="prompts of each task, length and depth that hide a number in text; 0: none")
 

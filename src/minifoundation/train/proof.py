@@ -59,7 +59,7 @@ def material(config: RunConfig, tokenizer: Tokenizer, *, documents: int, tries: 
     Args:
         documents: at most, that are longer than the original length, the longest first.
         tries: prompts of each task, length and depth.
-        source: where the documents come from instead.
+        source: where the documents, and the text that needles are hidden in, come from instead.
 
     Raises:
         UserError: ``source`` cannot be read.
@@ -68,14 +68,14 @@ def material(config: RunConfig, tokenizer: Tokenizer, *, documents: int, tries: 
     for source in config.data.weights:
         shards += Shards.open(shards_folder(source, config.data, tokenizer)).held_out
     original, length = config.model.original_seq_len, config.train.seq_len
+    read = list(encoded(source, config, tokenizer, length)) if source else list(beginnings(shards, length))
+    text = _text(read)
     return Material(
         original=original,
         length=length,
-        documents=longest(
-            encoded(source, config, tokenizer, length) if source else beginnings(shards, length), longer_than=original, count=documents
-        ),
+        documents=longest(read, longer_than=original, count=documents),
         short=rows_of(shards, max(1, config.train.eval_tokens // original), original),
-        needles=Needles(tokenizer.encode, _text(shards), seed=config.train.seed),
+        needles=Needles(tokenizer.encode, text, seed=config.train.seed),
         tries=tries,
     )
 
@@ -87,10 +87,9 @@ def encoded(source: str, config: RunConfig, tokenizer: Tokenizer, length: int) -
         yield from (ids[: length + 1].astype(np.int64) for ids in tokenizer.encode_documents(some))
 
 
-def _text(shards: Sequence[Shard]) -> Ids:
-    """Return the beginning of the held-out text without bos and eos."""
-    parts = [np.zeros(0, np.int64), *(shard.tokens()[:TEXT_TOKENS].astype(np.int64) for shard in shards)]
-    ids: Ids = np.concatenate(parts)[:TEXT_TOKENS]
+def _text(documents: Sequence[Ids]) -> Ids:
+    """Return the beginning of the text of ``documents`` without bos and eos."""
+    ids = np.concatenate([np.zeros(0, np.int64), *documents])[:TEXT_TOKENS]
     kept: Ids = ids[(ids != BOS) & (ids != EOS)]
     return kept
 
