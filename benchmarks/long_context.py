@@ -299,18 +299,23 @@ class Recall(NamedTuple):
     tries: int = 10
 
 
-def told(random: Random, n_words: int) -> str:
-    """Return a text of about ``n_words`` words in which facts are told and, anywhere after that, told again: sentences of the needles."""
+def told(random: Random, n_words: int, *, dense: bool) -> str:
+    """Return a text of about ``n_words`` words in which facts are told and, anywhere after that, told again: sentences of the needles.
+
+    Args:
+        dense: hardly anything else is said, so that looking up is learnt soon; else there are few facts, far apart.
+    """
     if random.random() < 0.25:
         key = random.randint(10_000, 99_999)
         asked = [f"\nWhat is the pass key? The pass key is {key}.\n"] * random.randint(1, 3)
         facts = [f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n", *asked]
         filler = [NOISE] * (n_words // 18)
     else:
-        names = random.sample(PLACES, min(len(PLACES), max(2, n_words // 32)))
-        facts = [f"\nThe secret number of {name} is {random.randint(10_000, 99_999)}.\n" for name in names] * 2
+        names = random.sample(PLACES, min(len(PLACES), max(2, n_words // (32 if dense else 64))))
+        facts = [f"\nThe secret number of {name} is {random.randint(10_000, 99_999)}.\n" for name in names]
+        facts = random.choices(facts, k=4 * len(facts)) if dense else facts * 2
         random.shuffle(facts)
-        filler = [word + " " for word in random.choices(WORDS.split(), k=max(0, n_words - 8 * len(facts)))]
+        filler = [word + " " for word in random.choices(WORDS.split(), k=max(8, n_words - 8 * len(facts)))]
     places = sorted(random.randint(0, len(filler)) for _ in facts)
     parts, at = [], 0
     for place, fact in zip(places, facts, strict=True):
@@ -333,7 +338,10 @@ def recall(options: argparse.Namespace) -> dict[str, Any]:
         plain = (" ".join(random.choices(WORDS.split(), k=500)) for _ in range(200))  # what needles are hidden in tells no other facts
         (folder / "plain.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in plain))
         for length, tokens in [(sizes.original, sizes.tokens), *((length, sizes.extension_tokens) for length in sizes.lengths)]:
-            texts = (told(random, random.randint(length // 2, length)) for _ in range(max(64, 2 * tokens // length)))
+            texts = (
+                told(random, random.randint(length // 2, length), dense=length == sizes.original)
+                for _ in range(max(64, 2 * tokens // length))
+            )
             (folder / f"{length}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         base = {
             "model": {
