@@ -3,7 +3,7 @@
     python -m benchmarks.long_context speed                      one GPU: 0.5B and 1B at 16k, 32k and 64k under each kind of checkpointing
     python -m benchmarks.long_context speed --only '1B 64k'      rows whose name matches, put beside those that are kept; --list names them
     python -m benchmarks.long_context attention                  one GPU: the kernels of attention at these lengths
-    python -m benchmarks.long_context quality --corpus wiki      one GPU, ten minutes: a model of 2k extended to 8k by each scaling
+    python -m benchmarks.long_context quality --corpus wiki      one GPU: a model of 2k extended to 8k by each scaling
     python -m benchmarks.long_context recall                     any device: a small model finds what it was told, beyond the old length
     python -m benchmarks.long_context --tables                   what is kept, as the tables of docs/long-context.md
     python -m benchmarks.long_context --quick                    every part, tiny, on any device
