@@ -290,10 +290,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--kills", type=int, default=10, help="of the run on a GPU")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.gpu:
-        crash_gpu.measure(quick=options.quick)
+        crash_gpu.measure(quick=options.quick, kills=options.kills)
         return
     quick = options.quick
     torch.set_num_threads(1)

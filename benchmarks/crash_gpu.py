@@ -38,12 +38,12 @@ TINY = {"d_model": 64, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_ff": 128, "
 GIB = 2**30
 
 
-def measure(*, quick: bool) -> None:
+def measure(*, quick: bool, kills: int) -> None:
     """Measure all of it; with ``quick`` tiny models, on any device. The kills come first: a process that has used a GPU cannot fork."""
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # each life compiles little, and most of that is cached
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        results: dict[str, Any] = {"kills": killed(work, kills=1 if quick else 10, quick=quick)}
+        results: dict[str, Any] = {"kills": killed(work, kills=1 if quick else kills, quick=quick)}
         print(results, file=sys.stderr, flush=True)
         for size in ("model_0p5b", "model_1b"):
             results[size] = saves(size, work, quick=quick)

@@ -62,7 +62,7 @@ def random_model(data_dir: Path, work: Path, *, quick: bool) -> Loaded:
     transformer.initialise(0)
     from transformers import AutoTokenizer
 
-    model = network(shape, transformer.state_dict(), torch.float32)
+    model = network(shape, transformer.state_dict(), tokenizer.special, torch.float32)
     return Loaded(model, AutoTokenizer.from_pretrained(work), "random weights", work, {})
 
 

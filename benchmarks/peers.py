@@ -10,8 +10,9 @@
 
 A step is forward, backward, clipping to norm 1, fused AdamW (0.9, 0.95), on random tokens in rows of 4,096. Peers compute as their own
 recipes for one GPU do: bf16 autocast over float32 weights. Each row is a process; of ``--rows`` the most are tried first, and fewer until
-that is slower. Every peer is given our weights, and in float32 its loss of eight tokens at the end of a row must be ours, so that all are
-one model: over many random targets any model has the loss of guessing.
+that is slower; with ``--grad_accum`` a step has as many micro-batches, for every peer alike. Every peer is given our weights, and in
+float32 its loss of eight tokens at the end of a row must be ours, so that all are one model: over many random targets any model has the
+loss of guessing.
 """
 
 from __future__ import annotations
@@ -70,10 +71,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """From tokens and targets (B, T) to the mean loss over the targets that are not -100."""
 
 
-def settings(name: str, batch_size: int, precision: str) -> RunConfig:
+def settings(name: str, batch_size: int, precision: str, grad_accum: int = 1) -> RunConfig:
     """Return our run of configs/<name>.yaml."""
     values = config.read_yaml(ROOT / "configs" / f"{name}.yaml") if name != "tiny" else {"model": TINY, "train": {"seq_len": 64}}
     train = {"tokens": 10**12, "batch_size": batch_size, "precision": precision, "compile": name != "tiny", "loss_chunk": 8192}
+    train["grad_accum"] = grad_accum
     return config.build(RunConfig, config.merged(values, {"data": {"source": "random tokens"}, "train": train}), name)
 
 
@@ -196,10 +198,10 @@ def _torchtitan(
     return theirs, loss
 
 
-def measured(row: Row, name: str, batch_size: int, precision: str, steps: int) -> dict[str, Any]:
-    """Return the figures of ``row`` at ``batch_size`` rows."""
+def measured(row: Row, name: str, batch_size: int, grad_accum: int, precision: str, steps: int) -> dict[str, Any]:
+    """Return the figures of ``row`` at ``grad_accum`` micro-batches of ``batch_size`` rows."""
     machine = runtime.machine()
-    run = settings(name, batch_size, precision)
+    run = settings(name, batch_size, precision, grad_accum)
     if row.name == "ours":
         kernel, _ = attention_kernel(run, machine, World(), None)
         found = trial(run.model_copy(update={"model": run.model.model_copy(update={"attention": kernel})}), machine, steps=steps)
@@ -237,10 +239,11 @@ def _timed(theirs: nn.Module, loss: Loss, run: RunConfig, machine: Machine, step
     with runtime.collector_held() as collect:
         began = time.perf_counter()
         for number in range(WARM_UP + steps):
-            rows = torch.randint(run.model.vocab_size, shape, device=machine.device, generator=random)
-            with torch.autocast(machine.device.type, torch.bfloat16):
-                total = loss(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
-            total.backward()
+            for _ in range(run.train.grad_accum):
+                rows = torch.randint(run.model.vocab_size, shape, device=machine.device, generator=random)
+                with torch.autocast(machine.device.type, torch.bfloat16):
+                    total = loss(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+                (total / run.train.grad_accum).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -251,7 +254,7 @@ def _timed(theirs: nn.Module, loss: Loss, run: RunConfig, machine: Machine, step
                 collect()
     machine.synchronize()
     seconds = [end.seconds_since(before) for before, end in pairwise(ends[WARM_UP - 1 :])]
-    median, tokens = statistics.median(seconds), shape[0] * run.train.seq_len
+    median, tokens = statistics.median(seconds), run.train.grad_accum * shape[0] * run.train.seq_len
     mfu = model_flops_utilisation(tokens / median, flops_per_token(run.model, run.train.seq_len), machine.peak_flops, 1)
     return {
         "tokens_per_second": round(tokens / median),
@@ -296,6 +299,7 @@ def main() -> None:
     parser.add_argument("--config", default="model_0p5b", help="configs/<name>.yaml")
     parser.add_argument("--ours-precision", default="bf16", help="train.precision of our row")
     parser.add_argument("--rows", default="16,8,4", help="rows at once, the most first")
+    parser.add_argument("--grad_accum", type=int, default=1, help="micro-batches of a step")
     parser.add_argument("--keep", action="store_true", help="keep the rows of docs/data/peers.json that are not measured again")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=150.0, help="for a row")
@@ -309,16 +313,17 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     for row in rows:
         try:
-            label = f"{row.name} {version(row.package)}"
+            found_version = None if row.name == "ours" else version(row.package)
         except PackageNotFoundError:
             results.append({"name": row.name, "failed": f"{row.package} is not installed"})
             print(f"{row.name}: {results[-1]['failed']}", flush=True)
             continue
-        print(f"{label}: {row.flags}", flush=True)
+        print(f"{row.name} {found_version or ''}: {row.flags}", flush=True)
         before = 0.0
         for size in sizes:
-            found = apart(where, measured, row, name, size, options.ours_precision, steps, seconds=options.seconds)
-            what = {"name": row.name, "version": version(row.package), "flags": row.flags, "config": name, "rows": size}
+            found = apart(where, measured, row, name, size, options.grad_accum, options.ours_precision, steps, seconds=options.seconds)
+            what = {"name": row.name, "version": found_version, "flags": row.flags, "config": name}
+            what |= {"rows": size, "grad_accum": options.grad_accum}
             results.append({**what, "precision": options.ours_precision if row.name == "ours" else "bf16", **found})
             print(f"  {size} rows: {found}", flush=True)
             if abs(found.get("loss_off_ours", 0.0)) > SAME:
@@ -327,13 +332,13 @@ def main() -> None:
                 break
             before = found.get("tokens_per_second", before)
     if options.keep:
-        results = with_kept("peers", results, alike=["name", "config", "rows", "precision"])
+        results = with_kept("peers", results, alike=["name", "config", "rows", "grad_accum", "precision"])
     best: dict[str, int] = {}
     for found in results:
-        if found.get("config") == name and "tokens_per_second" in found:
+        if (found.get("config"), found.get("grad_accum")) == (name, options.grad_accum) and "tokens_per_second" in found:
             label = "ours, fp8" if found.get("precision") == "fp8" else found["name"]
             best[label] = max(best.get(label, 0), found["tokens_per_second"])
-    figures: dict[str, Any] = {"config": name, "tokens_per_second": best}
+    figures: dict[str, Any] = {"config": name, "grad_accum": options.grad_accum, "tokens_per_second": best}
     for ours in (label for label in best if label.startswith("ours")):
         figures[f"{ours} over"] = {other: round(best[ours] / rate, 3) for other, rate in best.items() if not other.startswith("ours")}
     for label, rate in sorted(best.items(), key=lambda item: -item[1]):

@@ -15,12 +15,14 @@ COMMANDS = {
     "longft": ("minifoundation.commands.longft", "longft"),
     "bench": ("minifoundation.commands.bench", "bench"),
     "export_hf": ("minifoundation.commands.export_hf", "export_hf"),
+    "import_hf": ("minifoundation.commands.import_hf", "import_hf"),
     "eval": ("minifoundation.commands.eval", "evaluate"),
     "eval-data pull": ("minifoundation.commands.eval_data", "pull"),
     "eval-data check": ("minifoundation.commands.eval_data", "check"),
     "contamination": ("minifoundation.commands.contamination", "contamination"),
     "report": ("minifoundation.commands.report", "report"),
     "generate": ("minifoundation.commands.generate", "generate"),
+    "serve": ("minifoundation.commands.serve", "serve"),
     "doctor": ("minifoundation.commands.doctor", "doctor"),
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import os
 import sys
 from difflib import get_close_matches
 from importlib import import_module
@@ -142,17 +143,21 @@ def program() -> Commands:
     commands: tuple[click.Command, ...] = (
         _command("prepare", "prepare.prepare", "Turn a corpus into token shards.", config.PrepareOptions, config.PrepareConfig),
         _command("inspect", "inspect.inspect", "Show what is in token shards, or what a checkpoint has read.", config.InspectOptions),
-        _command("pretrain", "pretrain.pretrain", "Train a model from scratch.", config.PretrainOptions, run),
+        _command("pretrain", "pretrain.pretrain", "Train a model, from scratch or from given weights.", config.PretrainOptions, run),
         _command("longft", "longft.longft", "Extend the context of a trained model.", config.LongftOptions, run),
         _command(
             "bench", "bench.bench", "Measure what this machine does with a model, and say which settings suit it.", config.BenchOptions, run
         ),
         _command("export_hf", "export_hf.export_hf", "Write a Hugging Face folder and prove it equal.", config.ExportOptions),
+        _command(
+            "import_hf", "import_hf.import_hf", "Turn a Hugging Face folder into a checkpoint and prove it equal.", config.ImportOptions
+        ),
         _command("eval", "eval.evaluate", "Run benchmarks on a model.", config.EvalOptions),
         mirror,
         _command("contamination", "contamination.contamination", "Find test items in the training text.", config.ContaminationOptions),
         _command("report", "report.report", "Write an HTML page and a model card of runs and evaluations.", config.ReportOptions),
         _command("generate", "generate.generate", "Continue a prompt.", config.GenerateOptions),
+        _command("serve", "serve.serve", "Answer OpenAI's completions requests, with a page to type into.", config.ServeOptions),
         _command("doctor", "doctor.doctor", "Check this machine, and the folder of a run.", config.DoctorOptions),
     )
     for command in commands:
@@ -167,22 +172,25 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command line and return its exit code: 0 done, or told to stop and saved; 2 the person can mend it; 130 broken off."""
+    """Run one command line and return its exit code: 0 done, or told to stop and saved; 2 the person can mend it; 130 broken off.
+
+    Of several processes with the same to say one says it: the first, or, of what is wrong in settings alone, the first of its machine.
+    """
     if arguments is None:
         arguments = sys.argv[1:]
     try:
         program().main(arguments or ["--help"], prog_name="minifoundation", standalone_mode=False)
-    except UserError as error:
-        click.echo(f"error: {error}", err=True)
-        return 2
     except Stopped as stop:
-        click.echo(str(stop), err=True)
+        _say(str(stop), stop)
         return 0
     except Interrupted as stop:
         click.echo(str(stop), err=True)
         return 130
+    except UserError as error:
+        _say(f"error: {error}", error)
+        return 2
     except click.ClickException as error:
-        click.echo(f"error: {error.format_message()}", err=True)
+        _say(f"error: {error.format_message()}", error)
         return 2
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped", err=True)
@@ -191,10 +199,18 @@ def main(arguments: list[str] | None = None) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             place = error.filename or Path.cwd()
             remedy = "free some space and run the same line again (a training run with --resume auto)"
-            click.echo(f"error: {place}: the disk is full; {remedy}", err=True)
+            _say(f"error: {place}: the disk is full; {remedy}", error)
         elif error.filename is not None and error.strerror is not None:
-            click.echo(f"error: {error.filename}: {error.strerror.lower()}; check the path and its permissions", err=True)
+            _say(f"error: {error.filename}: {error.strerror.lower()}; check the path and its permissions", error)
         else:
             raise
         return 2
     return 0
+
+
+def _say(line: str, error: Exception) -> None:
+    told = getattr(error, "told", None)
+    if told is None:
+        told = int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if not told:
+        click.echo(line, err=True)

@@ -19,6 +19,9 @@ class UserError(Exception):
         remedy: what to do or type.
     """
 
+    told: bool | None = None
+    """Whether another process prints the same line; None where the processes have not spoken yet."""
+
     def __init__(self, where: str, problem: str, remedy: str) -> None:
         self.where = where
         self.problem = problem
@@ -36,3 +39,6 @@ class Interrupted(Exception):
 
 class Stopped(Exception):
     """A training run that was told to stop (a signal, a time limit) and saved itself; carries the line that goes on with it."""
+
+    told: bool | None = None
+    """As of ``UserError``."""

@@ -94,9 +94,24 @@ class Moment:
 def machine(local_rank: int = 0) -> Machine:
     """Return the GPU of this process, or the CPU where there is none."""
     if torch.cuda.is_available():
+        _keep_compiled_attention()
         properties = torch.cuda.get_device_properties(local_rank)
         return Machine(torch.device("cuda", local_rank), properties.name, properties.total_memory, peak_flops(properties.name))
     return Machine(torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads", _ram_bytes(), None)
+
+
+def _keep_compiled_attention() -> None:
+    """Have FlashAttention 4 keep what it compiles, in the user's cache folder: else each start waits for it again (docs/speed.md).
+
+    It reads its settings where it is imported, which is later; its own folder would be in /tmp, where others may write.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minifoundation" / "flash_attention"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written to costs the next start some seconds
+        return
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder))
 
 
 def peak_flops(gpu_name: str) -> float | None:

@@ -104,7 +104,7 @@ def test_a_fault_in_the_config_is_refused(
     plant: Callable[[Config], Config], final: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = weights.hf_config
-    monkeypatch.setattr(weights, "hf_config", lambda config: plant(right(config)))
+    monkeypatch.setattr(weights, "hf_config", lambda config, special: plant(right(config, special)))
     refused(final(**YARN), tmp_path)
 
 

@@ -14,7 +14,7 @@ from minifoundation.data.encode import is_held_out
 from minifoundation.data.prepare import prepare_shards, tokenizer_for
 from minifoundation.data.rows import all_documents
 from minifoundation.data.shards import Shards
-from minifoundation.data.tokenizer import Tokenizer
+from minifoundation.data.tokenizer import EOS, Tokenizer
 
 VERSE = Path(__file__).parents[2] / "examples" / "shakespeare.txt"
 
@@ -32,7 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[DataConfig, Tokenize
 def test_counts_are_those_of_the_documents(made: tuple[DataConfig, Tokenizer, Shards], capsys: pytest.CaptureFixture[str]) -> None:
     config, tokenizer, shards = made
     texts = [text for text in all_documents(str(config.source), config) if not is_held_out(text.encode(), config.held_out)]
-    found = survey.split(shards.train)
+    found = survey.split(shards.train, EOS)
     assert found.lengths.tolist() == [len(tokenizer.encode(text)) + 2 for text in texts]
     assert found.text_bytes == sum(len(text.encode()) for text in texts)
 

@@ -14,8 +14,8 @@ from minifoundation.data.tokenizer import BOS, EOS
 def documents_of(row: list[int]) -> list[list[int]]:
     """Return the documents in a row, the last of which may be cut off."""
     documents: list[list[int]] = []
-    for token in row:
-        if token == BOS or not documents:
+    for place, token in enumerate(row):
+        if place == 0 or row[place - 1] == EOS:
             documents.append([])
         documents[-1].append(token)
     return documents
@@ -47,8 +47,14 @@ def test_without_masking_a_batch_knows_of_no_documents() -> None:
     assert masked.cu_seqlens is not None and masked.cu_seqlens.tolist() == [0, 3, 4, 6, 8]
 
 
+def test_documents_end_at_the_eos_of_their_tokenizer() -> None:
+    rows = np.array([[5, 9, 6, EOS, 7, 9, 8]])
+    masked = Batch.of_rows(rows, mask_documents=True, eos=9)
+    assert masked.cu_seqlens is not None and masked.cu_seqlens.tolist() == [0, 2, 6]
+
+
 def test_a_moved_batch_keeps_its_documents() -> None:
-    batch = Batch.of_rows(np.array([[BOS, 5, BOS, 6]]), mask_documents=True)
+    batch = Batch.of_rows(np.array([[5, EOS, BOS, 6]]), mask_documents=True)
     moved = batch.to(torch.device("meta"))
     assert moved.cu_seqlens is not None
     assert {moved.tokens.device.type, moved.targets.device.type, moved.cu_seqlens.device.type} == {"meta"}

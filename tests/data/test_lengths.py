@@ -34,13 +34,13 @@ def shards(tmp_path: Path) -> Shards:
 
 
 def both(shards: Shards, min_tokens: int = 8, seq_len: int = 16, seed: int = 1) -> tuple[Documents, LongRows, PackedRows]:
-    documents, order = Documents.of(shards.train), Order(shards, seq_len, 0)
+    documents, order = Documents.of(shards.train, shards.manifest.eos), Order(shards, seq_len, 0)
     kinds = (kind(documents, order, min_tokens=min_tokens, seed=seed) for kind in (LongRows, PackedRows))
     return documents, *kinds  # type: ignore[return-value]
 
 
 def test_documents_are_found(shards: Shards) -> None:
-    documents = Documents.of(shards.train)
+    documents = Documents.of(shards.train, shards.manifest.eos)
     assert documents.length.tolist() == [*LENGTHS[0], *LENGTHS[1]]
     for number, length in enumerate(documents.length):
         ids = documents.tokens(number)

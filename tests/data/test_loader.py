@@ -290,7 +290,7 @@ def test_leaving_prefetch_stops_its_thread_while_it_waits() -> None:
 @pytest.mark.gpu
 def test_batches_on_a_gpu_are_whole_when_they_are_read_though_nothing_waits_for_their_copies() -> None:
     """Long rows, whose copies take a while, and memory that is given back and taken again at once."""
-    device = torch.device("cuda")
+    device = torch.device("cuda", 0)
     wide = ([Batch.of_rows(np.full((4, 262_145), step)) for _ in range(2)] for step in range(30))
     sums = []
     with prefetch(wide, device) as batches:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from minifoundation.config import TokenizerConfig
-from minifoundation.data.tokenizer import BOS, CHUNK_CHARS, EOS, PAD, UNK, Tokenizer, chunks, train_tokenizer
+from minifoundation.data.tokenizer import BOS, CHUNK_CHARS, EOS, PAD, UNK, SentencePiece, Tokenizer, chunks, train_tokenizer
 from minifoundation.errors import UserError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "shakespeare.txt"
@@ -121,7 +121,7 @@ def test_decoding_passes_over_what_is_no_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode("\u0378")[:1]) == "\ufffd"
 
 
-def test_digits_and_ascii_are_pieces_and_words_carry_their_space(tokenizer: Tokenizer) -> None:
+def test_digits_and_ascii_are_pieces_and_words_carry_their_space(tokenizer: SentencePiece) -> None:
     pieces = [tokenizer.pieces[token][0] for token in tokenizer.encode(" 1234 the")]
     assert pieces == [" ", "1", "2", "3", "4", " the"]
     ordinary = {piece for piece, _, is_ordinary in tokenizer.pieces if is_ordinary}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from minifoundation.config import TokenizerConfig
 from minifoundation.data import tokenizer as native
-from minifoundation.data.tokenizer import BOS, CHUNK_CHARS, EOS, Tokenizer, train_tokenizer
+from minifoundation.data.tokenizer import BOS, CHUNK_CHARS, EOS, SentencePiece, train_tokenizer
 from minifoundation.export.tokenizer import tokenizer_differences, write_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -51,13 +51,13 @@ ENDLESS = ["q" * 1_000_000, "\u0378" * 300_000, " " * 300_000]
 
 
 @pytest.fixture(scope="module", params=["unigram", "bpe"])
-def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SentencePiece:
     text = EXAMPLE.read_text(encoding="utf-8")[:400_000] + CODE * 20 + "-" * 30
     return train_tokenizer([text], TokenizerConfig(kind=request.param, vocab_size=1500), tmp_path_factory.mktemp("spm") / "tokenizer.model")
 
 
 @pytest.fixture(scope="module")
-def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tokenizer: SentencePiece, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     write_tokenizer(tokenizer, folder, max_seq_len=2048)
     return folder
@@ -70,7 +70,7 @@ def fast(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(str(folder))
 
 
-def near_ties(tokenizer: Tokenizer, *, count: int) -> list[str]:
+def near_ties(tokenizer: SentencePiece, *, count: int) -> list[str]:
     """Texts of many equally good segmentations: random pieces in a row, and short patterns over and over."""
     rng = random.Random(0)
     ordinary = [piece for piece, _, is_ordinary in tokenizer.pieces if is_ordinary]
@@ -91,41 +91,41 @@ def validation() -> list[str]:
         return [json.loads(line)["text"] for line in lines]
 
 
-def test_nasty_texts_have_the_same_ids(tokenizer: Tokenizer, folder: Path) -> None:
+def test_nasty_texts_have_the_same_ids(tokenizer: SentencePiece, folder: Path) -> None:
     assert tokenizer_differences(tokenizer, folder, NASTY) == []
 
 
-def test_a_megabyte_of_one_letter_has_the_same_ids(tokenizer: Tokenizer, folder: Path) -> None:
+def test_a_megabyte_of_one_letter_has_the_same_ids(tokenizer: SentencePiece, folder: Path) -> None:
     assert tokenizer_differences(tokenizer, folder, ENDLESS) == []
 
 
-def test_a_play_has_the_same_ids(tokenizer: Tokenizer, folder: Path) -> None:
+def test_a_play_has_the_same_ids(tokenizer: SentencePiece, folder: Path) -> None:
     assert tokenizer_differences(tokenizer, folder, [EXAMPLE.read_text(encoding="utf-8")[-300_000:]]) == []
 
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text() | st.text(alphabet="ab \n\u2581<>s/0x").map(lambda text: text * 50))
-def test_generated_texts_have_the_same_ids(tokenizer: Tokenizer, fast: Any, text: str) -> None:
+def test_generated_texts_have_the_same_ids(tokenizer: SentencePiece, fast: Any, text: str) -> None:
     ids = [BOS, *tokenizer.encode(text)]
     assert fast.encode(text) == ids
     assert fast.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids) == text
 
 
-def test_near_ties_have_the_same_ids(tokenizer: Tokenizer, folder: Path) -> None:
+def test_near_ties_have_the_same_ids(tokenizer: SentencePiece, folder: Path) -> None:
     assert tokenizer_differences(tokenizer, folder, near_ties(tokenizer, count=100)) == []
 
 
 def test_without_rounded_scores_unigram_near_ties_fall_differently(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer: SentencePiece, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native, "_round_scores", lambda model: None)
-    unrounded = Tokenizer.load(tokenizer.path)
+    unrounded = SentencePiece(tokenizer.path, tokenizer.model)
     write_tokenizer(unrounded, tmp_path, max_seq_len=2048)
     differences = tokenizer_differences(unrounded, tmp_path, near_ties(unrounded, count=100))
     assert bool(differences) == (tokenizer.kind == "unigram"), "BPE compares ranks, not sums"
 
 
-def test_some_wikipedia_has_the_same_ids(tokenizer: Tokenizer, folder: Path) -> None:
+def test_some_wikipedia_has_the_same_ids(tokenizer: SentencePiece, folder: Path) -> None:
     assert tokenizer_differences(tokenizer, folder, validation()[:20]) == []
 
 
@@ -140,7 +140,7 @@ def test_all_the_wikipedia_has_the_same_ids_with_a_vocabulary_of_its_own(kind: s
     assert tokenizer_differences(tokenizer, tmp_path / "hf", near_ties(tokenizer, count=1000)) == []
 
 
-def test_what_transformers_reads(fast: Any, tokenizer: Tokenizer) -> None:
+def test_what_transformers_reads(fast: Any, tokenizer: SentencePiece) -> None:
     assert (fast.pad_token_id, fast.bos_token_id, fast.eos_token_id, fast.unk_token_id) == (0, 1, 2, 3)
     assert (fast.model_max_length, fast.padding_side, len(fast)) == (2048, "left", tokenizer.vocab_size)
     batch = fast(["to be", "or not to be"], padding=True)
@@ -151,7 +151,7 @@ def test_what_transformers_reads(fast: Any, tokenizer: Tokenizer) -> None:
     assert fast.decode([BOS, *tokenizer.encode(" ,  to be"), EOS]) == "<s> ,  to be</s>"
 
 
-def test_saved_again_by_transformers_it_is_the_same(fast: Any, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_saved_again_by_transformers_it_is_the_same(fast: Any, tokenizer: SentencePiece, tmp_path: Path) -> None:
     fast.save_pretrained(str(tmp_path))
     assert tokenizer_differences(tokenizer, tmp_path, NASTY) == []
 
@@ -212,7 +212,7 @@ def other_pad(settings: dict[str, Any]) -> None:
     ],
 )
 def test_a_planted_fault_is_found(
-    name: str, fault: Callable[[dict[str, Any]], None], found: str, tokenizer: Tokenizer, folder: Path, tmp_path: Path
+    name: str, fault: Callable[[dict[str, Any]], None], found: str, tokenizer: SentencePiece, folder: Path, tmp_path: Path
 ) -> None:
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -223,12 +223,12 @@ def test_a_planted_fault_is_found(
     assert any(found in difference for difference in differences), differences[:5]
 
 
-def test_the_export_of_another_tokenizer_is_found(tokenizer: Tokenizer, folder: Path, tmp_path: Path) -> None:
+def test_the_export_of_another_tokenizer_is_found(tokenizer: SentencePiece, folder: Path, tmp_path: Path) -> None:
     other = train_tokenizer([CODE * 100], TokenizerConfig(kind="bpe", vocab_size=512), tmp_path / "other.model")
     assert tokenizer_differences(other, folder, [])[0] == f"the vocabulary has {tokenizer.vocab_size} entries, not {other.vocab_size}"
 
 
-def test_every_humaneval_solution_survives_separate_encoding(tokenizer: Tokenizer, fast: Any) -> None:
+def test_every_humaneval_solution_survives_separate_encoding(tokenizer: SentencePiece, fast: Any) -> None:
     if not HUMANEVAL.exists():
         pytest.skip("no HumanEval: it lies beside the repository only where it is developed")
     pytest.importorskip("lm_eval")

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minifoundation.config import ModelConfig, RopeConfig
+from minifoundation.data.tokenizer import SPECIAL
 from minifoundation.errors import UserError
 from minifoundation.export import verify, weights
 from minifoundation.model.transformer import Transformer
@@ -82,8 +83,8 @@ def no_norm(tensors: dict[str, torch.Tensor]) -> None:
         pytest.param(in_config(rms_norm_eps=1e-6), "differs by", id="epsilon of the norms"),
         pytest.param(in_config(tie_word_embeddings=False), "differs by", id="tie broken"),
         pytest.param(in_config(bos_token_id=2), "config.json has bos_token_id 2 instead of 1", id="wrong BOS"),
-        pytest.param(in_tensors(one_bit), "norm.weight in model.safetensors is not the trained one", id="one bit of one weight"),
-        pytest.param(in_tensors(no_norm), "has no model.norm.weight", id="weight missing"),
+        pytest.param(in_tensors(one_bit), "norm.weight in the folder is another", id="one bit of one weight"),
+        pytest.param(in_tensors(no_norm), "the folder has no model.norm.weight", id="weight missing"),
     ],
 )
 def test_a_planted_fault_is_found(tmp_path: Path, plant: Callable[[Path], None], message: str) -> None:
@@ -91,7 +92,7 @@ def test_a_planted_fault_is_found(tmp_path: Path, plant: Callable[[Path], None],
     transformer = exported(config, tmp_path)
     plant(tmp_path)
     with pytest.raises(UserError, match=message):
-        verify.verify(transformer, config, tmp_path, dtype=torch.bfloat16)
+        verify.verify(transformer, config, tmp_path, dtype=torch.bfloat16, special=SPECIAL)
 
 
 def test_freshly_initialised_weights_alone_would_not_show_a_wrong_theta(tmp_path: Path) -> None:

@@ -328,7 +328,8 @@ def test_auto_goes_down_when_real_steps_run_out_of_memory(tmp_path: Path) -> Non
 def test_bench_measures_and_recommends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     yaml, path = tmp_path / "small.yaml", tmp_path / "bench.json"
     yaml.write_text(
-        json.dumps({"model": {**SMALL, "d_model": 512, "n_head": 8, "d_ff": 1536}, "train": {"seq_len": 256}}), encoding="utf-8"
+        json.dumps({"model": {**SMALL, "d_model": 1024, "n_head": 16, "n_kv_head": 4, "d_ff": 3072}, "train": {"seq_len": 256}}),
+        encoding="utf-8",
     )
     assert cli.main(["bench", "--config", str(yaml), "--steps", "3", "--grad_accum", "32", "--json", str(path)]) == 0
     said, figures = capsys.readouterr().out, json.loads(path.read_text(encoding="utf-8"))
@@ -338,7 +339,7 @@ def test_bench_measures_and_recommends(tmp_path: Path, capsys: pytest.CaptureFix
     step = figures["step"]
     assert step["graphs_after_warm_up"] == 0 and step["batch_size"] * step["grad_accum"] == 32
     assert {"matrix products", "attention", "optimizer", "loss", "norms"} <= set(step["profile"]["ms"])
-    assert sum(step["profile"]["ms"].values()) == pytest.approx(step["ms_per_step"], rel=0.5)
+    assert 0.1 * step["ms_per_step"] < sum(step["profile"]["ms"].values()) < 1.1 * step["ms_per_step"]  # launches bind so small a model
 
 
 def test_a_run_with_8_bit_moments_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

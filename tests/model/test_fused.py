@@ -1,6 +1,7 @@
 """The blocks by hand against the plain ones: equal in float64, near in half precision and in 8 bits; what they keep for the backward."""
 
 import statistics
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -201,6 +202,28 @@ def test_it_keeps_no_more_than_it_reads_again(fp8: bool, qk_norm: bool, checkpoi
         values = 64 + 64 + 2 * 96 + heads + 64 + 2 * 2 + (32 if fp8 else 0)
     # With QK-norm the rotation of a Function's own is by hand no more: it keeps tables of nothing, 8 wide.
     assert sum(held.values()) == TOKENS.numel() * 2 * values + (2 * 4 * 8 if qk_norm else 0)
+
+
+@pytest.mark.parametrize("checkpointing", ["attention", "offload"])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_heads_are_gone_after_the_forward(checkpointing: str, qk_norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only is nothing of them saved: nothing else holds them either."""
+    model = by_hand(
+        Transformer(ModelConfig.model_validate({**SMALL, "qk_norm": qk_norm, "checkpointing": checkpointing}), dtype=torch.bfloat16),
+        monkeypatch,
+    )
+    model.initialise(0)
+    monkeypatch.setattr(model, "copies", lambda _device: Aside())
+    alive: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+        alive.extend(weakref.ref(tensor.untyped_storage()) for tensor in (q, k, v))
+        return KeepsAll.apply(q, k, v)  # type: ignore[no-untyped-call,no-any-return]
+
+    monkeypatch.setattr(transformer, "attend", attend)
+    hidden = model(TOKENS)
+    assert len(alive) == 6 and all(storage() is None for storage in alive)
+    hidden.sum().backward()
 
 
 def test_parts_of_a_row_are_the_row(monkeypatch: pytest.MonkeyPatch) -> None:

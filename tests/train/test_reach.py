@@ -75,7 +75,7 @@ def test_long_documents_come_longest_first(tmp_path: Path) -> None:
     path = tmp_path / "held.bin"
     ids.astype("<u2").tofile(path)
     shard = Shard(path, np.dtype("<u2"), len(ids), len(lengths), 1)
-    found = longest(beginnings([shard], 48), longer_than=16, count=3)
+    found = longest(beginnings([shard], EOS, 48), longer_than=16, count=3)
     assert [(len(one), int(one[1]) - 3) for one in found] == [(49, 2), (49, 5), (30, 1)]
 
 
@@ -103,20 +103,20 @@ class Induction:
 
 def test_needles_are_found_by_a_model_that_can() -> None:
     text = np.random.default_rng(0).integers(130, 250, 500)
-    needles = Needles(encode, text, seed=0)
+    needles = Needles(encode, [BOS], text, seed=0)
     found = list(needles.grid(Induction(), [300, 640], 2, CPU))  # type: ignore[arg-type]
     assert {(needle.task, needle.length) for needle in found} == {(task, length) for task in reach.TASKS for length in (300, 640)}
     assert all(needle.found == needle.tries == 2 and needle.nats < 0.01 for needle in found), found
 
 
 def test_needles_are_not_found_by_a_model_that_cannot(model: Transformer) -> None:
-    found = list(Needles(encode, np.arange(130, 250), seed=0).grid(model, [300], 3, CPU))
+    found = list(Needles(encode, [BOS], np.arange(130, 250), seed=0).grid(model, [300], 3, CPU))
     assert sum(needle.found for needle in found) == 0 and min(needle.nats for needle in found) > 1
 
 
 @pytest.mark.parametrize("task", reach.TASKS)
 def test_a_prompt_is_as_long_as_asked_and_holds_its_needle_once_at_its_depth(task: reach.Task) -> None:
-    needles = Needles(encode, np.arange(200, 250), seed=0)
+    needles = Needles(encode, [BOS], np.arange(200, 250), seed=0)
     places = []
     for depth in reach.DEPTHS:
         made = needles.prompt(task, 600, depth, 1)

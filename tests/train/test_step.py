@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minifoundation.config import ModelConfig, TrainConfig
 from minifoundation.data.batch import Batch
-from minifoundation.data.tokenizer import BOS
+from minifoundation.data.tokenizer import EOS
 from minifoundation.distributed import World
 from minifoundation.model.training import TrainingModel
 from minifoundation.model.transformer import Transformer
@@ -120,8 +120,8 @@ def test_bf16_compute_leaves_fp32_weights_and_gradients() -> None:
 
 def test_a_step_within_documents_is_that_of_the_documents_apart() -> None:
     """Cut into documents of 8 and 24 tokens, in two micro-batches; each kind of document also as a batch of its own."""
-    tokens = rows(4).masked_fill(rows(4) == BOS, 5)
-    tokens[:, 8] = BOS
+    tokens = rows(4).masked_fill(rows(4) == EOS, 5)
+    tokens[:, 7] = EOS
     apart = [Batch(tokens[:, :8], tokens[:, 1:9]), Batch(tokens[:, 8:32], tokens[:, 9:])]
     whole = [Batch.of_rows(part.numpy(), mask_documents=True) for part in tokens.chunk(2)]
     results = []

@@ -9,9 +9,9 @@ import hashlib
 import json
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -22,6 +22,7 @@ from minifoundation import config
 from minifoundation.checkpoint.files import HashedFile, Record, put, record_of, sync_folder, write_whole
 from minifoundation.checkpoint.tensors import Layout, raw
 from minifoundation.config import RunConfig
+from minifoundation.distributed import whole
 from minifoundation.errors import UserError
 
 FORMAT = 3
@@ -68,6 +69,24 @@ class Checkpoint:
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor by section/name."""
         return {f"{section}/{name}": tensor for section in SECTIONS for name, tensor in (getattr(self, section) or {}).items()}
+
+    def gathered(self) -> Iterator[tuple[str, Tensor]]:
+        """Give name and whole of every tensor, in the order in which they are written; every process has to go through all of them."""
+        tensors = self.tensors()
+        for entry in Layout.of(tensors).fields:
+            yield entry.name, whole(tensors[entry.name])
+
+    def in_host_memory(self, *, kept: bool) -> Checkpoint:
+        """Return it with every tensor whole and in host memory, where it is ``kept``; every process has to call this."""
+        found = {name: tensor.cpu() for name, tensor in self.gathered() if kept}
+        if not kept:
+            return self
+        made = replace(self)
+        for section in SECTIONS:
+            tensors = getattr(self, section)
+            if tensors is not None:
+                setattr(made, section, {name: found[f"{section}/{name}"] for name in tensors})
+        return made
 
     def state(self) -> dict[str, Any]:
         """Return all but the tensors and the tokenizer, as JSON has it."""

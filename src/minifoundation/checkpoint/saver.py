@@ -63,32 +63,51 @@ class Saver:
         """Save ``checkpoint``, or begin to; one of the same step is not written twice.
 
         Raises:
-            UserError, OSError: this save, or the one before, could not be written, and ``if_fails`` is ``stop``.
+            UserError, OSError: as ``accepts`` and ``write``.
+        """
+        if self.accepts(checkpoint):
+            self.write(checkpoint)
+
+    def accepts(self, checkpoint: Checkpoint) -> bool:
+        """Return whether ``checkpoint`` is to be written now, when the one before has been: not twice, and not to a disk without room.
+
+        Raises:
+            UserError, OSError: there is no room, or the save before could not be written, and ``if_fails`` is ``stop``.
         """
         step = checkpoint.progress["step"]
         if step == self._saved:
-            return
+            return False
         if not self.idle:
             began = time.perf_counter()
             self.finish()
             self._say(f"step {step:,}: waited {time.perf_counter() - began:.1f} s for the checkpoint before to be written")
         self.finish()
-        tensors = checkpoint.tensors()
-        layout = Layout.of(tensors)
         try:
-            self._check_space(layout.n_bytes)
+            self._check_space(Layout.of(checkpoint.tensors()).n_bytes)
         except (UserError, OSError) as error:
             self.failed(error)
-            return
-        self._saved = step
+            return False
+        return True
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Write ``checkpoint``, or begin to; of tensors that are split the other processes give their parts (``Checkpoint.gathered``).
+
+        Raises:
+            UserError, OSError: it could not be written, and ``if_fails`` is ``stop``.
+        """
+        self._saved = checkpoint.progress["step"]
+        tensors = checkpoint.tensors()
+        layout, gathered = Layout.of(tensors), checkpoint.gathered()
         arguments = (checkpoint.state(), layout, checkpoint.tokenizer_model)
         copy = self._host_copy(layout, tensors) if self._background else None
         if copy is None:
             self._writing = Future()
-            self._write(self._writing, *arguments, (raw(tensors[field.name]) for field in layout.fields))
+            self._write(self._writing, *arguments, (raw(tensor) for _, tensor in gathered))
+            for _ in gathered:
+                pass  # the others give all of it, whatever became of the file
             self.finish()
             return
-        copy.fill(tensors)
+        copy.fill(gathered)
         self._writing = Future()
         # A daemon, so that a second Ctrl-C leaves at once; what it leaves behind is not a checkpoint yet.
         Thread(target=self._write, args=(self._writing, *arguments, copy.blocks()), name="checkpoint", daemon=True).start()

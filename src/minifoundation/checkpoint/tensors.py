@@ -7,7 +7,7 @@ copies each tensor to a Python object first, and its file would have to be read 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -106,8 +106,8 @@ class HostCopy:
             if int(code) != 0:
                 raise MemoryError(f"CUDA cannot lock {layout.n_bytes / 2**30:.1f} GiB of host memory (error {int(code)})")
 
-    def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy ``tensors``; on a GPU this only has the copies begin when what has been launched so far is done."""
+    def fill(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy the tensors of the layout, in its order, by name; on a GPU they only begin, when what has been launched so far is done."""
         if self._stream is None or self._copied is None:
             self._copy(tensors)
             return
@@ -116,10 +116,11 @@ class HostCopy:
             self._copy(tensors)
             self._copied.record()
 
-    def _copy(self, tensors: Mapping[str, Tensor]) -> None:
-        for field, end in zip(self.layout.fields, self.layout.ends, strict=True):
+    def _copy(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        for field, end, (name, tensor) in zip(self.layout.fields, self.layout.ends, tensors, strict=True):
+            assert name == field.name
             place = self._buffer[end - field.n_bytes : end].view(field.dtype).view(field.shape)
-            place.copy_(tensors[field.name].detach(), non_blocking=True)
+            place.copy_(tensor, non_blocking=True)
 
     def hold(self) -> None:
         """Have what is launched on the device from now on begin after the copies."""

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from minifoundation.config import ContaminationOptions
 from minifoundation.data import survey
 from minifoundation.data.shards import Shard, Shards
-from minifoundation.data.tokenizer import BOS, EOS, Tokenizer
+from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.errors import UserError
 from minifoundation.evaluate.contamination import SIZES, findings, items_of, separated
 from minifoundation.evaluate.overlap import Index, Item, Scan, Vocabulary, chunks
@@ -132,7 +132,7 @@ def _text(options: ContaminationOptions) -> tuple[list[Shard], Vocabulary, Path]
         raise UserError("contamination", "no text to look in", "give --ckpt, or --shards with --tokenizer")
     if not found:
         raise UserError("contamination", "no training shards", "give the checkpoint of a run that has trained, or a folder of shards")
-    return list(found.values()), Vocabulary.of(tokenizer.surfaces, breaks=(BOS, EOS)), place
+    return list(found.values()), Vocabulary.of(tokenizer.surfaces, breaks=(*tokenizer.prefix, tokenizer.special.eos)), place
 
 
 def _items(options: ContaminationOptions) -> tuple[list[Item], list[str]]:

@@ -3,37 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+from functools import partial
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minifoundation.config import EvalOptions
 from minifoundation.errors import UserError
 from minifoundation.evaluate import tables
 from minifoundation.evaluate.baselines import Baselines
 from minifoundation.evaluate.mirror import fingerprint
-from minifoundation.evaluate.requests import read_tasks
-from minifoundation.evaluate.results import RESULTS, Outcome, folder_for, key, replace_text
+from minifoundation.evaluate.requests import Request, read_tasks
+from minifoundation.evaluate.results import RESULTS, Folder, Outcome, folder_for, key, replace_text
 
 if TYPE_CHECKING:
+    from minifoundation.distributed import World
     from minifoundation.evaluate.model import Loaded
 
 
 def evaluate(options: EvalOptions) -> None:
-    """Run the tasks of ``options``, write the results after each, print the table."""
+    """Run the tasks of ``options``, write the results after each, print the table; several processes (torchrun) share the requests."""
     requests = read_tasks(options.tasks)
     baselines = Baselines.load(reruns=options.beside)
     if options.data_dir is not None and not options.data_dir.is_dir():
         raise UserError("--data_dir", f"{options.data_dir}: no such folder", "give a mirror folder, or leave it out to read from the hub")
     try:
+        from minifoundation.distributed import join
         from minifoundation.evaluate import harness
-        from minifoundation.evaluate.model import Model
     except ImportError as error:
         raise UserError("lm-eval", f"is not installed ({error})", "pip install -e '.[eval]'") from None
     harness.quieten()
-    manager = harness.task_manager(requests)
-    with _loaded(options) as loaded:
-        model = Model(loaded, rows=options.batch_size)
+    with join() as world, nullcontext() if world.is_first else redirect_stdout(StringIO()):
+        _evaluate(options, requests, baselines, world)
+
+
+def _evaluate(options: EvalOptions, requests: list[Request], baselines: Baselines, world: World) -> None:
+    from minifoundation.evaluate import harness
+    from minifoundation.evaluate.model import Model, Share
+
+    with ExitStack() as opened:
+        with world.together():
+            manager = harness.task_manager(requests)
+            loaded = opened.enter_context(_loaded(options))
+        model = Model(loaded, rows=options.batch_size, share=Share(world.rank, world.size, world.of_all))
         sandboxed = None
         if options.allow_code_exec and any(request.row.runs_code for request in requests):
             from minifoundation.evaluate.sandbox import sandbox
@@ -52,7 +65,7 @@ def evaluate(options: EvalOptions) -> None:
                 "versions": harness.versions(),
             },
         }
-        folder = folder_for(options.out_dir or _default_folder(options.model_path), facts, requests)
+        folder = world.agreed(lambda: folder_for(options.out_dir or _default_folder(options.model_path), facts, requests))
         left = [request for request in requests if key(request) not in folder.done]
         if folder.done:
             count = f"{len(requests) - len(left)} of {len(requests)}"
@@ -67,13 +80,17 @@ def evaluate(options: EvalOptions) -> None:
             outcomes += next(running)
             for outcome in outcomes:
                 outcome.samples.clear()  # prompts of every document: more than memory should hold for all tasks
-            folder.write(outcomes, complete=False)
-            replace_text(folder.path / "report.md", tables.report(outcomes, facts, baselines))
-        folder.write(outcomes, complete=True)
-    replace_text(folder.path / "report.md", tables.report(outcomes, facts, baselines))
+            world.agreed(partial(_write, folder, outcomes, facts, baselines, complete=False))
+        world.agreed(partial(_write, folder, outcomes, facts, baselines, complete=True))
     print(f"\n{tables.table(outcomes, baselines)}\n\n{folder.path / 'report.md'}\n{folder.path / RESULTS}")
-    if all(outcome.not_run for outcome in outcomes):
-        raise UserError("eval", "no task could run", "the table says why for each")
+    with world.together():
+        if all(outcome.not_run for outcome in outcomes):
+            raise UserError("eval", "no task could run", "the table says why for each")
+
+
+def _write(folder: Folder, outcomes: list[Outcome], facts: dict[str, Any], baselines: Baselines, *, complete: bool) -> None:
+    folder.write(outcomes, complete=complete)
+    replace_text(folder.path / "report.md", tables.report(outcomes, facts, baselines))
 
 
 @contextmanager

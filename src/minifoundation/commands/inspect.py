@@ -34,7 +34,7 @@ def inspect(options: InspectOptions) -> None:
 
 def _shards(options: InspectOptions, shards: Shards) -> None:
     manifest = shards.manifest
-    splits = {"train": survey.split(shards.train), "held out": survey.split(shards.held_out)}
+    splits = {"train": survey.split(shards.train, manifest.eos), "held out": survey.split(shards.held_out, manifest.eos)}
     end = "the whole corpus" if shards.complete else "more can follow"
     click.echo(f"{shards.folder}: {len(manifest.pairs)} shards of {manifest.dtype}, {end}, {manifest.documents_read:,} documents read")
     for name, found in splits.items():

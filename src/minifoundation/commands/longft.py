@@ -24,18 +24,16 @@ def longft(options: LongftOptions, values: dict[str, Any]) -> None:
     Raises:
         UserError: rows shorter than the context there is, or an optimizer asked for that the checkpoint has not.
     """
-    from minifoundation.checkpoint import load_checkpoint
+    from minifoundation.commands.import_hf import beginning, settings_of
     from minifoundation.data.sources import find_corpus
     from minifoundation.distributed import is_first_process
     from minifoundation.train.run import run
     from minifoundation.train.state import Start
 
-    checkpoint = load_checkpoint(options.ckpt_in)
+    checkpoint = beginning(options.ckpt_in)
     if options.config is None:
         options = options.model_copy(update={"config": DEFAULT_CONFIG})
-    base = checkpoint.config.model_dump(mode="json")
-    base["tokenizer"]["path"] = None
-    base["out_dir"] = str(Path("outputs") / "longft")
+    base = settings_of(checkpoint) | {"out_dir": str(Path("outputs") / "longft")}
     settings = layered(options, values, below=base)
     seq_len = config.build(TrainConfig, settings["train"], sources(options), section="train.").seq_len
     model = checkpoint.config.model

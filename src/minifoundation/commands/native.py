@@ -15,6 +15,7 @@ from torch import Tensor
 from minifoundation.checkpoint import Checkpoint
 from minifoundation.commands.export_hf import native_tokenizer
 from minifoundation.config import ModelConfig
+from minifoundation.data.tokenizer import Special
 from minifoundation.export.tokenizer import write_tokenizer
 from minifoundation.export.weights import hf_config, to_hf
 
@@ -28,11 +29,11 @@ class InMemory:
     folder: Path
 
 
-def network(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype) -> Any:
+def network(config: ModelConfig, state: dict[str, Tensor], special: Special, dtype: torch.dtype) -> Any:
     """Return the weights ``state`` of a ``Transformer`` as the model class of transformers that exports use, on the CPU."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config(config)), dtype=dtype)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config(config, special)), dtype=dtype)
     model.load_state_dict(to_hf(config, state), strict=False)  # a tied head is in the embedding
     return model.eval()
 
@@ -47,4 +48,4 @@ def in_memory(checkpoint: Checkpoint, *, dtype: torch.dtype, ema: bool = False) 
     with tempfile.TemporaryDirectory() as name, native_tokenizer(checkpoint) as tokenizer:
         folder = Path(name)
         write_tokenizer(tokenizer, folder, max_seq_len=config.max_seq_len)
-        yield InMemory(network(config, state, dtype), AutoTokenizer.from_pretrained(folder), folder)
+        yield InMemory(network(config, state, tokenizer.special, dtype), AutoTokenizer.from_pretrained(folder), folder)

@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from minifoundation import config
-from minifoundation.config import PretrainOptions, RunConfig, RunOptions
+from minifoundation.config import ModelConfig, PretrainOptions, RunConfig, RunOptions
 from minifoundation.errors import UserError
 
 
 def pretrain(options: PretrainOptions, values: dict[str, Any]) -> None:
-    """Train a model from scratch with the YAML of ``options`` overlaid by ``values`` of the command line."""
-    run_config = config.build(RunConfig, layered(options, values, below={}), sources(options))
+    """Train a model with the YAML of ``options`` overlaid by ``values`` of the command line.
+
+    With ``options.init_from`` the model is that of those weights: what its settings say otherwise is refused.
+    """
+    if options.init_from is None:
+        run_config = config.build(RunConfig, layered(options, values, below={}), sources(options))
+        start = None
+    else:
+        from minifoundation.commands.import_hf import beginning
+        from minifoundation.train.state import Start
+
+        checkpoint = beginning(options.init_from)
+        below = {"model": checkpoint.config.model.model_dump(mode="json")}
+        run_config = config.build(RunConfig, layered(options, values, below=below), f"{options.init_from}, {sources(options)}")
+        _same_model(run_config.model, checkpoint.config.model, options.init_from)
+        start = Start("pretrain", checkpoint)
     from minifoundation.train.run import run
 
-    run(run_config, resume=options.resume, allowed=options.allow_change, dry_run=options.dry_run)
+    run(run_config, resume=options.resume, allowed=options.allow_change, dry_run=options.dry_run, start=start)
+
+
+MAY_DIFFER = {"vocab_size", "dropout", "init_std", "attention", "swiglu", "checkpointing", "checkpoint_every"}
+"""Settings of a model that its trained weights do not depend on; the vocabulary stays that of the weights."""
+
+
+def _same_model(asked: ModelConfig, trained: ModelConfig, path: Path) -> None:
+    for name in ModelConfig.model_fields.keys() - MAY_DIFFER:
+        here, there = getattr(asked, name), getattr(trained, name)
+        if here != there:
+            problem = f"{here} here, but {there} in {path}"
+            raise UserError(f"model.{name}", problem, "leave it out (longft extends the context), or train without --init_from")
 
 
 def layered(options: RunOptions, values: dict[str, Any], *, below: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class RunOptions(Settings):
     bf16: bool = setting(False, flag="bf16", help="bf16 compute over fp32 weights; means --amp --bf16")
 
 
-class PretrainOptions(RunOptions):
+class PhaseOptions(RunOptions):
     """``pretrain`` and ``longft``: the same, and whether to go on or only to plan."""
 
     resume: str | None = setting(
@@ -60,10 +60,22 @@ class PretrainOptions(RunOptions):
         return value
 
 
-class LongftOptions(PretrainOptions):
+class PretrainOptions(PhaseOptions):
+    """``pretrain``: the same, and what to begin from when it is not random weights."""
+
+    init_from: Path | None = setting(
+        None,
+        flag="init_from",
+        help="begin from these weights, with their tokenizer: final.pth, a step folder, or a Llama or Qwen3 folder of Hugging Face",
+    )
+
+
+class LongftOptions(PhaseOptions):
     """``longft``: the same, and the model to begin from."""
 
-    ckpt_in: Path = setting(help="final.pth (or a step folder) of the run whose context is extended", flag="ckpt_in")
+    ckpt_in: Path = setting(
+        help="final.pth (or a step folder) of the run whose context is extended, or a Llama or Qwen3 folder of Hugging Face", flag="ckpt_in"
+    )
     carry_optimizer: bool = setting(
         False, flag="carry_optimizer", help="go on with the optimizer's moments of ckpt_in, a step folder; by default they begin anew"
     )
@@ -135,6 +147,30 @@ class ExportOptions(Settings):
     out_dir: Path = setting(Path("outputs/hf_export"), flag="out_dir", help="folder to write")
     dtype: Literal["fp32", "bf16", "fp16"] = setting("bf16", flag="dtype", help="dtype of the exported weights")
     ema: bool = setting(False, flag="ema", help="export the averaged weights instead")
+    max_shard_bytes: int = setting(
+        5_000_000_000,
+        ge=1_000,
+        flag="max_shard_bytes",
+        help="largest file of weights; more become several with an index [huggingface_hub: 5 GB]",
+    )
+
+    gguf: tuple[Literal["f16", "q8_0"], ...] = setting(
+        (),
+        flag="gguf",
+        help="also write files of llama.cpp, as f16,q8_0, and compare llama.cpp (pip install -e '.[gguf]')",
+    )
+
+    @field_validator("gguf", mode="before")
+    @classmethod
+    def _types_in_words(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+class ImportOptions(Settings):
+    """``import_hf``: Hugging Face folder to checkpoint, with proof of parity."""
+
+    model_path: Path = setting(help="a folder of a LlamaForCausalLM or Qwen3ForCausalLM in safetensors", flag="model_path")
+    out_dir: Path = setting(Path("outputs/import"), flag="out_dir", help="folder to write final.pth into")
 
 
 class EvalOptions(Settings):
@@ -227,6 +263,17 @@ class GenerateOptions(Settings):
     temperature: float = setting(0.8, ge=0, flag="temperature", help="0 is greedy")
     top_p: float = setting(0.95, gt=0, le=1, flag="top_p", help="nucleus sampling (arXiv:1904.09751)")
     seed: int = setting(1234, ge=0, flag="seed", help="of the sampling")
+
+
+class ServeOptions(Settings):
+    """``serve``: a model behind an address."""
+
+    model: Path = setting(help="a checkpoint (final.pth, step folder) or an exported folder", flag="model")
+    host: str = setting("127.0.0.1", flag="host", help="address to listen on; 0.0.0.0: every one of this machine, for whoever reaches it")
+    port: int = setting(8000, ge=1, le=65535, flag="port", help="port to listen on")
+    engine: Literal["auto", "vllm", "transformers"] = setting(
+        "auto", flag="engine", help="what computes: vLLM where it is installed, else transformers' own server"
+    )
 
 
 class DoctorOptions(Settings):

@@ -218,6 +218,22 @@ class TrainConfig(Settings):
         flag="grad_accum",
         help="micro-batches summed into one step on each device; beside --batch_size auto: the rows of a step, split as they fit",
     )
+    tokens_per_step: int | None = setting(
+        None,
+        ge=1,
+        help="tokens of a step over all processes, instead of grad_accum, which then follows: the same run on any number of them",
+    )
+    parallel: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = setting(
+        "auto",
+        help="how several processes (torchrun) share the model: ddp has a copy on each, fsdp (FSDP2, arXiv:2304.11277) a part on each, "
+        "hsdp a part on each of a node; auto is ddp where a copy fits the memory, else hsdp or fsdp",
+    )
+    reduce_precision: Literal["fp32", "bf16"] = setting("fp32", help="dtype in which gradients travel between processes")
+    rank_timeout: float = setting(
+        45.0,
+        gt=0,
+        help="seconds in a step after which a process that the others wait for is named, and all stop; never less than five steps",
+    )
     precision: Literal["fp32", "bf16", "fp16", "fp8"] = setting(
         "fp32",
         help="dtype of compute; weights, gradients and optimizer stay fp32 (--amp --bf16: bf16; --amp alone: fp16 with loss scaling); "
@@ -269,6 +285,14 @@ class TrainConfig(Settings):
     )
     deterministic: bool = setting(False, help="kernels that give the same bits in every run, slower on a GPU (docs/reliability.md)")
     tensorboard: bool = setting(False, help="also write TensorBoard events to <out_dir>/tensorboard")
+
+    @model_validator(mode="after")
+    def _one_size_of_step(self) -> Self:
+        if self.tokens_per_step is not None and self.grad_accum != 1:
+            raise ValueError(
+                f"tokens_per_step is {self.tokens_per_step:,}, and grad_accum {self.grad_accum} too; leave grad_accum out: it follows"
+            )
+        return self
 
     @field_validator("batch_size")
     @classmethod

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from minifoundation.data.tokenizer import BOS
+from minifoundation.data.tokenizer import EOS
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,17 @@ class Batch:
     """Squared lengths of the documents, summed; None when attention crosses documents."""
 
     @classmethod
-    def of_rows(cls, rows: npt.NDArray[np.int64], *, mask_documents: bool = False) -> Batch:
+    def of_rows(cls, rows: npt.NDArray[np.int64], *, mask_documents: bool = False, eos: int = EOS) -> Batch:
         """Return the batch of rows (B, T + 1), with the documents in it when attention is to stay within them.
 
-        A document begins at a bos token; the rest of one that a row begins in the middle of counts as one.
+        A document begins after the ``eos`` of another; the rest of one that a row begins in the middle of counts as one.
         """
         both = torch.from_numpy(rows)
         tokens, targets = both[:, :-1].contiguous(), both[:, 1:].contiguous()
         if not mask_documents:
             return cls(tokens, targets)
-        begins = rows[:, :-1] == BOS
-        begins[:, 0] = True
+        begins = np.ones(tokens.shape, np.bool_)
+        begins[:, 1:] = rows[:, :-2] == eos
         cu_seqlens = np.append(np.flatnonzero(begins), begins.size)
         return cls(tokens, targets, torch.from_numpy(cu_seqlens.astype(np.int32)), int((np.diff(cu_seqlens) ** 2).sum()))
 

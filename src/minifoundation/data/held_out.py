@@ -48,7 +48,7 @@ class HeldOut:
         """The rows in micro-batches; empty where too little is held out. Asked for when ``ready``."""
         rows = self._rows
         parts = [rows[first : first + self._batch_size] for first in range(0, len(rows), self._batch_size)]
-        return [Batch.of_rows(part, mask_documents=self._loader.mask_documents) for part in parts]
+        return [Batch.of_rows(part, mask_documents=self._loader.mask_documents, eos=self._loader.eos) for part in parts]
 
     @cached_property
     def bytes_per_token(self) -> float:

@@ -27,9 +27,9 @@ class Documents:
     length: Ints
 
     @classmethod
-    def of(cls, shards: Sequence[Shard]) -> Documents:
-        """Return the documents of ``shards``; reads every token once."""
-        starts = [starts_of(shard) for shard in shards]
+    def of(cls, shards: Sequence[Shard], eos: int) -> Documents:
+        """Return the documents of ``shards``, each ended by ``eos``; reads every token once."""
+        starts = [starts_of(shard, eos) for shard in shards]
         lengths = [np.diff(one, append=shard.n_tokens) for one, shard in zip(starts, shards, strict=True)]
         none = np.zeros(0, np.int64)
         which = np.repeat(np.arange(len(shards)), [len(one) for one in starts])

@@ -71,6 +71,7 @@ class Loader:
         self.mixture = Mixture([weights[name] for name in self.sources])
         self.mask_documents = mask_documents
         self._samples = list(self.sources.values())
+        self.eos = self._samples[0].order.shards.manifest.eos
         self._stopped = threading.Event()
 
     def counts(self, samples: int) -> dict[str, int]:
@@ -106,7 +107,7 @@ class Loader:
 
     def batch(self, samples: Sequence[int] | npt.NDArray[np.int64]) -> Batch:
         """Return the micro-batch of ``samples``; waits as ``rows`` does."""
-        return Batch.of_rows(self.rows(samples), mask_documents=self.mask_documents)
+        return Batch.of_rows(self.rows(samples), mask_documents=self.mask_documents, eos=self.eos)
 
     def stop(self) -> None:
         """Have every wait end, in whatever thread it is."""

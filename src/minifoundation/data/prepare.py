@@ -124,7 +124,7 @@ def tokenizer_for(tokenizer: TokenizerConfig, data: DataConfig, out: Path) -> To
         given = Tokenizer.load(tokenizer.path)
         out.mkdir(parents=True, exist_ok=True)
         part = model.with_name(model.name + PART)
-        shutil.copyfile(given.path, part)
+        part.write_bytes(given.model)
         part.replace(model)
     found = Tokenizer.load(model)
     remedy = f"remove {model} to replace it, or choose another folder"
@@ -246,6 +246,7 @@ class _Preparation:
         """Return the manifest of a folder without shards, written before the work begins: the work is bound to its settings."""
         manifest = Manifest(
             dtype="uint16" if self.tokenizer.vocab_size <= 1 << 16 else "uint32",
+            eos=self.tokenizer.special.eos,
             tokenizer_sha256=self.tokenizer.sha256,
             source=corpus.id,
             settings=self._settings,

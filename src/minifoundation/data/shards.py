@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from minifoundation.data.tokenizer import EOS
 from minifoundation.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -74,6 +75,8 @@ class Manifest(_Model):
     format: Literal[2] = 2
     """Places count pieces of ``pieces.PIECE_BYTES`` and blocks of ``encode.BLOCK_BYTES``: other sizes are another format."""
     dtype: Literal["uint16", "uint32"]
+    eos: int = EOS
+    """The id that ends each document, and stands nowhere else; after it the next one begins."""
     tokenizer_sha256: str
     source: dict[str, Any]
     settings: dict[str, Any]

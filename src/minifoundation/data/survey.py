@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from minifoundation.data.shards import MANIFEST, REMEDY, Shard, Shards, intact
-from minifoundation.data.tokenizer import BOS, EOS, Tokenizer
+from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.errors import UserError
 
 
@@ -30,19 +31,16 @@ class Split:
     """Tokens of each document, bos and eos included."""
 
 
-def split(shards: tuple[Shard, ...]) -> Split:
+def split(shards: tuple[Shard, ...], eos: int) -> Split:
     """Return the counts of a split; reads every token once."""
-    lengths = [_lengths(shard) for shard in shards] or [np.zeros(0, np.int64)]
+    lengths = [np.diff(starts_of(shard, eos), append=shard.n_tokens) for shard in shards] or [np.zeros(0, np.int64)]
     return Split(sum(shard.n_tokens for shard in shards), sum(shard.text_bytes for shard in shards), np.concatenate(lengths))
 
 
-def starts_of(shard: Shard) -> npt.NDArray[np.int64]:
+def starts_of(shard: Shard, eos: int) -> npt.NDArray[np.int64]:
     """Return where each document of a shard begins; reads every token."""
-    return np.flatnonzero(shard.tokens() == BOS)  # no text encodes to bos, so it stands at the start of documents alone
-
-
-def _lengths(shard: Shard) -> npt.NDArray[np.int64]:
-    return np.diff(starts_of(shard), append=shard.n_tokens)
+    ends = np.flatnonzero(shard.tokens() == eos)  # no text encodes to eos, so it stands at the end of documents alone
+    return np.append(0, ends[:-1] + 1)
 
 
 def check(shards: Shards) -> None:
@@ -68,9 +66,23 @@ def samples(shards: Shards, tokenizer: Tokenizer, count: int) -> Iterator[tuple[
     for number in range(count):
         shard = shards.train[number * len(shards.train) // count]
         tokens = shard.tokens()
-        starts = np.append(np.flatnonzero(tokens == BOS), shard.n_tokens)
+        starts = np.append(starts_of(shard, shards.manifest.eos), shard.n_tokens)
         which = number % (len(starts) - 1)
         ids = tokens[starts[which] : starts[which + 1]].tolist()
-        spelled = {BOS: "<s>", EOS: "</s>"}
-        text = spelled.get(ids[0], "") + tokenizer.decode(ids) + spelled.get(ids[-1], "")
+        names = tokenizer.special_tokens
+        text = (names["bos_token"] if tokenizer.prefix else "") + tokenizer.decode(ids) + names["eos_token"]
         yield f"{shard.path.name}, document {which}, {len(ids):,} tokens", text
+
+
+def texts(shards: Sequence[Shard], tokenizer: Tokenizer, most_bytes: int) -> list[str]:
+    """Return the first documents of ``shards`` as text, until they have ``most_bytes``."""
+    found: list[str] = []
+    size = 0
+    for shard in shards:
+        tokens = shard.tokens()
+        for start, end in pairwise(np.append(starts_of(shard, tokenizer.special.eos), shard.n_tokens)):
+            if size >= most_bytes:
+                return found
+            found.append(tokenizer.decode(tokens[start:end].tolist()))
+            size += len(found[-1].encode())
+    return found

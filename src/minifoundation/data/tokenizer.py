@@ -1,4 +1,7 @@
-"""Text to token ids and back without loss: SentencePiece Unigram (arXiv:1804.10959) or BPE (arXiv:1508.07909) with byte fallback."""
+"""Text to token ids and back without loss: SentencePiece Unigram (arXiv:1804.10959) or BPE (arXiv:1508.07909) with byte fallback.
+
+One in Hugging Face's form, such as a byte-level BPE, is read by ``fast_tokenizer.py``.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,12 @@ import math
 import os
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -47,76 +51,77 @@ def chunks(text: str) -> list[str]:
     return _CHUNK.findall(text)
 
 
-class Tokenizer:
-    """A SentencePiece model made exact: ``decode(encode(text)) == text`` and the same ids as its Hugging Face export.
+class Special(NamedTuple):
+    """Ids of the special tokens; None where a tokenizer has none of that kind."""
 
-    Two things are changed in memory, not in the file. Spaces stand for themselves instead of U+2581, so that a literal
-    U+2581 in a text is told from a space. Unigram scores are rounded to the finest power of two at which the sum over a
-    chunk is exact in SentencePiece's float32 and in the export's float64, so that near-ties cannot be decided differently.
+    pad: int | None
+    bos: int | None
+    eos: int
+    unk: int | None
 
-    Args:
-        path: the ``.model`` file.
+
+SPECIAL = Special(PAD, BOS, EOS, UNK)
+"""Of the tokenizers that are trained here."""
+
+
+class Tokenizer(ABC):
+    """Text to ids and back: ``decode(encode(text)) == normalized(text)``, and the same ids as its Hugging Face form gives.
 
     Attributes:
+        path: of its file.
+        model: the bytes of the file, which checkpoints carry.
+        sha256: of ``model``.
+        kind: what it is, in a word.
         vocab_size: pieces, special and byte pieces included.
-        sha256: of the file.
+        special: ids of the special tokens.
+        prefix: what a document begins with: bos, or nothing. Each ends with eos, which no text encodes to.
     """
 
-    def __init__(self, path: Path) -> None:
-        import sentencepiece
+    path: Path
+    kind: str
+    vocab_size: int
+    special: Special
+    prefix: tuple[int, ...]
 
-        data = _read(path)
-        model = _parsed(path, data)
-        reasons = _faults(model)
-        if reasons:
-            why = ", ".join(reasons)
-            raise UserError(str(path), f"not a tokenizer for this program: {why}", "train one here: leave tokenizer.path unset")
+    def __init__(self, path: Path, model: bytes) -> None:
         self.path = path
-        self.sha256 = hashlib.sha256(data).hexdigest()
-        self.kind: Literal["unigram", "bpe"] = "bpe" if model.trainer_spec.model_type == _BPE else "unigram"
-        self.vocab_size = len(model.pieces)
-        if self.kind == "unigram":
-            _round_scores(model)
-        for piece in model.pieces:
-            piece.piece = piece.piece.replace(SPACE, " ")
-        model.normalizer_spec.escape_whitespaces = False
-        self._model = model
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+        self.model = model
+        self.sha256 = hashlib.sha256(model).hexdigest()
 
-    @classmethod
-    def load(cls, path: Path) -> Tokenizer:
-        """Return the tokenizer in a SentencePiece file.
+    @staticmethod
+    def load(path: Path) -> Tokenizer:
+        """Return the tokenizer in a SentencePiece file, or in a ``tokenizer.json`` of Hugging Face (its folder will do).
 
         Raises:
-            UserError: no such file, no SentencePiece model, or one that is not lossless or has other special ids than ours.
+            UserError: no such file, no tokenizer, or one that is not lossless, has other special ids than ours (SentencePiece), or is of
+                a kind that cannot be exported id for id.
         """
-        return cls(path)
+        from minifoundation.data.fast_tokenizer import FastTokenizer, is_folder_or_json, is_packed, packed
 
-    @cached_property
-    def pieces(self) -> tuple[tuple[str, float, bool], ...]:
-        """(Text with raw spaces, score, is it an ordinary piece) by id."""
-        return tuple((p.piece, p.score, p.type == _NORMAL) for p in self._model.pieces)
+        model = packed(path) if is_folder_or_json(path) else _read(path)
+        return FastTokenizer(path, model) if is_packed(model) else SentencePiece(path, model)
 
-    @cached_property
-    def surfaces(self) -> list[bytes]:
-        """The bytes of text that each id stands for; special tokens have none."""
-        return [_surface(p) for p in self._model.pieces]
-
+    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``, without bos and eos; special tokens spelled in the text are text."""
-        encoded: list[list[int]] = self._processor.encode(chunks(text), num_threads=1)
-        return [token for part in encoded for token in part]
 
+    @abstractmethod
     def encode_documents(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        """Return ``bos text eos`` for each text; other threads of this process run meanwhile."""
-        parts: list[str] = []
-        ends = []
-        for text in texts:
-            parts += chunks(text)
-            ends.append(len(parts))
-        encoded = self._processor.encode(parts, out_type="numpy", num_threads=1)
-        bos, eos = np.array([BOS], np.int32), np.array([EOS], np.int32)
-        return [np.concatenate((bos, *encoded[start:end], eos)) for start, end in zip([0, *ends], ends, strict=False)]
+        """Return ``prefix text eos`` for each text; other threads of this process run meanwhile."""
+
+    @property
+    @abstractmethod
+    def surfaces(self) -> list[bytes]:
+        """The bytes of text that each id stands for; special tokens have none."""
+
+    @property
+    @abstractmethod
+    def special_tokens(self) -> dict[str, str]:
+        """The spelling of the special tokens there are, as ``pad_token``, ``bos_token``, ``eos_token`` and ``unk_token``."""
+
+    def normalized(self, text: str) -> str:
+        """Return what ``decode`` gives back of ``text``."""
+        return text
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ``ids``; special tokens and ids beyond the vocabulary are empty, broken UTF-8 becomes U+FFFD."""
@@ -129,7 +134,65 @@ class Tokenizer:
         return int(lengths[ids].sum())
 
 
-def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, out: Path) -> Tokenizer:
+class SentencePiece(Tokenizer):
+    """A SentencePiece model made exact: ``decode(encode(text)) == text`` and the same ids as its Hugging Face export.
+
+    Two things are changed in memory, not in the file. Spaces stand for themselves instead of U+2581, so that a literal
+    U+2581 in a text is told from a space. Unigram scores are rounded to the finest power of two at which the sum over a
+    chunk is exact in SentencePiece's float32 and in the export's float64, so that near-ties cannot be decided differently.
+    """
+
+    special = SPECIAL
+    prefix = (BOS,)
+
+    def __init__(self, path: Path, model: bytes) -> None:
+        import sentencepiece
+
+        super().__init__(path, model)
+        proto = _parsed(path, model)
+        reasons = _faults(proto)
+        if reasons:
+            why = ", ".join(reasons)
+            raise UserError(str(path), f"not a tokenizer for this program: {why}", "train one here: leave tokenizer.path unset")
+        self.kind: Literal["unigram", "bpe"] = "bpe" if proto.trainer_spec.model_type == _BPE else "unigram"
+        self.vocab_size = len(proto.pieces)
+        if self.kind == "unigram":
+            _round_scores(proto)
+        for piece in proto.pieces:
+            piece.piece = piece.piece.replace(SPACE, " ")
+        proto.normalizer_spec.escape_whitespaces = False
+        self._proto = proto
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+
+    @cached_property
+    def pieces(self) -> tuple[tuple[str, float, bool], ...]:
+        """(Text with raw spaces, score, is it an ordinary piece) by id."""
+        return tuple((p.piece, p.score, p.type == _NORMAL) for p in self._proto.pieces)
+
+    @cached_property
+    def surfaces(self) -> list[bytes]:
+        return [_surface(p) for p in self._proto.pieces]
+
+    @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        return {f"{name}_token": self.pieces[token][0] for name, token in self.special._asdict().items()}
+
+    def encode(self, text: str) -> list[int]:
+        encoded: list[list[int]] = self._processor.encode(chunks(text), num_threads=1)
+        return [token for part in encoded for token in part]
+
+    def encode_documents(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        parts: list[str] = []
+        ends = []
+        for text in texts:
+            parts += chunks(text)
+            ends.append(len(parts))
+        encoded = self._processor.encode(parts, out_type="numpy", num_threads=1)
+        bos, eos = np.array([BOS], np.int32), np.array([EOS], np.int32)
+        return [np.concatenate((bos, *encoded[start:end], eos)) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, out: Path) -> SentencePiece:
     """Return a tokenizer trained on the first ``config.sample_bytes`` of ``texts`` and written to ``out``, whole or not at all.
 
     The same text gives the same file. Digits are pieces of their own [LLaMA, arXiv:2302.13971], character coverage is
@@ -184,7 +247,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, out: Path) ->
         file.flush()
         os.fsync(file.fileno())
     part.replace(out)
-    tokenizer = Tokenizer.load(out)
+    tokenizer = SentencePiece(out, _read(out))
     if tokenizer.vocab_size < config.vocab_size:
         _say(f"warning: the text supports {tokenizer.vocab_size:,} pieces, fewer than tokenizer.vocab_size {config.vocab_size:,}; going on")
     return tokenizer
@@ -263,7 +326,9 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(str(path), f"cannot be read ({error.strerror})", "give the path of a SentencePiece .model file") from None
+        raise UserError(
+            str(path), f"cannot be read ({error.strerror})", "give the path of a SentencePiece .model file or a tokenizer.json"
+        ) from None
 
 
 def _parsed(path: Path, data: bytes) -> Any:

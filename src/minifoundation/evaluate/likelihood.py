@@ -80,6 +80,16 @@ def grouped(inputs: Sequence[Ids]) -> list[Group]:
     return [*groups, Group(prefix, tuple(members))] if members else groups
 
 
+def parted(inputs: Sequence[Ids], parts: int) -> list[list[int]]:
+    """Return the numbers of ``inputs`` in as many parts of about as many tokens each; neighbours in lexicographic order stay together."""
+    order = sorted(range(len(inputs)), key=lambda i: inputs[i].astype(">u4").tobytes())
+    before = np.cumsum([0, *(len(inputs[i]) for i in order)])
+    found: list[list[int]] = [[] for _ in range(parts)]
+    for place, number in enumerate(order):
+        found[int(before[place]) * parts // max(1, int(before[-1]))].append(number)
+    return found
+
+
 def _common(a: Ids, b: Ids) -> int:
     """Return how many tokens two sequences have in common at their beginning."""
     length = min(len(a), len(b))

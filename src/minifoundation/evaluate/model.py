@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from minifoundation.errors import UserError
 from minifoundation.evaluate.encoding import Encoded, cache_folder, encoded_pairs
-from minifoundation.evaluate.likelihood import BRANCHING, Network, Span, log_likelihoods
+from minifoundation.evaluate.likelihood import BRANCHING, Network, Score, Span, log_likelihoods, parted
 from minifoundation.evaluate.mirror import first_line, go_offline_unless_reachable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,19 +38,35 @@ class Loaded:
     """That it had read in training, where somebody knows."""
 
 
+class Share(NamedTuple):
+    """Which part of the requests is this process's, and how it comes by what the others have."""
+
+    rank: int = 0
+    size: int = 1
+    of_all: Callable[[Any], list[Any]] = lambda value: [value]
+    """Returns the value that each process calls it with, by rank."""
+
+
+ALONE = Share()
+
+
 class Model(HFLM):
     """lm-eval's Hugging Face model, its log-likelihoods by ``likelihood``, with a count of truncated requests.
+
+    Several processes each have the whole model and answer a part of every call's requests; all return all answers, so that each goes
+    through lm-eval as one alone would.
 
     Args:
         rows: rows in a batch; None fits them to the free memory.
     """
 
-    def __init__(self, loaded: Loaded, *, rows: int | None) -> None:
+    def __init__(self, loaded: Loaded, *, rows: int | None, share: Share = ALONE) -> None:
         loaded.network.eval()
         super().__init__(pretrained=loaded.network, tokenizer=loaded.tokenizer, batch_size="auto", softmax_dtype="float32")
         self.loaded = loaded
         self.parts = Network(loaded.network)
         self.fixed_rows = rows
+        self.share = share
         self.batch_tokens = _batch_tokens(self.parts)
         self.truncated = 0
         self._rows_to_generate = 1
@@ -95,9 +111,35 @@ class Model(HFLM):
             kept = tokens[-(self.max_length + 1) :]  # a prompt too long loses its beginning
             self.truncated += len(kept) < len(tokens)
             spans.append(Span(kept, max(1, len(kept) - len(continuation))))
-        with tqdm(total=len(spans), desc="log-likelihoods", unit="request", leave=False, disable=disable_tqdm) as bar:
-            scores = log_likelihoods(self.parts, spans, batch_tokens=self.batch_tokens, rows=self.fixed_rows, done=bar.update)
-        return [(score.log_likelihood, score.is_greedy) for score in scores]
+        places = parted([span.tokens for span in spans], self.share.size)
+        mine = [spans[place] for place in places[self.share.rank]]
+
+        def scored() -> list[Score]:
+            silent = disable_tqdm or self.share.rank > 0
+            with tqdm(total=len(mine), desc="log-likelihoods", unit="request", leave=False, disable=silent) as bar:
+                return log_likelihoods(self.parts, mine, batch_tokens=self.batch_tokens, rows=self.fixed_rows, done=bar.update)
+
+        found: dict[int, Score] = {}
+        for numbers, scores in zip(places, self._of_all(scored), strict=True):
+            found.update(zip(numbers, scores, strict=True))
+        return [(found[place].log_likelihood, found[place].is_greedy) for place in range(len(spans))]
+
+    def _of_all(self, work: Callable[[], list[Any]]) -> list[list[Any]]:
+        """Return what ``work`` gives each process, or raise on all of them what it raised on one."""
+        if self.share.size == 1:
+            return [work()]
+        mine: Any
+        try:
+            mine = work()
+        except UserError as error:
+            mine = error
+        except Exception as error:  # whatever it is: the others have to hear of it, or they would wait
+            mine = RuntimeError(first_line(error))
+        found = self.share.of_all(mine)
+        for one in found:
+            if isinstance(one, Exception):
+                raise one
+        return found
 
     def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
         return self._rows_to_generate
@@ -111,14 +153,21 @@ class Model(HFLM):
         longest = min(self.max_length, max(map(sum, zip(prompts, room, strict=True))))
         fitting = min(2 * self.batch_tokens // max(prompts), BRANCHING * self.batch_tokens // longest)  # reading prompts; holding caches
         self._rows_to_generate = self.fixed_rows or max(1, fitting)
-        while True:
+        size = self.share.size
+        shares = self._of_all(lambda: self._written(requests[self.share.rank :: size], disable_tqdm=disable_tqdm or self.share.rank > 0))
+        return [shares[place % size][place // size] for place in range(len(requests))]
+
+    def _written(self, requests: Any, *, disable_tqdm: bool) -> list[str]:
+        while requests:
             try:
-                return super().generate_until(requests, disable_tqdm=disable_tqdm)
+                written: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
+                return written
             except torch.OutOfMemoryError:
                 if self._rows_to_generate == 1:
                     raise
                 torch.cuda.empty_cache()
                 self._rows_to_generate //= 2
+        return []
 
     def facts(self) -> dict[str, Any]:
         """Return what identifies the model: sizes, dtype, and the hash of every file that decides its answers."""

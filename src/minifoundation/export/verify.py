@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from minifoundation.config import ModelConfig
-from minifoundation.data.tokenizer import BOS, EOS, PAD
+from minifoundation.data.tokenizer import Special
 from minifoundation.errors import UserError
-from minifoundation.export import weights
+from minifoundation.export import reading, weights
 from minifoundation.model.size import n_matmul_parameters
 from minifoundation.model.transformer import Transformer
 
@@ -35,6 +35,7 @@ RANDOM_LAYERS = 2
 """Blocks of the model with random weights: enough for every path, few enough that float32 noise is not amplified beyond the tolerance."""
 CONTINUATION = 12
 SEED = 20_240
+UNEQUAL = "the exported model is not the trained one"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Check:
     tokens: int
     difference: float
     """Largest, in the units of ``TOLERANCE``; infinite when something that must be equal is not."""
+    tolerance: float = TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -59,31 +61,49 @@ class Parity:
 
     @property
     def failures(self) -> list[str]:
-        far = [c for c in self.checks if not c.difference <= TOLERANCE]
+        far = [c for c in self.checks if not c.difference <= c.tolerance]
         return [*self.faults, *(f"{c.what} with {c.weights} weights differs by {c.difference:.1e}" for c in far)]
 
 
-def verify(transformer: Transformer, config: ModelConfig, folder: Path, *, dtype: torch.dtype) -> Parity:
+def verify(
+    transformer: Transformer,
+    config: ModelConfig,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    special: Special | None = None,
+    unequal: str = UNEQUAL,
+) -> Parity:
     """Return the comparison of ``transformer``, rounded to ``dtype``, with the model in ``folder``, both computing in float32 on the CPU.
+
+    Args:
+        special: ids that the folder's configuration must have.
+        unequal: how to say that they differ.
 
     Raises:
         UserError: they differ.
     """
     state = {name: value.detach().to("cpu", dtype).float() for name, value in transformer.state_dict().items()}
     with quiet_transformers():
-        faults = [*_special_ids(folder), *_tensors(config, state, folder)]
+        faults = [*(_special_ids(folder, special) if special else ()), *_tensors(config, state, folder)]
         checks = [] if faults else [*_exported(config, state, folder), *_random(config, folder)]
     parity = Parity(tuple(checks), tuple(faults))
-    refuse_unequal(parity.failures)
+    refuse_unequal(parity.failures, unequal)
     return parity
 
 
-def refuse_unequal(failures: list[str]) -> None:
+def refuse_unequal(failures: list[str], unequal: str = UNEQUAL) -> None:
     """Raise a UserError when there is a failure; the first three are named."""
     if failures:
         more = f" and {len(failures) - 3} more" if len(failures) > 3 else ""
-        problem = f"the exported model is not the trained one: {'; '.join(failures[:3])}{more}"
+        problem = f"{unequal}: {'; '.join(failures[:3])}{more}"
         raise UserError("parity check", problem, "nothing was written; please report this with the line you typed")
+
+
+def in_words(parity: Parity) -> str:
+    """Return a parity that has no failures for a person."""
+    worst = max(check.difference for check in parity.checks)
+    return f"{len(parity.checks)} comparisons of logits, largest difference {worst:.1e}"
 
 
 def report(parity: Parity, dtype: torch.dtype) -> dict[str, Any]:
@@ -117,8 +137,8 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _special_ids(folder: Path) -> Iterator[str]:
-    expected = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+def _special_ids(folder: Path, special: Special) -> Iterator[str]:
+    expected = weights.token_ids(special)
     for file in ("config.json", "generation_config.json"):
         found = json.loads((folder / file).read_text(encoding="utf-8"))
         for name, value in expected.items():
@@ -127,17 +147,15 @@ def _special_ids(folder: Path) -> Iterator[str]:
 
 
 def _tensors(config: ModelConfig, state: Mapping[str, Tensor], folder: Path) -> Iterator[str]:
-    """Yield the names of weights that the file does not hold bit for bit."""
-    from safetensors.torch import load_file
-
+    """Yield the names of weights that the files do not hold bit for bit."""
     try:
-        stored = weights.from_hf(config, load_file(folder / "model.safetensors"))
+        stored = weights.from_hf(config, reading.tensors(folder))
     except KeyError as missing:
-        yield f"model.safetensors has no {missing.args[0]}"
+        yield f"the folder has no {missing.args[0]}"
         return
     for name, value in state.items():
         if stored[name].shape != value.shape or not torch.equal(stored[name].float(), value):
-            yield f"{name} in model.safetensors is not the trained one"
+            yield f"{name} in the folder is another"
 
 
 def _exported(config: ModelConfig, state: Mapping[str, Tensor], folder: Path) -> list[Check]:
@@ -183,13 +201,16 @@ def random_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _compare(name: str, native: Transformer, hf: Any, *, smallest_unit: float) -> list[Check]:
+    from transformers import GenerationConfig
+
     native.eval()
     hf.eval()
+    hf.generation_config = GenerationConfig()  # greedy, and the end-of-text token is one like others
     generator = torch.Generator().manual_seed(SEED)
     context = native.config.max_seq_len
 
     def tokens(length: int) -> Tensor:
-        return torch.randint(4, native.config.vocab_size, (1, length), generator=generator)
+        return torch.randint(native.config.vocab_size, (1, length), generator=generator)
 
     def difference(ours: Tensor, theirs: Tensor) -> float:
         unit = max(ours.std().item(), smallest_unit)
@@ -227,7 +248,7 @@ def _padded(native: Transformer, hf: Any, ids: Tensor, difference: Difference) -
     """Return the largest difference over rows of three lengths, padded on the left into one batch."""
     width = ids.shape[1]
     lengths = sorted({width, max(width // 2, 1), max(width // 5, 1)})
-    batch = torch.full((len(lengths), width), PAD)
+    batch = torch.zeros((len(lengths), width), dtype=torch.long)
     mask = torch.zeros_like(batch)
     for i, length in enumerate(lengths):
         batch[i, -length:] = ids[0, :length]
@@ -253,7 +274,7 @@ def _greedy(native: Transformer, hf: Any, ids: Tensor, difference: Difference) -
     start = ids[:, : max(ids.shape[1] - CONTINUATION, 1)]
     with_continuation = hf.generate(start, attention_mask=torch.ones_like(start), do_sample=False, max_new_tokens=CONTINUATION)
     n_new = with_continuation.shape[1] - start.shape[1]
-    if n_new < CONTINUATION and with_continuation[0, -1] != EOS:
+    if n_new < CONTINUATION:
         return math.inf
     logits = native.logits(with_continuation)[:, start.shape[1] - 1 : -1]
     chosen = logits.gather(-1, with_continuation[:, -n_new:, None])

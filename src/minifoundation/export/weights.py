@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minifoundation.config import ModelConfig
-from minifoundation.data.tokenizer import BOS, EOS, PAD
+from minifoundation.data.tokenizer import SPECIAL, Special
 from minifoundation.model.rope import raised_theta
 
 NORMS = {
@@ -65,7 +65,7 @@ def _same(config: ModelConfig) -> list[tuple[str, str]]:
     return [(ours, theirs) for ours, theirs in (NORMS | MATRICES).items() if config.qk_norm or ours not in ("q_norm", "k_norm")]
 
 
-def hf_config(config: ModelConfig) -> dict[str, Any]:
+def hf_config(config: ModelConfig, special: Special = SPECIAL) -> dict[str, Any]:
     """Return the content of ``config.json``: Llama, or Qwen3 with QK-norm; neither needs remote code.
 
     transformers 5 reads ``rope_parameters`` and lets ``rope_scaling`` win over it, 4.x reads ``rope_theta`` and ``rope_scaling``: all three
@@ -91,9 +91,7 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         "attention_bias": False,
         "attention_dropout": 0.0,
         "use_cache": True,
-        "pad_token_id": PAD,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
+        **token_ids(special),
         "rope_parameters": rope,
         "rope_theta": rope["rope_theta"],
         "rope_scaling": scaling if scaling["rope_type"] != "default" else None,
@@ -120,18 +118,34 @@ def _rope_parameters(config: ModelConfig) -> dict[str, Any]:
             }
 
 
-def write_model(config: ModelConfig, state: Mapping[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
-    """Write ``model.safetensors`` in ``dtype``, ``config.json`` and ``generation_config.json`` into an existing folder.
+def token_ids(special: Special) -> dict[str, int | None]:
+    """Return the special ids as ``config.json`` and ``generation_config.json`` name them."""
+    return {"pad_token_id": special.pad, "bos_token_id": special.bos, "eos_token_id": special.eos}
 
-    Rows of the vocabulary beyond the tokenizer's pieces are padding; they are written like the others.
+
+def write_model(
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    folder: Path,
+    dtype: torch.dtype,
+    special: Special = SPECIAL,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write the weights in ``dtype``, ``config.json`` and ``generation_config.json`` into an existing folder.
+
+    The weights are ``model.safetensors``, or several files and ``model.safetensors.index.json`` where they have more than
+    ``max_shard_bytes``. Rows of the vocabulary beyond the tokenizer's pieces are padding; they are written like the others.
     """
-    from safetensors.torch import save_file
+    from huggingface_hub import save_torch_state_dict
 
     weights = {name: value.detach().to("cpu", dtype, copy=True).contiguous() for name, value in to_hf(config, state).items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_torch_state_dict(weights, folder, max_shard_size=max_shard_bytes)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # the library makes them for the user alone
     name = str(dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", hf_config(config) | {"dtype": name, "torch_dtype": name})
-    _write_json(folder / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD})
+    _write_json(folder / "config.json", hf_config(config, special) | {"dtype": name, "torch_dtype": name})
+    _write_json(folder / "generation_config.json", token_ids(special))
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -56,6 +56,7 @@ def memory_bytes(
     optimizer_states: str,
     ema: bool,
     loss_chunk: int,
+    shards: int = 1,
 ) -> dict[str, int]:
     """Return the predicted peak of allocated device memory by what it holds, in bytes; the sum is the prediction.
 
@@ -69,6 +70,7 @@ def memory_bytes(
         optimizer_states: fp32 or int8.
         ema: whether an averaged copy of the weights is kept on the device.
         loss_chunk: tokens whose logits are held at once.
+        shards: parts that weights, gradients and moments are in, on as many devices.
     """
     parameters, N, V, D = n_parameters(config), batch_size * seq_len, config.vocab_size, config.d_model
     item = 4 if precision == "fp32" else 2
@@ -86,13 +88,21 @@ def memory_bytes(
     else:
         at_work, made = workspace, of_block if checkpointed else 0
     head_gradient = 4 * V * D
+    copies = 2 * n_matmul_parameters(config) + (2 * V * D if fp8 else 0) if item == 2 else 0
+    gradients = 4 * parameters
+    if shards > 1:  # gathered, in the dtype of compute: what is outside the blocks, and the block at work and the next one
+        block = _block_matrices(config)
+        copies = item * ((1 if config.tie_embeddings else 2) * V * D + 2 * block)
+        # What is gathered has a gradient in the same dtype, and both are sent from and to buffers of two blocks.
+        gradients = 4 * parameters if grad_accum > 1 else 4 * parameters // shards
+        copies += 2 * (item + 4) * block
     always = {
-        "weights": 4 * parameters,
-        "weight_copies": 2 * n_matmul_parameters(config) + (2 * V * D if fp8 else 0) if item == 2 else 0,
-        "optimizer": round(MOMENT_BYTES[optimizer_states] * parameters),
-        "ema": 4 * parameters if ema else 0,
+        "weights": 4 * parameters // shards,
+        "weight_copies": copies,
+        "optimizer": round(MOMENT_BYTES[optimizer_states] * parameters / shards),
+        "ema": 4 * parameters // shards if ema else 0,
     }
-    earlier_gradients = 4 * parameters if grad_accum > 1 else 0
+    earlier_gradients = gradients if grad_accum > 1 else 0
     at_loss = {
         **always,
         "gradients": earlier_gradients,
@@ -108,7 +118,7 @@ def memory_bytes(
         "block_workspace": at_work,
     }
     first = kept if kind in ("attention", "offload") and item == 2 else of_block
-    at_first_block = {**always, "gradients": 4 * parameters, "activations": first, "block_workspace": at_work}
+    at_first_block = {**always, "gradients": gradients, "activations": first, "block_workspace": at_work}
     return max(at_loss, at_last_block, at_first_block, key=lambda parts: sum(parts.values()))
 
 

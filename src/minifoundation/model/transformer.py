@@ -50,22 +50,30 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, *, dtype: torch.dtype, checkpointing: str, fp8: bool = False, in_epilogue: bool = False
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        checkpointing: str,
+        fp8: bool = False,
+        in_epilogue: bool = False,
+        copies: bool = True,
     ) -> None:
         super().__init__()
         D, h = config.d_model, config.head_dim
+        half = copies and not fp8
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, h
         self.dropout = config.dropout
         self.checkpointing = checkpointing
         self.attention_norm = RMSNorm(D, config.norm_eps)
-        self.qkv = Matrix(D, (config.n_head + 2 * config.n_kv_head) * h, dtype, small=fp8, half=not fp8)
+        self.qkv = Matrix(D, (config.n_head + 2 * config.n_kv_head) * h, dtype, small=fp8, half=half)
         self.q_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
-        self.out = Matrix(D, D, dtype, small=fp8, half=not fp8)
+        self.out = Matrix(D, D, dtype, small=fp8, half=half)
         self.mlp_norm = RMSNorm(D, config.norm_eps)
-        self.gate_up = Matrix(D, 2 * config.d_ff, dtype, small=fp8, half=not fp8, interleaved=in_epilogue)
+        self.gate_up = Matrix(D, 2 * config.d_ff, dtype, small=fp8, half=half, interleaved=in_epilogue)
         self.in_epilogue = in_epilogue
-        self.down = Matrix(config.d_ff, D, dtype, small=fp8, half=not fp8)
+        self.down = Matrix(config.d_ff, D, dtype, small=fp8, half=half)
 
     def forward(
         self,
@@ -182,6 +190,8 @@ class Transformer(nn.Module):
         fp8: factors of the blocks' products are in 8 bits, and of two of the head's three.
         in_epilogue: SwiGLU is computed in the products beside it, by QuACK.
         rows: the kernel of attention for batches with documents whose rows are one document each; auto: as for the others.
+        copies: half precision is had by copies of float32 weights; False where the weights themselves come in ``dtype``, from what gathers
+            them before a block is called.
     """
 
     frequencies: Tensor
@@ -194,6 +204,7 @@ class Transformer(nn.Module):
         fp8: bool = False,
         in_epilogue: bool = False,
         rows: Backend = "auto",
+        copies: bool = True,
     ) -> None:
         super().__init__()
         self.config = config
@@ -206,6 +217,7 @@ class Transformer(nn.Module):
             config.d_model,
             config.vocab_size,
             dtype if config.tie_embeddings else torch.float32,
+            half=copies,
             small=fp8 and config.tie_embeddings,
         )
         self.blocks = nn.ModuleList(
@@ -214,12 +226,13 @@ class Transformer(nn.Module):
                 dtype=dtype,
                 fp8=fp8,
                 in_epilogue=in_epilogue,
+                copies=copies,
                 checkpointing="none" if i % config.checkpoint_every else config.checkpointing,
             )
             for i in range(config.n_layer)
         )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = None if config.tie_embeddings else Matrix(config.d_model, config.vocab_size, dtype, small=fp8)
+        self.head = None if config.tie_embeddings else Matrix(config.d_model, config.vocab_size, dtype, small=fp8, half=copies)
         frequencies, self.gain = rope_frequencies(config.rope, config.head_dim, config.original_seq_len)
         self.register_buffer("frequencies", frequencies, persistent=False)
         self._copies: Copies | None = None

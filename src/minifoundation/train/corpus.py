@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from minifoundation.checkpoint import Checkpoint, write_whole
 from minifoundation.config import RunConfig
@@ -60,9 +61,23 @@ def training_data(
     Raises:
         UserError: the corpus cannot be read, is too small for one step, or is not the one that the checkpoint has read.
     """
+    made: list[TrainingData] = []
+    opened = partial(_opened, config, planned, say, resumed=resumed, start=start, stepped_over=stepped_over)
+    world.agreed(lambda: made.append(opened()))
+    with world.together():
+        return made[0] if made else opened()
+
+
+def _opened(
+    config: RunConfig,
+    planned: Plan,
+    say: Say,
+    *,
+    resumed: Checkpoint | None,
+    start: Start | None,
+    stepped_over: list[list[int]],
+) -> TrainingData:
     before = resumed or (start.checkpoint if start else None)
-    if not world.is_first:
-        world.wait()
     tokenizer = _tokenizer(config, before)
     progress = Progress(**resumed.progress) if resumed else Progress(phase=start.phase if start else "pretrain")
     progress.samples_per_step = planned.samples_per_step
@@ -89,10 +104,8 @@ def training_data(
         if resumed is not None:
             _same_shards(ledger[source], shards[source])
         wants.append(want)
-    if start is not None and resumed is None and ledger.keys().isdisjoint(sources):
+    if start is not None and resumed is None and ledger and ledger.keys().isdisjoint(sources):
         say(f"data: another corpus than the phase before ({', '.join(ledger)}); reading it from the start")
-    if world.is_first:
-        world.wait()
     windows = Loader(
         {
             source: Samples(shards[source], seq_len=seq_len, seed=config.train.seed, first_shard=progress.first_shards[source])
@@ -142,7 +155,7 @@ def by_lengths(windows: Loader, config: RunConfig, planned: Plan, say: Say) -> L
             if tokens < searched(config) * data.weights[source]:
                 enough.append(order.shards.train[shard])
                 tokens += enough[-1].n_tokens
-        documents = Documents.of(enough)
+        documents = Documents.of(enough, order.shards.manifest.eos)
         long = LongRows(documents, order, min_tokens=least, seed=seed)
         packed = PackedRows(documents, order, min_tokens=least, seed=seed)
         weight = data.weights[source]
@@ -188,18 +201,19 @@ def _lengths(source: str, long: LongRows, packed: PackedRows, least: int, share:
 def _tokenizer(config: RunConfig, before: Checkpoint | None) -> Tokenizer:
     """Return the run's tokenizer; that of a checkpoint is put in place first, so that a later phase can use no other."""
     folder = config.out_dir / "tokenizer"
-    if before is not None:
-        model = folder / "tokenizer.model"
-        given = config.tokenizer.path
-        if given is not None and given.exists() and given.read_bytes() != before.tokenizer_model:
-            raise UserError(
-                "tokenizer.path",
-                f"{given} is not the tokenizer the weights were trained with",
-                "leave it out: the checkpoint holds the right one",
-            )
-        if not model.exists() or model.read_bytes() != before.tokenizer_model:
-            write_whole(model, before.tokenizer_model)
-    return tokenizer_for(config.tokenizer, config.data, folder)
+    if before is None:
+        return tokenizer_for(config.tokenizer, config.data, folder)
+    model = folder / "tokenizer.model"
+    given = config.tokenizer.path
+    if given is not None and given.exists() and Tokenizer.load(given).model != before.tokenizer_model:
+        raise UserError(
+            "tokenizer.path",
+            f"{given} is not the tokenizer the weights were trained with",
+            "leave it out: the checkpoint holds the right one",
+        )
+    if not model.exists() or model.read_bytes() != before.tokenizer_model:
+        write_whole(model, before.tokenizer_model)
+    return Tokenizer.load(model)
 
 
 def _first_unread(read: Entry, config: RunConfig, tokenizer: Tokenizer, say: Say) -> int:

@@ -7,17 +7,17 @@ from collections.abc import Callable
 import torch
 
 from minifoundation.config import RunConfig
-from minifoundation.distributed import World
+from minifoundation.distributed import Split, World
 from minifoundation.errors import UserError
 from minifoundation.runtime import Machine
-from minifoundation.train.plan import USABLE_MEMORY, predicted_memory
+from minifoundation.train.plan import ALONE, USABLE_MEMORY, predicted_memory
 from minifoundation.train.trial import trial
 
 MOST_ROWS = 64
 """More rows at once are no faster: the products are large by then."""
 
 
-def predicted_to_fit(config: RunConfig, machine: Machine) -> list[RunConfig]:
+def predicted_to_fit(config: RunConfig, machine: Machine, split: Split = ALONE) -> list[RunConfig]:
     """Return ``config`` with each number of rows at once that is predicted to fit, the most first.
 
     Where ``grad_accum`` was given, a step stays at that many rows: they are split into larger micro-batches, fewer of them. Else a
@@ -32,10 +32,12 @@ def predicted_to_fit(config: RunConfig, machine: Machine) -> list[RunConfig]:
         config.model_copy(update={"train": config.train.model_copy(update={"batch_size": most, "grad_accum": parts})})
         for most, parts in splits
     ]
-    return [one for one in tried if sum(predicted_memory(one).values()) <= USABLE_MEMORY * machine.memory_bytes]
+    return [one for one in tried if sum(predicted_memory(one, split.shards).values()) <= USABLE_MEMORY * machine.memory_bytes]
 
 
-def with_batch_size(config: RunConfig, machine: Machine, fits: Callable[[RunConfig], bool] = lambda _: True) -> RunConfig:
+def with_batch_size(
+    config: RunConfig, machine: Machine, fits: Callable[[RunConfig], bool] = lambda _: True, split: Split = ALONE
+) -> RunConfig:
     """Return ``config`` with ``batch_size: auto`` replaced by the most rows that are predicted to fit, and of which ``fits`` says so too.
 
     Raises:
@@ -43,7 +45,7 @@ def with_batch_size(config: RunConfig, machine: Machine, fits: Callable[[RunConf
     """
     if config.train.batch_size != "auto":
         return config
-    for one in predicted_to_fit(config, machine):
+    for one in predicted_to_fit(config, machine, split):
         if fits(one):
             return one
     raise UserError(
@@ -53,14 +55,14 @@ def with_batch_size(config: RunConfig, machine: Machine, fits: Callable[[RunConf
     )
 
 
-def steps_fit(config: RunConfig, machine: Machine, world: World, say: Callable[[str], None]) -> bool:
+def steps_fit(config: RunConfig, machine: Machine, world: World, say: Callable[[str], None], split: Split = ALONE) -> bool:
     """Return whether two steps fit the GPU of every process; off CUDA nothing is tried, and the prediction counts alone."""
     if not machine.is_cuda:
         return True
     # Two micro-batches hold what any number of them do, and are sooner done.
     short = config.model_copy(update={"train": config.train.model_copy(update={"grad_accum": min(2, config.train.grad_accum)})})
     try:
-        trial(short, machine, steps=1, warm_up=1)
+        trial(short, machine, steps=1, warm_up=1, world=world, split=split)
         fit = True
     except torch.OutOfMemoryError:
         fit = False

@@ -54,7 +54,7 @@ def fit(training: Training, log: MetricsLog, stop: Stop) -> Literal["finished", 
     """
     report = _Report(training, log)
     feed = Feed(training, lambda: stop.asked, report.bar)
-    with report.bar, collector_held() as collect:
+    with report.bar, collector_held() as collect, training.watch.watching():
         try:
             _make_up(training, feed, report, stop)
             with feed.open() as steps:
@@ -63,9 +63,9 @@ def fit(training: Training, log: MetricsLog, stop: Stop) -> Literal["finished", 
             return diverged.bad
         except NoData as lack:
             report.catch_up()
-            training.save()
-            training.saver.finish()
-            if lack.everywhere:
+            if lack.everywhere or training.world.size == 1:  # else the others are in a step, and cannot save with this one
+                training.save()
+                training.saver.finish()
                 training.world.wait()
             if lack.error is not None:
                 raise lack.error from None
@@ -100,6 +100,8 @@ def _train(
     stop.nothing_to_save = world.size == 1  # several processes leave together, at the same step
     scales, first = training.transformer.scales, progress.step + 1
     while progress.step < plan.steps:
+        if progress.step > first:  # the first steps compile
+            training.watch.turn()
         started = time.perf_counter()
         micro = next(steps)
         waited = time.perf_counter() - started
@@ -145,6 +147,8 @@ def _train(
         stopping = told and not last
         if evaluating or saving or stopping or not machine.is_cuda:
             figures = report.read(now)
+            if evaluating or saving or stopping:
+                training.watch.rest()
             if evaluating:
                 progress.due = figures
                 if _evaluated(training, feed, stop):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from minifoundation.config import TrainConfig
+from minifoundation.distributed import is_split, local, part_of, whole
 from minifoundation.errors import UserError
 
 
@@ -52,14 +53,14 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
 
 def clip(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], largest: float | None) -> Tensor:
     """Return the norm of the gradients, and see to it that the next step of ``optimizer`` uses them scaled down to norm ``largest``."""
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if largest is None:
         return norm
     if optimizer.defaults.get("fused"):
         # torch's fused kernel divides gradients by this in its own pass over them.
         optimizer.grad_scale = ((norm + 1e-6) / largest).clamp(min=1.0)  # type: ignore[attr-defined]
     else:
-        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+        torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], (largest / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
@@ -98,11 +99,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     for key, tensor in optimizer_state(optimizer, names).items():
-        tensor.copy_(saved[key])
+        tensor.copy_(part_of(saved[key], tensor))
 
 
 def _parts(name: str, value: Any) -> list[tuple[str, Tensor]]:
-    if not is_traceable_wrapper_subclass(value):
+    if is_split(value) or not is_traceable_wrapper_subclass(value):
         return [(name, value)]
     inner, _ = value.__tensor_flatten__()
     return [(f"{name}.{part}", getattr(value, part)) for part in inner]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from minifoundation.config import RunConfig
-from minifoundation.distributed import World
+from minifoundation.distributed import Split, World
 from minifoundation.errors import UserError
 from minifoundation.runtime import Machine
-from minifoundation.train.plan import USABLE_MEMORY, plan
+from minifoundation.train.plan import ALONE, USABLE_MEMORY, plan
 from minifoundation.train.provenance import typed
 
 GIB = 2**30
@@ -19,30 +19,34 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return "out of memory" in str(error) or "DefaultCPUAllocator" in str(error)
 
 
-def too_large(config: RunConfig, machine: Machine, world: World, *, resumable: bool) -> UserError:
-    """Return the error of a run that do not fit: the peak, the change that helps, the memory predicted with it and the whole line.
+def too_large(config: RunConfig, machine: Machine, world: World, *, resumable: bool, split: Split = ALONE) -> UserError:
+    """Return the error of a run that does not fit: the peak, the change that helps, the memory predicted with it and the whole line.
 
     Args:
         resumable: the run's folder holds something to go on from.
     """
     peak = f"peak {machine.peak_memory_bytes() / GIB:.1f}"
-    return _does_not_fit(config, machine, world, peak, {"resume": "auto"} if resumable else {})
+    return _does_not_fit(config, machine, world, split, peak, {"resume": "auto"} if resumable else {})
 
 
-def foreseen(config: RunConfig, machine: Machine, world: World) -> UserError | None:
-    """Return the error of a run that is predicted to take more memory than there is; None where it may fit, and off CUDA.
+def refuse_too_large(config: RunConfig, machine: Machine, world: World, split: Split = ALONE) -> None:
+    """Refuse a run that is predicted to take more memory than there is; off CUDA nothing is.
 
     Peaks lie within a tenth of the prediction (docs/numerics.md), mostly above it.
+
+    Raises:
+        UserError: with the setting that makes it fit.
     """
-    needed = plan(config, world.size).memory_total
-    if not machine.is_cuda or needed <= machine.memory_bytes:
-        return None
-    return _does_not_fit(config, machine, world, f"predicted {needed / GIB:.1f}", {})
+    needed = plan(config, world.size, split).memory_total
+    if machine.is_cuda and needed > machine.memory_bytes:
+        raise _does_not_fit(config, machine, world, split, f"predicted {needed / GIB:.1f}", {})
 
 
-def _does_not_fit(config: RunConfig, machine: Machine, world: World, peak: str, more: dict[str, Any]) -> UserError:
+def _does_not_fit(config: RunConfig, machine: Machine, world: World, split: Split, peak: str, more: dict[str, Any]) -> UserError:
     train, memory = config.train, machine.memory_bytes
-    options, needed = remedy(config, machine, world)
+    options, needed = remedy(config, machine, world, split)
+    if train.tokens_per_step is not None:
+        options = {name: value for name, value in options.items() if name != "grad_accum"}  # it follows
     changes = " ".join(f"--{name} {value}" for name, value in options.items())
     if needed <= memory:
         advice = f"with {changes} {needed / GIB:.1f} GiB are predicted: {typed(world, **options, **more)}"
@@ -53,14 +57,14 @@ def _does_not_fit(config: RunConfig, machine: Machine, world: World, peak: str, 
     return UserError("train.batch_size" if train.batch_size != 1 else "train.seq_len", problem, advice)
 
 
-def remedy(config: RunConfig, machine: Machine, world: World) -> tuple[dict[str, Any], int]:
+def remedy(config: RunConfig, machine: Machine, world: World, split: Split = ALONE) -> tuple[dict[str, Any], int]:
     """Return the options that make the run fit at the least cost in speed, and the bytes predicted with them.
 
     Fewer rows with more micro-batches cost nearly nothing and leave the tokens of a step as they are; to recompute all but attention costs
     little in long rows, to recompute all a fifth to a third. Where nothing fits, the change with the smallest prediction comes back.
     """
-    usable = min(USABLE_MEMORY * machine.memory_bytes, 0.9 * plan(config, world.size).memory_total)
-    tried = [(options, plan(_changed(config, options), world.size).memory_total) for options in _changes(config)]
+    usable = min(USABLE_MEMORY * machine.memory_bytes, 0.9 * plan(config, world.size, split).memory_total)
+    tried = [(options, plan(_changed(config, options), world.size, split).memory_total) for options in _changes(config)]
     return next(((options, needed) for options, needed in tried if needed <= usable), min(tried, key=lambda one: one[1]))
 
 

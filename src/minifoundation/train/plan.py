@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minifoundation.config import RunConfig
+from minifoundation.distributed import Split
 from minifoundation.errors import UserError
 from minifoundation.model.size import flops_per_token, memory_bytes, n_parameters
 from minifoundation.runtime import PEAK_TFLOPS, Machine, free_disk_bytes
@@ -12,6 +13,8 @@ from minifoundation.train.schedule import warmup_steps
 
 USABLE_MEMORY = 0.92
 """Share of the device's memory that may be predicted to be taken; the rest is the context and fragmentation."""
+
+ALONE = Split()
 
 USUAL = "H100"
 """The GPU whose hours are told where this machine's peak rate is not known."""
@@ -27,8 +30,9 @@ class Plan:
     warmup_steps: int
     parameters: int
     flops_per_token: float
+    split: Split
     memory: dict[str, int]
-    """Predicted peak device memory by what it holds, bytes."""
+    """Predicted peak memory of each device by what it holds, bytes."""
 
     disk_bytes: int
     """What the checkpoints take at the most: those that are kept, the one being written, and final.pth."""
@@ -42,8 +46,8 @@ class Plan:
         return sum(self.memory.values())
 
 
-def plan(config: RunConfig, world_size: int) -> Plan:
-    """Return the plan of a run; ``batch_size`` must be a number by now (see ``train.finder``).
+def plan(config: RunConfig, world_size: int, split: Split = ALONE) -> Plan:
+    """Return the plan of a run; ``batch_size`` must be a number by now (see ``train.finder``), and ``grad_accum`` what is done.
 
     Raises:
         UserError: fewer tokens than one step takes.
@@ -60,8 +64,8 @@ def plan(config: RunConfig, world_size: int) -> Plan:
             f"x seq_len {train.seq_len} x {world_size} processes)",
             "raise --tokens or lower --grad_accum",
         )
-    memory = predicted_memory(config)
-    final = memory["weights"] + memory["ema"]
+    alone = predicted_memory(config)  # a checkpoint holds all parts
+    final = alone["weights"] + alone["ema"]
     return Plan(
         steps=steps,
         tokens_per_step=tokens,
@@ -69,13 +73,18 @@ def plan(config: RunConfig, world_size: int) -> Plan:
         warmup_steps=warmup_steps(train, steps),
         parameters=n_parameters(config.model),
         flops_per_token=flops_per_token(config.model, train.seq_len),
-        memory=memory,
-        disk_bytes=(train.keep + 1 + (steps // train.keep_every if train.keep_every else 0)) * (final + memory["optimizer"]) + final,
+        split=split,
+        memory=predicted_memory(config, split.shards),
+        disk_bytes=(train.keep + 1 + (steps // train.keep_every if train.keep_every else 0)) * (final + alone["optimizer"]) + final,
     )
 
 
-def predicted_memory(config: RunConfig) -> dict[str, int]:
-    """Return the predicted peak of device memory by what it holds, in bytes; ``batch_size`` must be a number."""
+def predicted_memory(config: RunConfig, shards: int = 1) -> dict[str, int]:
+    """Return the predicted peak of device memory by what it holds, in bytes; ``batch_size`` must be a number.
+
+    Args:
+        shards: devices over which weights, gradients and moments are split.
+    """
     train = config.train
     assert isinstance(train.batch_size, int)
     return memory_bytes(
@@ -87,6 +96,7 @@ def predicted_memory(config: RunConfig) -> dict[str, int]:
         optimizer_states=train.optimizer_states,
         ema=train.ema is not None,
         loss_chunk=train.loss_chunk,
+        shards=shards,
     )
 
 
@@ -106,6 +116,9 @@ def describe(config: RunConfig, plan: Plan, machine: Machine, world_size: int) -
         "disk": f"{plan.disk_bytes / 2**30:.1f} GiB for checkpoints, {free_disk_bytes(config.out_dir) / 2**30:.1f} GiB free",
         "memory": f"{plan.memory_total / 2**30:.1f} GiB of {machine.memory_bytes / 2**30:.1f} GiB predicted on {machine.name}: {parts}",
     }
+    if world_size > 1:
+        split = "a copy of the model on each" if plan.split.shards == 1 else f"the model in {plan.split.shards} parts"
+        rows["parallel"] = f"{plan.split.parallel}, {world_size} processes: {split}; gradients travel in {train.reduce_precision}"
     peak = machine.peak_flops or PEAK_TFLOPS[USUAL] * 1e12
     seconds = {share: flops / (share * peak * world_size) for share in (0.3, 0.4, 0.5)}
     elsewhere = "" if machine.peak_flops else f" of an {USUAL}; the peak rate of {machine.name} is not known"

@@ -17,7 +17,7 @@ from minifoundation.data.held_out import rows_of
 from minifoundation.data.prepare import shards_folder
 from minifoundation.data.rows import all_documents
 from minifoundation.data.shards import Shard, Shards
-from minifoundation.data.tokenizer import BOS, EOS, Tokenizer
+from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.runtime import Machine
 from minifoundation.train.kernels import Kernels, transformer_for
 from minifoundation.train.reach import Ids, Needle, Needles, Place, beginnings, edges, longest, loss_by_position, mean_loss, needle_lengths
@@ -68,14 +68,14 @@ def material(config: RunConfig, tokenizer: Tokenizer, *, documents: int, tries: 
     for source in config.data.weights:
         shards += Shards.open(shards_folder(source, config.data, tokenizer)).held_out
     original, length = config.model.original_seq_len, config.train.seq_len
-    read = list(encoded(source, config, tokenizer, length)) if source else list(beginnings(shards, length))
-    text = _text(read)
+    read = list(encoded(source, config, tokenizer, length)) if source else list(beginnings(shards, tokenizer.special.eos, length))
+    text = _text(read, tokenizer)
     return Material(
         original=original,
         length=length,
         documents=longest(read, longer_than=original, count=documents),
         short=rows_of(shards, max(1, config.train.eval_tokens // original), original),
-        needles=Needles(tokenizer.encode, text, seed=config.train.seed),
+        needles=Needles(tokenizer.encode, tokenizer.prefix, text, seed=config.train.seed),
         tries=tries,
     )
 
@@ -87,10 +87,10 @@ def encoded(source: str, config: RunConfig, tokenizer: Tokenizer, length: int) -
         yield from (ids[: length + 1].astype(np.int64) for ids in tokenizer.encode_documents(some))
 
 
-def _text(documents: Sequence[Ids]) -> Ids:
+def _text(documents: Sequence[Ids], tokenizer: Tokenizer) -> Ids:
     """Return the beginning of the text of ``documents`` without bos and eos."""
     ids = np.concatenate([np.zeros(0, np.int64), *documents])[:TEXT_TOKENS]
-    kept: Ids = ids[(ids != BOS) & (ids != EOS)]
+    kept: Ids = ids[~np.isin(ids, [tokenizer.special.eos, *tokenizer.prefix])]
     return kept
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from minifoundation.data.lengths import Documents
 from minifoundation.data.shards import Shard
-from minifoundation.data.tokenizer import BOS
 from minifoundation.model.transformer import Transformer
 
 LOGITS_AT_ONCE = 2048
@@ -69,9 +68,9 @@ def edges(original: int, length: int) -> list[int]:
     return sorted({edge for edge in found if edge <= length})
 
 
-def beginnings(shards: Sequence[Shard], length: int) -> Iterator[Ids]:
-    """Yield the first ``length`` + 1 tokens at most of each document of ``shards``."""
-    documents = Documents.of(shards)
+def beginnings(shards: Sequence[Shard], eos: int, length: int) -> Iterator[Ids]:
+    """Yield the first ``length`` + 1 tokens at most of each document of ``shards``, which end with ``eos``."""
+    documents = Documents.of(shards, eos)
     for number in range(len(documents)):
         yield documents.tokens(number, count=length + 1).astype(np.int64)
 
@@ -142,12 +141,14 @@ class Needles:
 
     Args:
         encode: text to ids, without bos or eos.
+        prefix: what a document begins with.
         text: ids to hide needles in, without bos or eos.
         seed: of names, numbers and places.
     """
 
-    def __init__(self, encode: Callable[[str], Sequence[int]], text: Ids, *, seed: int) -> None:
+    def __init__(self, encode: Callable[[str], Sequence[int]], prefix: Sequence[int], text: Ids, *, seed: int) -> None:
         self._encode = encode
+        self._prefix = np.array(prefix, np.int64)
         self.text = text
         self._noise = np.array(encode(NOISE), np.int64)
         self._seed = seed
@@ -167,11 +168,11 @@ class Needles:
             needles = list(zip([depth, *random.random(len(told) - 1)], told, strict=True))
             answer = f" {secrets[0]}"
             question = self._ids(f"\nThe secret number of {PLACES[names[0]]} is", answer)
-        room = length - 1 - len(question) - sum(len(ids) for _, ids in needles)
+        room = length - len(self._prefix) - len(question) - sum(len(ids) for _, ids in needles)
         if room < 0:
             return None
         filler = self._filler(task, room, random)
-        parts: list[Ids] = [np.array([BOS])]
+        parts: list[Ids] = [self._prefix]
         at = 0
         for place, ids in sorted(needles, key=lambda needle: needle[0]):
             end = round(place * room)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from minifoundation.checkpoint import FINAL, Checkpoint, fault, latest_good, load_checkpoint, set_aside, step_folders, step_of
 from minifoundation.config import RunConfig, dotted_names
+from minifoundation.distributed import World
 from minifoundation.errors import UserError
 from minifoundation.train.plan import Plan
 
@@ -21,6 +22,9 @@ MAY_CHANGE = (
     "tokenizer.",  # compared by its own file
     "train.batch_size",  # the rows of a step are compared, not how they are split
     "train.grad_accum",
+    "train.tokens_per_step",
+    "train.parallel",
+    "train.rank_timeout",
     "train.compile",
     "train.loss_chunk",
     "train.log_every",
@@ -41,7 +45,9 @@ MAY_CHANGE = (
 Say = Callable[[str], None]
 
 
-def checkpoint_to_resume(config: RunConfig, resume: str | None, allowed: tuple[str, ...], planned: Plan, say: Say) -> Checkpoint | None:
+def checkpoint_to_resume(
+    config: RunConfig, resume: str | None, allowed: tuple[str, ...], planned: Plan, world: World, say: Say
+) -> Checkpoint | None:
     """Return the checkpoint to go on from, or None to begin.
 
     Args:
@@ -53,9 +59,9 @@ def checkpoint_to_resume(config: RunConfig, resume: str | None, allowed: tuple[s
             another run.
     """
     if resume is None:
-        _unused(config.out_dir)
+        world.agreed(lambda: _unused(config.out_dir))
         return None
-    path = newest(config.out_dir, say) if resume == "auto" else Path(resume)
+    path = world.agreed(lambda: newest(config.out_dir, say)) if resume == "auto" else Path(resume)
     if path is None:
         say(f"{config.out_dir}: no checkpoint yet, beginning at step 0")
         return None

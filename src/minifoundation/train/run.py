@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from minifoundation.checkpoint import FINAL, Checkpoint, Saver, load_checkpoint,
 from minifoundation.config import RunConfig, changed, to_yaml
 from minifoundation.data.supply import Supply
 from minifoundation.data.tokenizer import Tokenizer
-from minifoundation.distributed import World, join, spread
+from minifoundation.distributed import Watch, World, join
 from minifoundation.errors import Stopped
 from minifoundation.lock import LOCK, held
 from minifoundation.model.attention import resolve
@@ -28,9 +29,11 @@ from minifoundation.train.finder import steps_fit, with_batch_size
 from minifoundation.train.guard import Guard
 from minifoundation.train.kernels import Kernels, chosen_kernels, transformer_for
 from minifoundation.train.loop import fit
+from minifoundation.train.meeting import network, same_data, same_run, same_weights
 from minifoundation.train.metrics import METRICS, MetricsLog
 from minifoundation.train.optimizer import adamw, restore_optimizer
-from minifoundation.train.out_of_memory import foreseen, is_out_of_memory, too_large
+from minifoundation.train.out_of_memory import is_out_of_memory, refuse_too_large, too_large
+from minifoundation.train.parallel import accumulated, as_asked, chosen_split, spread_over
 from minifoundation.train.plan import Plan, describe, plan
 from minifoundation.train.provenance import record_start, typed
 from minifoundation.train.resume import checkpoint_to_resume, set_later_aside
@@ -54,29 +57,31 @@ def run(config: RunConfig, *, resume: str | None, dry_run: bool, allowed: tuple[
     with join() as world, stop_on_signals(config.train.max_hours) as stop:
         machine = runtime.machine(world.local_rank)
         say = Printer(world)
-        asked = _supported(config, machine, say)
-        config = with_batch_size(asked, machine)
-        planned = plan(config, world.size)
+        same_run(config, world)
+        with world.together():
+            asked = accumulated(_supported(config, machine, say), world)
+            split = world.agreed(lambda: chosen_split(asked, machine, world))
+            config = world.agreed(lambda: with_batch_size(asked, machine, split=split))
+            planned = plan(config, world.size, split)
+        if dry_run and world.is_first:
+            print(f"plan of {config.out_dir}:\n{describe(config, planned, machine, world.size)}\nnothing was started (--dry_run)")
+        world.agreed(lambda: refuse_too_large(config, machine, world, split))
         if dry_run:
-            if world.is_first:
-                print(f"plan of {config.out_dir}:\n{describe(config, planned, machine, world.size)}\nnothing was started (--dry_run)")
-            if fault := foreseen(config, machine, world):
-                raise fault
             return None
-        if fault := foreseen(config, machine, world):
-            raise fault
         try:
-            resumed = checkpoint_to_resume(config, resume, allowed, planned, say)
+            with world.together():
+                resumed = checkpoint_to_resume(config, resume, allowed, planned, world, say)
             final = config.out_dir / FINAL
             if resumed is not None and resumed.progress["step"] >= planned.steps and not resumed.optimizer:
                 say(f"{final} is finished: {planned.steps:,} of {planned.steps:,} steps")
                 return final
-            with _owned(config.out_dir, world):
-                if world.is_first:
-                    set_later_aside(config.out_dir, resumed.progress["step"] if resumed else 0, say)
+            with ExitStack() as owned:
+                world.agreed(lambda: owned.enter_context(_owned(config.out_dir)))
+                step = resumed.progress["step"] if resumed else 0
+                world.agreed(lambda: set_later_aside(config.out_dir, step, say))
                 if asked.train.batch_size == "auto":
                     config = _fitting(asked, planned, machine, world, say, resumed)
-                    planned = plan(config, world.size)
+                    planned = plan(config, world.size, split)
                 return _trained(config, planned, machine, world, say, stop, resumed=resumed, start=start)
         except KeyboardInterrupt:
             if stop.nothing_to_save:
@@ -87,16 +92,13 @@ def run(config: RunConfig, *, resume: str | None, dry_run: bool, allowed: tuple[
             if not is_out_of_memory(error):
                 raise
             resumable = bool(step_folders(config.out_dir)) or (config.out_dir / METRICS).exists()
-            fault = too_large(config, machine, world, resumable=resumable)
+            fault = too_large(config, machine, world, resumable=resumable, split=split)
         raise fault  # outside the handler, so that what the device held for the step is free
 
 
 @contextmanager
-def _owned(out_dir: Path, world: World) -> Iterator[None]:
-    """Hold the folder of the run, on the first process, and remove what a killed one has left half-written in it."""
-    if not world.is_first:
-        yield
-        return
+def _owned(out_dir: Path) -> Iterator[None]:
+    """Hold the folder of the run, and remove what a killed one has left half-written in it."""
     out_dir.mkdir(parents=True, exist_ok=True)
     with held(out_dir):
         tidy(out_dir)
@@ -124,23 +126,26 @@ def _trained(
         outcome = _train(config, planned, machine, world, say, stop, resumed=resumed, start=start, again=again)
         if isinstance(outcome, Path):
             return outcome
-        world.wait()
-        folder = checkpoint_before(outcome, config.out_dir, most=config.train.max_rollbacks, say=say)
-        say(f"going back to {folder or 'the beginning'}, and over what was skipped: {outcome}")
-        world.wait()  # all have looked before the first one changes anything
-        if world.is_first:
-            record_rollback(outcome, folder, config.out_dir)
-        world.wait()
+        folder = world.agreed(partial(_gone_back, outcome, config, say))
         resumed = load_checkpoint(folder, verified=True) if folder else None
         torch.compiler.reset()
         again = True
+
+
+def _gone_back(bad: Bad, config: RunConfig, say: Printer) -> Path | None:
+    """Return the checkpoint from which the run goes on, once the folder says so; None for the beginning."""
+    folder = checkpoint_before(bad, config.out_dir, most=config.train.max_rollbacks, say=say)
+    say(f"going back to {folder or 'the beginning'}, and over what was skipped: {bad}")
+    record_rollback(bad, folder, config.out_dir)
+    return folder
 
 
 def _fitting(asked: RunConfig, planned: Plan, machine: Machine, world: World, say: Printer, resumed: Checkpoint | None) -> RunConfig:
     """Return ``asked`` with the batch size that real steps show to fit; a resumed run stays at the rows of its steps."""
     if resumed is not None:
         asked = asked.model_copy(update={"train": asked.train.model_copy(update={"grad_accum": planned.samples_per_step // world.size})})
-    config = with_batch_size(asked, machine, lambda one: steps_fit(one, machine, world, say))
+    split = planned.split
+    config = with_batch_size(asked, machine, lambda one: steps_fit(one, machine, world, say, split), split)
     say(f"train.batch_size: auto is {config.train.batch_size} rows x {config.train.grad_accum} micro-batches")
     return config
 
@@ -220,11 +225,14 @@ def _train(
     out_dir = config.out_dir
     before = resumed or (start.checkpoint if start else None)
     data = training_data(config, planned, world, say, resumed=resumed, start=start, stepped_over=stepped_over(out_dir))
+    same_data(data.loader, data.progress.sample, world)
     config = _with_vocabulary(config, data.tokenizer, before, say)
-    planned = plan(config, world.size)
+    planned = plan(config, world.size, planned.split)
     if not again:
         _tell(config, planned, machine, world, data, say)
-    kernels, choices = chosen_kernels(config, machine, world, resumed.kernels if resumed else {})
+        for line in network(machine, world):
+            say(line)
+    kernels, choices = chosen_kernels(config, machine, world, planned.split, resumed.kernels if resumed else {})
     for choice in [] if again else choices:
         say(choice)
     background = Supply(data.to_make, config.data, data.tokenizer.path) if data.to_make and world.is_first else nullcontext()
@@ -232,7 +240,7 @@ def _train(
         training = _built(config, planned, machine, world, data, supply, saver, say, kernels=kernels, resumed=resumed, start=start)
         progress = data.progress
         if world.is_first:
-            write_whole(out_dir / "config.yaml", to_yaml(config).encode())
+            write_whole(out_dir / "config.yaml", to_yaml(as_asked(config)).encode())
             record_start(out_dir, world, machine, step=progress.step)
         resumed_at = progress.step - (progress.due is not None)
         with MetricsLog(out_dir if world.is_first else None, resumed_at=resumed_at, tensorboard=config.train.tensorboard) as log:
@@ -246,10 +254,11 @@ def _train(
             )
         saver.finish()
         path = out_dir / FINAL
-        if world.is_first:
-            save_final(training.checkpoint(with_optimizer=False), out_dir)
-            say(f"wrote {path} (metrics: {out_dir / METRICS}, settings: {out_dir / 'config.yaml'})")
-        world.wait()
+        checkpoint = training.checkpoint(with_optimizer=False)
+        if planned.split.is_sharded:
+            checkpoint = checkpoint.in_host_memory(kept=world.is_first)
+        world.agreed(lambda: save_final(checkpoint, out_dir))
+        say(f"wrote {path} (metrics: {out_dir / METRICS}, settings: {out_dir / 'config.yaml'})")
         return path
 
 
@@ -303,15 +312,16 @@ def _built(
 ) -> Training:
     """Return the model, optimizer and the rest in the state in which the phase begins or goes on."""
     before = resumed or (start.checkpoint if start else None)
-    transformer = transformer_for(config, machine, kernels)
+    transformer = transformer_for(config, machine, kernels, planned.split)
     if before is None:
         transformer.initialise(config.train.seed)
     else:
         transformer.load_state_dict(before.model)
+    same_weights(transformer, world)
     training_model = TrainingModel(transformer, z_loss=config.train.z_loss, chunk=config.train.loss_chunk)
     if config.train.compile:
         transformer.compile_blocks()
-    model = spread(training_model, world)
+    model = spread_over(training_model, config, machine, world, planned.split)
     optimizer = adamw(transformer, config.train)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=config.train.precision == "fp16")
     average = None
@@ -343,9 +353,10 @@ def _built(
         held_out=data.held_out,
         supply=supply,
         progress=data.progress,
-        tokenizer_model=data.tokenizer.path.read_bytes(),
+        tokenizer_model=data.tokenizer.model,
         earlier=earlier,
         guard=guard,
+        watch=Watch(world, config.train.rank_timeout, config.out_dir),
         saver=saver,
         say=say,
     )

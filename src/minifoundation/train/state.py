@@ -15,13 +15,14 @@ from minifoundation.data.held_out import HeldOut
 from minifoundation.data.ledger import entries
 from minifoundation.data.loader import Loader
 from minifoundation.data.supply import Supply
-from minifoundation.distributed import World
+from minifoundation.distributed import Watch, World
 from minifoundation.model.transformer import Transformer
 from minifoundation.runtime import Machine
 from minifoundation.train.ema import Average
 from minifoundation.train.guard import Guard
 from minifoundation.train.kernels import Kernels
 from minifoundation.train.optimizer import optimizer_state
+from minifoundation.train.parallel import as_asked
 from minifoundation.train.plan import Plan
 
 
@@ -108,15 +109,19 @@ class Training:
     earlier: list[dict[str, Any]]
     """The ledger of the phases before."""
     guard: Guard
+    watch: Watch
     saver: Saver
     say: Callable[[str], None]
     """Prints a line for the person, on the first process."""
 
     def checkpoint(self, *, with_optimizer: bool) -> Checkpoint:
-        """Return the run as it stands; the tensors are those of the run, not copies, but for the small ones that change first in a step."""
+        """Return the run as it stands.
+
+        The tensors are those of the run, split as they are, and not copies, but for the small ones that change first in a step.
+        """
         read = entries(self.loader.sources, self.loader.mixture, self.progress.sample, self.progress.phase)
         checkpoint = Checkpoint(
-            config=self.config,
+            config=as_asked(self.config),
             model=self.transformer.state_dict(),
             tokenizer_model=self.tokenizer_model,
             progress=self.progress.as_dict(),
@@ -137,10 +142,15 @@ class Training:
         return {weight: name for name, weight in self.transformer.named_parameters()}
 
     def save(self) -> None:
-        """Save a step checkpoint, on the first process.
+        """Save a step checkpoint: the first process writes it, and all give it their parts.
 
         Raises:
-            UserError, OSError: as ``Saver.save``.
+            UserError, OSError: as ``Saver.save``, on every process.
         """
-        if self.world.is_first:
-            self.saver.save(self.checkpoint(with_optimizer=True))
+        checkpoint = self.checkpoint(with_optimizer=True)
+        if self.world.agreed(lambda: self.saver.accepts(checkpoint)):
+            if self.world.is_first:
+                self.saver.save(checkpoint)
+            elif self.plan.split.is_sharded:
+                for _ in checkpoint.gathered():
+                    pass

@@ -100,7 +100,7 @@ def train_step(
     for number, batch in enumerate(batches, start=1):
         with nullcontext() if number == len(batches) else local_gradients(model):
             losses = model(batch.tokens, batch.targets, batch.cu_seqlens)
-            scaler.scale(losses.total * (world.size / tokens)).backward()  # DDP takes the mean over the processes
+            scaler.scale(losses.total * (world.size / tokens)).backward()  # DDP and FSDP take the mean over the processes
         sums.append(torch.stack([losses.cross_entropy, losses.z_loss]))
     mine = torch.stack(sums).sum(0).detach()
     total = world.total(torch.cat([mine, mine.new_full((1,), float(stop))]))
@@ -155,14 +155,17 @@ def held_out_loss(
     """
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
+    rounded_up = -(-len(batches) // world.size) * world.size
     for first in range(0, len(batches), POLLED * world.size):
         if told is not None and float(world.total(torch.tensor(float(told()), device=device))) > 0:
             model.train()
             return None
-        for batch in batches[first + world.rank : first + POLLED * world.size : world.size]:
-            there = batch.to(device)
+        for number in range(first + world.rank, min(first + POLLED * world.size, rounded_up), world.size):
+            # Where weights are split all processes go through the model together: one without a batch of its own does the last again.
+            there = batches[min(number, len(batches) - 1)].to(device)
             losses = model(there.tokens, there.targets, there.cu_seqlens)
-            sums += torch.stack([losses.cross_entropy.double(), torch.as_tensor(losses.tokens, dtype=torch.float64, device=device)])
+            if number < len(batches):
+                sums += torch.stack([losses.cross_entropy.double(), torch.as_tensor(losses.tokens, dtype=torch.float64, device=device)])
     model.train()
     total = world.total(sums)
     return float(total[0] / total[1])

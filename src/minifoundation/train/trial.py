@@ -14,8 +14,8 @@ import torch
 from minifoundation import runtime
 from minifoundation.config import RunConfig
 from minifoundation.data.batch import Batch, prefetch
-from minifoundation.data.tokenizer import BOS
-from minifoundation.distributed import World
+from minifoundation.data.tokenizer import EOS, UNK
+from minifoundation.distributed import Split, World
 from minifoundation.model.size import flops_per_token
 from minifoundation.model.training import TrainingModel
 from minifoundation.runtime import Machine, Moment
@@ -25,8 +25,11 @@ from minifoundation.train.guard import Guard
 from minifoundation.train.kernels import DOCUMENT_TOKENS, Kernels, swiglu_kernel, transformer_for
 from minifoundation.train.metrics import model_flops_utilisation
 from minifoundation.train.optimizer import adamw
-from minifoundation.train.plan import predicted_memory
+from minifoundation.train.parallel import spread_over
+from minifoundation.train.plan import ALONE, predicted_memory
 from minifoundation.train.step import StepStats, settle, train_step
+
+ONE = World()
 
 WARM_UP = 3
 """Steps before the first that counts: the first compiles, the second runs with the optimizer's moments, the third is steady."""
@@ -77,11 +80,20 @@ class Trial:
         }
 
 
-def trial(config: RunConfig, machine: Machine, *, steps: int, warm_up: int = WARM_UP, profiled: bool = False) -> Trial:
+def trial(
+    config: RunConfig,
+    machine: Machine,
+    *,
+    steps: int,
+    warm_up: int = WARM_UP,
+    profiled: bool = False,
+    world: World = ONE,
+    split: Split = ALONE,
+) -> Trial:
     """Return what ``steps`` steps of ``config`` take after ``warm_up`` others: ``train_step`` and the way of batches to the device.
 
     ``batch_size`` must be a number. Data are random tokens, from memory; where attention stays within documents, these are of
-    ``DOCUMENT_TOKENS``. One process.
+    ``DOCUMENT_TOKENS``. Of several processes each has its own, and all call this together.
 
     Args:
         profiled: find out, in one more step, where the time goes.
@@ -92,19 +104,20 @@ def trial(config: RunConfig, machine: Machine, *, steps: int, warm_up: int = WAR
     machine.forget()
     train = config.train
     assert isinstance(train.batch_size, int)
-    tokens = train.batch_size * train.grad_accum * train.seq_len
-    model = random_model(config, machine)
-    optimizer = adamw(model, train)
+    tokens = train.batch_size * train.grad_accum * train.seq_len * world.size
+    alone = random_model(config, machine, split)
+    model = spread_over(alone, config, machine, world, split)
+    optimizer = adamw(alone, train)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=train.precision == "fp16")
-    average = Average(dict(model.named_parameters()), train.ema) if train.ema is not None else None
-    scales, guard = model.transformer.scales, Guard(train.spike_z, train.spike_window, machine.device)
+    average = Average(dict(alone.named_parameters()), train.ema) if train.ema is not None else None
+    scales, guard = alone.transformer.scales, Guard(train.spike_z, train.spike_window, machine.device)
     stats: list[StepStats] = []
     ends: list[Moment] = []
-    with prefetch(_random_steps(config), machine.device) as batches, runtime.collector_held() as collect:
+    with prefetch(_random_steps(config, world.rank), machine.device) as batches, runtime.collector_held() as collect:
 
         def step() -> None:
             micro = next(batches)
-            settle(model, scales, micro[0], tokens=tokens, world=World())
+            settle(model, scales, micro[0], tokens=tokens, world=world)
             stats.append(
                 train_step(
                     model,
@@ -114,7 +127,7 @@ def trial(config: RunConfig, machine: Machine, *, steps: int, warm_up: int = WAR
                     lr=1e-4,
                     grad_clip=train.grad_clip,
                     tokens=tokens,
-                    world=World(),
+                    world=world,
                     guard=guard,
                     scales=scales,
                 )
@@ -140,22 +153,22 @@ def trial(config: RunConfig, machine: Machine, *, steps: int, warm_up: int = WAR
     spans = [batch.attended_length for batch in next(_random_steps(config))]
     flops = flops_per_token(config.model, statistics.fmean(spans))
     return Trial(
-        kernel=model.transformer.kernel(machine.device, masked=config.data.mask_documents),
+        kernel=alone.transformer.kernel(machine.device, masked=config.data.mask_documents),
         tokens_per_step=tokens,
         seconds=seconds,
         first_seconds=first_seconds,
         losses=(stats[0].read()[0], stats[-1].read()[0]),
         graphs_after_warm_up=graphs_after_warm_up,
         peak_bytes=peak,
-        predicted=predicted_memory(config),
-        mfu=model_flops_utilisation(tokens / statistics.median(seconds), flops, machine.peak_flops, 1),
+        predicted=predicted_memory(config, split.shards),
+        mfu=model_flops_utilisation(tokens / statistics.median(seconds), flops, machine.peak_flops, world.size),
         breakdown=found,
     )
 
 
-def random_model(config: RunConfig, machine: Machine) -> TrainingModel:
+def random_model(config: RunConfig, machine: Machine, split: Split = ALONE) -> TrainingModel:
     """Return the model of ``config`` on the device, with random weights drawn there."""
-    transformer = transformer_for(config, machine, Kernels(config.model.attention, swiglu_kernel(config, machine)[0]))
+    transformer = transformer_for(config, machine, Kernels(config.model.attention, swiglu_kernel(config, machine, split=split)[0]), split)
     with torch.no_grad():
         for weight in transformer.parameters():
             _ = weight.fill_(1.0) if weight.ndim == 1 else weight.normal_(0.0, 0.02)
@@ -164,12 +177,12 @@ def random_model(config: RunConfig, machine: Machine) -> TrainingModel:
     return TrainingModel(transformer, z_loss=config.train.z_loss, chunk=config.train.loss_chunk)
 
 
-def _random_steps(config: RunConfig) -> Iterator[list[Batch]]:
+def _random_steps(config: RunConfig, rank: int = 0) -> Iterator[list[Batch]]:
     """Return the micro-batches of step after step, the same at each call."""
     train = config.train
     assert isinstance(train.batch_size, int)
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(rank)
     while True:
-        rows = random.integers(BOS + 1, config.model.vocab_size, (train.grad_accum, train.batch_size, train.seq_len + 1))
-        rows[:, :, ::DOCUMENT_TOKENS] = BOS
+        rows = random.integers(UNK + 1, config.model.vocab_size, (train.grad_accum, train.batch_size, train.seq_len + 1))
+        rows[:, :, DOCUMENT_TOKENS - 1 :: DOCUMENT_TOKENS] = EOS
         yield [Batch.of_rows(part, mask_documents=config.data.mask_documents) for part in rows]

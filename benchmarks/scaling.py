@@ -1,0 +1,450 @@
+"""Training on 1 to N GPUs of this machine: speed, memory, what of the communication is hidden, the same losses, a killed process.
+
+    python -m benchmarks.scaling                  all GPUs, about six minutes, the most important rows first
+    python -m benchmarks.scaling --only '1B'      rows whose name matches; --list prints the names
+    python -m benchmarks.scaling --paper          from the kept rows: what 8, 64 and 512 GPUs would give, and where that comes from
+    python -m benchmarks.scaling --quick          two processes and a tiny model on a CPU
+
+Each row is ``train/trial.py`` on random tokens, started by torchrun as a user would: medians after three steps. Its efficiency is its
+tokens/s by those of one GPU at the same rows, times the GPUs. The curve is ``pretrain`` on a small text with ``tokens_per_step``: once on
+one GPU, and once on all with a process killed on the way, which torchrun starts again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.record import ROOT, finish, with_kept
+
+NETWORK_BYTES = 2**28
+KEPT = ROOT / "docs" / "data" / "scaling.json"
+TINY = {"d_model": 64, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_ff": 128, "vocab_size": 512, "original_seq_len": 64}
+
+
+class Row(NamedTuple):
+    """One setting on some GPUs; ``gpus`` 0 is every number from two on."""
+
+    model: str
+    parallel: str
+    grad_accum: int = 1
+    precision: str = "bf16"
+    reduce: str = "fp32"
+    tokens_per_step: int | None = None
+    batch_size: int = 8
+    swiglu: str = "auto"
+
+    def name(self, gpus: int) -> str:
+        """Return how the row is called on ``gpus`` GPUs."""
+        parts = [self.model, f"{gpus}x", self.parallel if gpus > 1 else "alone", f"{self.batch_size} rows"]
+        parts += [f"{self.tokens_per_step:,} tokens a step"] if self.tokens_per_step else []
+        parts += [self.precision] if self.precision != "bf16" else []
+        parts += [f"{self.reduce} gradients"] if self.reduce != "fp32" else []
+        parts += [f"{self.swiglu} SwiGLU"] if self.swiglu != "auto" else []
+        return " ".join(parts)
+
+    def alone(self) -> Row:
+        """Return the row of one GPU that this one is measured by."""
+        return self._replace(parallel="none", reduce="fp32")
+
+    def like(self) -> str:
+        """Return the name of that row."""
+        return self.alone().name(1)
+
+
+FIRST = [Row("0.5B", "ddp"), Row("0.5B", "fsdp"), Row("1B", "ddp"), Row("1B", "fsdp")]
+THEN = [
+    Row("0.5B", "ddp", tokens_per_step=2**19),
+    Row("0.5B", "fsdp", tokens_per_step=2**19),
+    Row("0.5B", "ddp", reduce="bf16"),
+    Row("0.5B", "ddp", precision="fp8"),
+    Row("1B", "ddp", reduce="bf16"),
+    Row("1B", "ddp", precision="fp8"),
+    Row("1B", "fsdp", reduce="bf16"),
+    Row("0.5B", "fsdp", swiglu="own"),
+]
+SMALL = [Row("tiny", "ddp", batch_size=2, precision="fp32"), Row("tiny", "fsdp", batch_size=2, tokens_per_step=512, precision="fp32")]
+CONFIGS = {"0.5B": "model_0p5b", "1B": "model_1b"}
+
+
+def settings(row: Row) -> dict[str, Any]:
+    """Return the settings of ``row`` as YAML has them."""
+    from minifoundation import config
+
+    base = {"model": TINY} if row.model == "tiny" else config.read_yaml(ROOT / "configs" / f"{CONFIGS[row.model]}.yaml")
+    seq_len = 64 if row.model == "tiny" else 4096
+    train: dict[str, Any] = {
+        "tokens": 10**12,
+        "batch_size": row.batch_size,
+        "grad_accum": row.grad_accum,
+        "tokens_per_step": row.tokens_per_step,
+        "precision": row.precision,
+        "parallel": row.parallel,
+        "reduce_precision": row.reduce,
+        "seq_len": seq_len,
+        "compile": row.model != "tiny",
+    }
+    return config.merged(base, {"data": {"source": "random tokens"}, "train": train, "model": {"swiglu": row.swiglu}})
+
+
+def work(rows: list[Row], steps: int) -> None:
+    """Measure ``rows``, in one of the processes that torchrun has started; the first one prints each as a line of JSON."""
+    from minifoundation import config, runtime
+    from minifoundation.config import RunConfig
+    from minifoundation.distributed import join
+    from minifoundation.train.meeting import bus_bandwidth
+    from minifoundation.train.parallel import accumulated, chosen_split
+    from minifoundation.train.trial import trial
+
+    with join() as world:
+        machine = runtime.machine(world.local_rank)
+        told: dict[str, Any] = {"gpus": world.size, "device": machine.name}
+        if world.size > 1:
+            n_bytes = NETWORK_BYTES if machine.is_cuda else 2**20
+            told |= {"name": f"network {world.size}x", "bus_gb_per_second": round(bus_bandwidth(machine, world, n_bytes) / 1e9, 1)}
+            _print(told, first=world.is_first)
+        for row in rows:
+            run = accumulated(config.build(RunConfig, settings(row), row.name(world.size)), world)
+            split = chosen_split(run, machine, world)
+            began = time.monotonic()
+            try:
+                found = trial(run, machine, steps=steps, profiled=True, world=world, split=split).figures()
+            except torch.OutOfMemoryError as error:  # of all GPUs alike: they hold the same
+                found = {"failed": str(error).splitlines()[0]}
+            machine.forget()
+            peaks = world.of_all(found.get("peak_gib"))
+            found |= {"name": row.name(world.size), "gpus": world.size, "like": row.like(), **row._asdict()}
+            found |= {"peak_gib_of_each": peaks, "measuring_seconds": round(time.monotonic() - began, 1)}
+            _print(found, first=world.is_first)
+            torch.compiler.reset()
+
+
+def _print(found: dict[str, Any], *, first: bool) -> None:
+    if first:
+        print("ROW " + json.dumps(found), flush=True)
+
+
+def torchrun(gpus: int, *command: str, restarts: int = 0) -> list[str]:
+    """Return the command that starts ``command`` (a module and its options) on ``gpus`` processes of this machine."""
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(gpus), "--max_restarts", str(restarts)]
+    launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--local_addr", "127.0.0.1"]
+    return [sys.executable, *(launch if gpus > 1 else []), "-m", *command]
+
+
+def measured(gpus: int, rows: list[Row], steps: int, seconds: float) -> Iterator[dict[str, Any]]:
+    """Give the figures of ``rows`` on ``gpus`` GPUs, each as it is known, and stop after ``seconds``."""
+    given = json.dumps([row._asdict() for row in rows])
+    command = torchrun(gpus, "benchmarks.scaling", "--work", given, "--steps", str(steps))
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
+    deadline = time.monotonic() + seconds
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, start_new_session=True)
+        try:
+            read, failed = 0, ""
+            while not failed:
+                ended = process.poll() is not None  # before reading: what was said until then is read
+                text = os.pread(said.fileno(), 2**20, read).decode()
+                lines = text[: text.rfind("\n") + 1]
+                read += len(lines.encode())
+                for line in lines.splitlines():
+                    if line.startswith("ROW "):
+                        yield json.loads(line[4:])
+                    else:
+                        print(line, flush=True)
+                if ended and process.returncode == 0:
+                    return
+                if ended:
+                    failed = f"exit code {process.returncode}"
+                elif time.monotonic() > deadline:
+                    failed = f"out of time after {seconds:.0f} s"
+                time.sleep(0.1)
+            yield {"name": f"{gpus}x", "gpus": gpus, "failed": failed}
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[Any]) -> None:
+    """End torchrun and what it has started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(40)  # it gives the processes half a minute
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def summary(row: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return what of a row is printed, with its efficiency where that of one GPU is known."""
+    if "tokens_per_second" not in row:
+        return {name: value for name, value in row.items() if name in ("failed", "bus_gb_per_second")}
+    alone, gpus = known.get(row["like"]), row["gpus"]
+    profile = row.get("profile", {})
+    sent = profile.get("ms", {}).get("communication", 0.0)
+    found: dict[str, Any] = {
+        "tokens_per_second_per_gpu": round(row["tokens_per_second"] / gpus),
+        "ms_per_step": row["ms_per_step"],
+        "mfu": row["mfu"],
+        "peak_gib": row["peak_gib"],
+        "predicted_gib": row["predicted_gib"],
+    }
+    if gpus > 1:
+        found["communication_ms"] = sent
+        found["communication_hidden"] = round(profile.get("hidden_communication_ms", 0.0) / sent, 3) if sent else None
+        if alone and "tokens_per_second" in alone:
+            found["efficiency"] = row["efficiency"] = round(row["tokens_per_second"] / gpus / alone["tokens_per_second"], 4)
+    return found
+
+
+def curves(gpus: int, folder: Path, seconds: float, *, quick: bool) -> dict[str, Any]:
+    """Return how far the losses of one GPU and of all are apart, at equal tokens a step, and how long a killed process holds all up."""
+    on_gpu = torch.cuda.is_available()
+    model = ["--config", str(ROOT / "configs" / "model_0p5b.yaml"), "--amp", "--bf16", "--model.attention", "flash"] if on_gpu else []
+    tiny = [f"--model.{name}={value}" for name, value in TINY.items() if name != "vocab_size"]
+    seq_len, rows = (4096, 4) if on_gpu else (64, 2)
+    per_step = seq_len * rows * gpus
+    steps = 10 if quick else 30
+    options = [
+        *(model or tiny),
+        *f"--data {ROOT}/examples/shakespeare.txt --data.shards_dir {folder}/shards --tokenizer.vocab_size 512".split(),
+        *f"--data.max_document_bytes 65536 --data.held_out 0.02 --seq_len {seq_len} --batch_size {rows}".split(),
+        *f"--train.tokens_per_step {per_step} --tokens {per_step * steps} --train.save_every 5 --train.eval_every 1000 --lr 3e-4".split(),
+        *["--resume", "auto", "--train.ema", "0.99"],
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    began = time.monotonic()
+    alone = [*torchrun(1, "src.cli", "pretrain", *options), "--out_dir", f"{folder}/one"]
+    done = subprocess.run(alone, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
+    if done.returncode:
+        return {"name": f"curve {gpus}x", "gpus": gpus, "failed": done.stderr[-600:]}
+    out_dir = folder / "all"
+    command = [*torchrun(gpus, "src.cli", "pretrain", *options, restarts=1), "--out_dir", str(out_dir), "--train.parallel", "ddp"]
+    with (folder / "all.log").open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            deadline = began + seconds
+            _until(lambda: len(_losses(out_dir)) >= steps // 2 and any(out_dir.glob("step_*/manifest.json")), process, deadline)
+            os.kill(worker(process.pid, gpus - 1), signal.SIGKILL)
+            killed = time.monotonic()
+            _until(lambda: len(_starts(out_dir)) == 2, process, deadline)
+            again = _starts(out_dir)[1]["step"]
+            _until(lambda: len(_losses(out_dir)) > again, process, deadline)
+            restart = time.monotonic() - killed
+            process.wait(max(1.0, deadline - time.monotonic()))
+        except (TimeoutError, subprocess.TimeoutExpired) as error:
+            log.flush()
+            last = (folder / "all.log").read_text(encoding="utf-8")[-600:]
+            return {"name": f"curve {gpus}x", "gpus": gpus, "failed": f"{error}: {last}"}
+        finally:
+            _end(process)
+    one, all_ = _losses(folder / "one"), _losses(out_dir)
+    both = list(zip(one, all_, strict=True))
+    return {
+        "name": f"curve {gpus}x",
+        "gpus": gpus,
+        "tokens_per_step": per_step,
+        "steps": len(both),
+        "first_and_last_loss": [one[0], one[-1]],
+        "largest_difference_of_losses": max(abs(a - b) for a, b in both),
+        "mean_difference_of_losses": sum(abs(a - b) for a, b in both) / len(both),
+        "went_on_at_step": again,
+        "seconds_from_kill_to_next_step": round(restart, 1),
+    }
+
+
+def _until(true: Any, process: subprocess.Popen[bytes], deadline: float) -> None:
+    while not true():
+        if time.monotonic() > deadline or process.poll() is not None:
+            raise TimeoutError(f"exit code {process.poll()}")
+        time.sleep(0.05)
+
+
+def _losses(out_dir: Path) -> list[float]:
+    path = out_dir / "metrics.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file) if row.get("loss")]
+
+
+def _starts(out_dir: Path) -> list[dict[str, Any]]:
+    path = out_dir / "run.json"
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))["starts"])
+    except (OSError, ValueError):
+        return []
+
+
+def worker(agent: int, rank: int) -> int:
+    """Return the process id of a rank that the torchrun ``agent`` has started."""
+    for folder in Path("/proc").iterdir():
+        try:
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if parent == agent and f"RANK={rank}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                return int(folder.name)
+        except (OSError, ValueError, IndexError):
+            continue
+    raise TimeoutError(f"rank {rank} of {agent} is not there")
+
+
+def paper(
+    *, parameters: int, head: int, seconds: float, gpus: int, parallel: str, bytes_per_second: float, gradient_bytes: int = 4
+) -> dict[str, float]:
+    """Return what a step on ``gpus`` GPUs would take, on paper.
+
+    A ring sends (n - 1) / n of what is gathered or scattered, twice that of what is summed everywhere. ddp sums gradients, beside the
+    backward, two thirds of the step; what is left for after it is the gradient of the embedding, known last. fsdp gathers weights in
+    2 bytes for the forward and again for the backward, and scatters gradients; the first gather, of the embedding, has nothing beside it.
+
+    Args:
+        head: weights of the embedding, a tied head with it.
+        seconds: of the step on one GPU.
+        bytes_per_second: that a GPU sends at, the bus bandwidth of a sum.
+    """
+    share = (gpus - 1) / gpus
+    sums = 2 if parallel == "ddp" else 1
+    gradients = sums * share * gradient_bytes * parameters / bytes_per_second
+    gathers = 0.0 if parallel == "ddp" else 2 * share * 2 * parameters / bytes_per_second
+    last = sums * share * gradient_bytes * head / bytes_per_second
+    first = 0.0 if parallel == "ddp" else share * 2 * head / bytes_per_second
+    beside_backward = gradients - last + gathers / 2
+    beside_forward = gathers / 2 - first if gathers else 0.0
+    late = max(0.0, beside_backward - seconds * 2 / 3) + max(0.0, beside_forward - seconds / 3)
+    total = seconds + last + first + late
+    return {"communication_seconds": gradients + gathers, "seconds": total, "efficiency": seconds / total}
+
+
+def on_paper(results: list[dict[str, Any]], node: int, network: float) -> list[dict[str, Any]]:
+    """Return rows of the model on paper: those that were measured, to hold it against, and 8, 64 and 512 GPUs.
+
+    Args:
+        node: GPUs that share the machine's own links; more go by the network.
+        network: bytes/s of a GPU to other machines, an assumption.
+    """
+    from minifoundation import config
+    from minifoundation.config import RunConfig
+    from minifoundation.model.size import n_parameters
+
+    known = {row["name"]: row for row in results}
+    rates = {row["gpus"]: 1e9 * row["bus_gb_per_second"] for row in results if "bus_gb_per_second" in row}
+    found: list[dict[str, Any]] = []
+    for row in results:
+        alone = known.get(row.get("like", ""))
+        if row["gpus"] == 1 or alone is None or "ms_per_step" not in alone or "ms_per_step" not in row or row["model"] not in CONFIGS:
+            continue
+        if row["tokens_per_step"] or row["precision"] != "bf16" or row["reduce"] != "fp32" or row["swiglu"] != "auto":
+            continue
+        model = config.build(RunConfig, settings(Row(row["model"], row["parallel"])), "paper").model
+        for gpus in sorted({row["gpus"], 8, 64, 512}):
+            rate = rates[row["gpus"]] if gpus <= node else min(network, rates[row["gpus"]])
+            told = paper(
+                parameters=n_parameters(model),
+                head=model.vocab_size * model.d_model,
+                seconds=alone["ms_per_step"] / 1e3,
+                gpus=gpus,
+                parallel=row["parallel"],
+                bytes_per_second=rate,
+            )
+            figures = {"model": row["model"], "parallel": row["parallel"], "gpus": gpus, "gb_per_second": round(rate / 1e9, 1)}
+            figures |= {name: round(value, 4) for name, value in told.items()}
+            figures["tokens_per_second"] = round(gpus * alone["tokens_per_second"] * told["efficiency"])
+            if gpus == row["gpus"]:
+                figures["measured_efficiency"] = row.get("efficiency")
+            found.append(figures)
+    return found
+
+
+def main() -> None:
+    """Measure every row that fits the time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--only", default="", help="a regular expression that names must match; 'curve' is one")
+    parser.add_argument("--keep", action="store_true", help="keep the rows of docs/data/scaling.json that are not measured again")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--gpus", type=int, default=0, help="the most to take; default: all, and two processes on a CPU")
+    parser.add_argument("--seconds", type=float, default=540.0, help="start nothing after this long")
+    parser.add_argument("--paper", action="store_true", help="print the model on paper of the kept rows, and measure nothing")
+    parser.add_argument("--node", type=int, default=8, help="of --paper: GPUs of a machine")
+    parser.add_argument(
+        "--network", type=float, default=50e9, help="of --paper: bytes/s a GPU sends to other machines (50e9: 400 Gbit/s each)"
+    )
+    parser.add_argument("--work", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work([Row(**row) for row in json.loads(options.work)], options.steps)
+        return
+    if options.paper:
+        for row in on_paper(json.loads(KEPT.read_text(encoding="utf-8"))["results"], options.node, options.network):
+            print(json.dumps(row))
+        return
+    began = time.monotonic()
+    on_gpu = torch.cuda.is_available()
+    most = options.gpus or (torch.cuda.device_count() if on_gpu else 2)
+    sizes = [size for size in (1, 2, 4, 8) if size <= most]
+    quick = options.quick or not on_gpu
+    stages = [SMALL] if quick else [FIRST, THEN]
+    plan: list[tuple[int, list[Row]]] = []
+    for rows in stages:
+        for size in sizes:
+            these = list(dict.fromkeys(row.alone() for row in rows)) if size == 1 else rows
+            plan.append((size, [row for row in these if re.search(options.only, row.name(size))]))
+    if options.list:
+        print("\n".join(row.name(size) for size, rows in plan for row in rows), f"curve {most}x", sep="\n")
+        return
+    results: list[dict[str, Any]] = []
+    known: dict[str, dict[str, Any]] = {}
+    steps = 2 if quick else options.steps
+    for number, (size, rows) in enumerate(plan):
+        if number == len(sizes) and most > 1 and re.search(options.only, f"curve {most}x"):
+            _curve(results, most, began, options.seconds, quick=False)
+        left = options.seconds - (time.monotonic() - began)
+        if not rows or left < 30:
+            print(f"not run: {[row.name(size) for row in rows]}", flush=True)
+            continue
+        for row in measured(size, rows, steps, left):
+            results.append(row)
+            known[row["name"]] = row
+            print(f"{time.monotonic() - began:6.1f} s  {row['name']}: {summary(row, known)}", flush=True)
+    if len(plan) == len(sizes) and most > 1 and re.search(options.only, f"curve {most}x"):
+        _curve(results, most, began, options.seconds, quick=quick)
+    if options.keep:
+        results = with_kept("scaling", results, alike=["name"])
+    figures = {
+        "tokens_per_second": {row["name"]: row.get("tokens_per_second", row.get("failed")) for row in results if "model" in row},
+        "efficiency": {row["name"]: row["efficiency"] for row in results if "efficiency" in row},
+        **{row["name"]: {name: value for name, value in row.items() if name != "name"} for row in results if "model" not in row},
+    }
+    finish("scaling", figures, results=results, quick=options.quick)
+
+
+def _curve(results: list[dict[str, Any]], gpus: int, began: float, seconds: float, *, quick: bool) -> None:
+    left = seconds - (time.monotonic() - began)
+    if left < 30:
+        print(f"not run: curve {gpus}x", flush=True)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = curves(gpus, Path(folder), left, quick=quick)
+        except subprocess.TimeoutExpired:
+            found = {"name": f"curve {gpus}x", "gpus": gpus, "failed": f"out of time after {left:.0f} s"}
+    results.append(found)
+    print(f"{time.monotonic() - began:6.1f} s  {found}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""These processes: who am I, how many are we, and what we compute together. Alone imports torch.distributed."""
+
+from minifoundation.distributed.split import Parallel, Split, local_gradients, spread
+from minifoundation.distributed.start import is_first_process, join
+from minifoundation.distributed.tensors import is_split, local, part_of, whole
+from minifoundation.distributed.watch import Watch
+from minifoundation.distributed.world import World
+
+__all__ = [
+    "Parallel",
+    "Split",
+    "Watch",
+    "World",
+    "is_first_process",
+    "is_split",
+    "join",
+    "local",
+    "local_gradients",
+    "part_of",
+    "spread",
+    "whole",
+]

@@ -1,0 +1,112 @@
+"""From torchrun's variables to a World: meeting the other processes, and parting from them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from minifoundation.distributed.world import World
+from minifoundation.errors import Stopped, UserError
+
+MEETING = timedelta(seconds=60)
+"""What a process has to start and to be reached within."""
+IN_A_STEP = timedelta(minutes=10)
+"""A collective on the device that stands still for longer ends the process; ``Watch`` has named the culprit long before."""
+WORDS = timedelta(days=7)
+"""Waits by word are as long as the work that they wait for: the first process may make shards for hours."""
+
+
+def is_first_process() -> bool:
+    """Return whether this is the first process, also before and after it is joined to the others."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+@contextmanager
+def join() -> Iterator[World]:
+    """Yield the World that torchrun's variables describe, or a World of one process without them.
+
+    Raises:
+        UserError: more processes than GPUs, or some that do not come.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield World()
+        return
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                "--nproc_per_node", f"{local_rank + 1} processes or more on {torch.cuda.device_count()} GPUs", "start one process a GPU"
+            )
+        torch.cuda.set_device(local_rank)
+        # The last collectives of each process are kept, and written where they are asked for, when one does not come to its end.
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    store, rank, size = _met()
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else None
+    dist.init_process_group(
+        "nccl" if device else "gloo", store=store, rank=rank, world_size=size, timeout=IN_A_STEP if device else WORDS, device_id=device
+    )
+    words = dist.new_group(backend="gloo", timeout=WORDS) if device else dist.group.WORLD
+    try:
+        yield World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), words, store)
+    except Stopped as stop:
+        stop.told = rank > 0
+        _part()
+        raise
+    except (UserError, OSError) as error:
+        told = getattr(error, "told", None)
+        error.told = bool(told)  # type: ignore[union-attr]
+        if told is not None:  # all of them leave, with their own exit code: torchrun ends the others as soon as one has left
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            dist.barrier(group=words)
+            _part()
+        raise
+    # What went wrong on this process alone leaves the others in a collective, and to take leave of them would be to wait for them.
+    else:
+        _part()
+
+
+def _part() -> None:
+    dist.destroy_process_group()
+
+
+def _met() -> tuple[Any, int, int]:
+    """Return the store that all share, this process's rank and how many there are, once all have come."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", 29500))
+    seconds = round(MEETING.total_seconds())
+    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store: Any
+    try:
+        store = TCPStore(host, port, size, rank == 0 and not of_torchrun, MEETING, wait_for_workers=False)
+    except (dist.DistError, RuntimeError) as error:
+        raise UserError(
+            "MASTER_ADDR, MASTER_PORT",
+            f"{host}:{port} was not reached within {seconds} s ({str(error).splitlines()[0][:120]})",
+            "start the first node too, and see that its port is open to this one",
+        ) from None
+    if of_torchrun:  # it outlives the processes: what they said in a start that failed is not taken for new
+        store = PrefixStore(f"start/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    store.set(f"here/{rank}", socket.gethostname())
+    missing = "0"
+    with suppress(dist.DistError):
+        if rank == 0:
+            with suppress(dist.DistError):
+                store.wait([f"here/{other}" for other in range(size)], MEETING)
+            store.set("missing", ", ".join(str(other) for other in range(size) if not store.check([f"here/{other}"])))
+        store.wait(["missing"], 2 * MEETING)
+        missing = store.get("missing").decode()
+    if missing:
+        fault = UserError("torchrun", f"of {size} processes rank {missing} did not start within {seconds} s", "see what its node says")
+        fault.told = rank > 0 and missing != "0"
+        raise fault
+    return store, rank, size

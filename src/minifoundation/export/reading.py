@@ -1,0 +1,177 @@
+"""A folder in Hugging Face's form as settings and weights of ours; whatever our model would compute otherwise is refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minifoundation.config import ModelConfig, build
+from minifoundation.errors import UserError
+from minifoundation.export.weights import from_hf, to_hf
+from minifoundation.model.rope import yarn_gain
+from minifoundation.model.transformer import Transformer
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CONFIG = "config.json"
+
+
+def model_config(folder: Path) -> ModelConfig:
+    """Return the settings of the model in ``folder``.
+
+    Raises:
+        UserError: no such folder, another architecture, or a part of it that our model does not have.
+    """
+    from transformers import AutoConfig
+
+    path = folder / CONFIG
+    if not path.is_file():
+        problem = f"has no {CONFIG}" if folder.is_dir() else "no such folder"
+        raise UserError(str(folder), problem, "give a folder that save_pretrained of transformers or export_hf wrote")
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        kind = written["model_type"]
+    except (ValueError, KeyError, TypeError, OSError):
+        raise UserError(str(path), "is no configuration of a model", "give a folder that save_pretrained or export_hf wrote") from None
+    if kind not in ARCHITECTURES:
+        named = (written.get("architectures") or [kind])[0]
+        raise UserError(str(path), f"the architecture is {named}", f"{' and '.join(ARCHITECTURES.values())} can be imported")
+    try:
+        hf = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # a value of a wrong type fails in many ways
+        raise UserError(str(path), f"transformers does not read it ({str(error).splitlines()[0]})", "mend it") from None
+    for name, found in _foreign(hf, written):
+        raise UserError(str(path), f"{name} is {found}, which this program's model does not have", "take a model without it")
+    return build(
+        ModelConfig,
+        {
+            "vocab_size": hf.vocab_size,
+            "d_model": hf.hidden_size,
+            "n_layer": hf.num_hidden_layers,
+            "n_head": hf.num_attention_heads,
+            "n_kv_head": hf.num_key_value_heads,
+            "d_ff": hf.intermediate_size,
+            "norm_eps": hf.rms_norm_eps,
+            "qk_norm": kind == "qwen3",
+            "tie_embeddings": hf.tie_word_embeddings,
+            "init_std": hf.initializer_range,
+            **_rope(hf, path),
+        },
+        str(path),
+    )
+
+
+def _foreign(hf: Any, written: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return the settings under which a model is not ours, with their values."""
+    width = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    others = {kind for kind in getattr(hf, "layer_types", None) or () if kind != "full_attention"}
+    found = {
+        "hidden_act": (hf.hidden_act, hf.hidden_act == "silu"),
+        "head_dim": (width, width * hf.num_attention_heads == hf.hidden_size),
+        "attention_bias": (hf.attention_bias, not hf.attention_bias),
+        "mlp_bias": (getattr(hf, "mlp_bias", False), not getattr(hf, "mlp_bias", False)),
+        "layer_types": (", ".join(sorted(others)), not others),
+        "quantization_config": ((written.get("quantization_config") or {}).get("quant_method"), not written.get("quantization_config")),
+    }
+    return [(name, value) for name, (value, ours) in found.items() if not ours]
+
+
+def _rope(hf: Any, path: Path) -> dict[str, Any]:
+    """Return ``rope`` and ``original_seq_len``."""
+    rope, length = hf.rope_parameters, hf.max_position_embeddings
+    theta, factor = float(rope["rope_theta"]), float(rope.get("factor") or 1.0)
+    original = rope.get("original_max_position_embeddings")
+    fault = None
+    match rope["rope_type"]:
+        case "default":
+            return {"rope": {"theta": theta}, "original_seq_len": length}
+        case "linear":
+            # A scaled config.json states the longer length; the factor says of how much.
+            return {
+                "rope": {"theta": theta, "scaling": "linear", "factor": factor},
+                "original_seq_len": original or math.ceil(length / factor),
+            }
+        case "yarn":
+            gain = rope.get("attention_factor")
+            if gain is not None and not math.isclose(gain, yarn_gain(factor), rel_tol=1e-6):
+                fault = f"attention_factor {gain:g} instead of {yarn_gain(factor):.6g}"
+            elif rope.get("mscale") or rope.get("mscale_all_dim"):
+                fault = "mscale"
+            elif rope.get("truncate") is False:
+                fault = "truncate false"
+            else:
+                betas = {"beta_fast": rope.get("beta_fast") or 32.0, "beta_slow": rope.get("beta_slow") or 1.0}
+                return {"rope": {"theta": theta, "scaling": "yarn", "factor": factor, **betas}, "original_seq_len": original or length}
+        case other:
+            fault = f"rope_type {other}"
+    raise UserError(str(path), f"its RoPE has {fault}, which this program does not compute", "default, linear and yarn can be imported")
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Return every tensor of ``model.safetensors``, or of the files that its index names, as they are stored.
+
+    Raises:
+        UserError: a file is missing, damaged or of another format.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise UserError(str(index), "is no index of weights", "copy the folder again") from None
+    else:
+        files = [SINGLE]
+    found: dict[str, Tensor] = {}
+    for name in files:
+        path = folder / name
+        if path.parent != folder or not path.is_file():
+            raise UserError(
+                str(path), "no such file", "copy the folder again, or write it by save_pretrained of transformers (safetensors)"
+            )
+        try:
+            found |= load_file(path)
+        except SafetensorError as error:
+            raise UserError(str(path), f"is damaged ({error})", "copy it again") from None
+    return found
+
+
+def state_of(config: ModelConfig, folder: Path) -> dict[str, Tensor]:
+    """Return the weights in ``folder`` by our names, float32.
+
+    Raises:
+        UserError: a tensor is missing, has another shape than ``config.json`` says, or is none of this architecture.
+    """
+    hf = tensors(folder)
+    with torch.device("meta"):
+        expected = {name: tuple(value.shape) for name, value in to_hf(config, Transformer(config).state_dict()).items()}
+    head, embedding = hf.get("lm_head.weight"), hf.get("model.embed_tokens.weight")
+    if config.tie_embeddings and head is not None and embedding is not None:
+        if not torch.equal(head, embedding):
+            raise UserError(str(folder), "config.json ties lm_head to the embedding, but the weights differ", "mend tie_word_embeddings")
+        del hf["lm_head.weight"]
+    missing = [name for name in expected if name not in hf]
+    if missing:
+        raise UserError(str(folder), f"the weights have no {_some(missing)}", "copy the folder again, or mend its config.json")
+    for name, shape in expected.items():
+        if tuple(hf[name].shape) != shape:
+            raise UserError(
+                str(folder), f"{name} is {tuple(hf[name].shape)}, but {shape} by config.json", "mend config.json, or copy again"
+            )
+    more = [name for name in hf if name not in expected and not name.endswith("rotary_emb.inv_freq")]
+    if more:
+        raise UserError(str(folder), f"the weights hold {_some(more)}, which this program's model does not have", "take a model without")
+    return from_hf(config, {name: hf[name].float() for name in expected})
+
+
+def _some(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

@@ -1,0 +1,140 @@
+"""Before the first step: whether all processes are of one run, and how fast they are, one by one and together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+import statistics
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import minifoundation
+from minifoundation.config import RunConfig, dotted_names
+from minifoundation.data.loader import Loader
+from minifoundation.distributed import World
+from minifoundation.errors import UserError
+from minifoundation.runtime import Machine, Moment
+
+BYTES = {"cuda": 2**28, "cpu": 2**20}
+"""Of the tensor that is summed over all processes to measure their network."""
+WARM_UP, ROUNDS = 2, 5
+WIDTH = 8192
+"""Of the square matrices whose product tells a slow GPU."""
+SLOW = 1.15
+"""How many times the median time of all a process may take."""
+
+
+def same_run(config: RunConfig, world: World) -> None:
+    """Refuse processes that have other settings, code or torch than the first one.
+
+    Raises:
+        UserError: on every process.
+    """
+    with world.together():
+        mine = {name: _shown(config, name) for name in dotted_names(RunConfig)}
+        mine |= {"the code of minifoundation": code_sha256(), "torch": torch.__version__}
+        _alike(mine, world, "start all processes with the same line, files and versions")
+
+
+def same_data(loader: Loader, sample: int, world: World) -> None:
+    """Refuse processes that see other shards than the first one, or begin at another sample; how far they see may differ.
+
+    Raises:
+        UserError: on every process.
+    """
+    with world.together():
+        seen = {}
+        for name, samples in loader.sources.items():
+            manifest = samples.order.shards.manifest
+            seen[name] = [pair.train.sha256 for pair in manifest.pairs if pair.train]
+        known = min(tuple(len(one[name]) for name in seen) for one in world.of_all(seen))
+        mine = {f"shards of {name}": _hash(seen[name][:count]) for name, count in zip(seen, known, strict=True)}
+        mine |= {f"tokenizer of {name}": one.order.shards.manifest.tokenizer_sha256 for name, one in loader.sources.items()}
+        _alike({**mine, "the next sample": str(sample)}, world, "give all processes the same data.shards_dir and --out_dir")
+
+
+@torch.no_grad()
+def same_weights(model: nn.Module, world: World) -> None:
+    """Refuse processes that have other weights than the first one.
+
+    Raises:
+        UserError: on every process.
+    """
+    if world.size == 1:
+        return
+    norms = torch.stack(torch._foreach_norm(list(model.parameters()))).double()
+    least, most = world.least(norms.clone()), -world.least(-norms)
+    with world.together():
+        if not torch.equal(least, most):
+            name = [name for name, _ in model.named_parameters()][int((least != most).nonzero()[0])]
+            raise UserError(name, "has other values on some processes than on the first", "give all processes the same checkpoint")
+
+
+def _alike(mine: Mapping[str, str], world: World, remedy: str) -> None:
+    first, *others = world.of_all((socket.gethostname(), dict(mine)))
+    for rank, (host, values) in enumerate(others, start=1):
+        for name, value in values.items():
+            if value != first[1].get(name):
+                raise UserError(name, f"{value} on rank {rank} ({host}), and {first[1].get(name)} on rank 0 ({first[0]})", remedy)
+
+
+def _shown(config: RunConfig, name: str) -> str:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return str(value)
+
+
+def code_sha256() -> str:
+    """Return one hash over the source of this package, short."""
+    folder = Path(minifoundation.__file__).parent
+    return _hash([path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.py"))])
+
+
+def _hash(texts: list[str]) -> str:
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
+
+
+def network(machine: Machine, world: World) -> list[str]:
+    """Return lines for a person: how fast sums over all processes are, and which process is slow by itself."""
+    if world.size == 1:
+        return []
+    n_bytes = BYTES[machine.device.type]
+    rate = bus_bandwidth(machine, world, n_bytes)
+    nodes = f"{world.nodes} machine{'s' if world.nodes > 1 else ''}"
+    lines = [f"  network  {world.size} processes on {nodes}: {n_bytes >> 20} MiB are summed at {rate / 1e9:,.1f} GB/s (bus bandwidth)"]
+    if not machine.is_cuda:
+        return lines
+    times = world.of_all((_product_seconds(machine), socket.gethostname()))
+    median = statistics.median(time for time, _ in times)
+    for rank, (time, host) in enumerate(times):
+        if time > SLOW * median:
+            lines.append(
+                f"warning: rank {rank} on {host} takes {time / median:.2f} times as long as the others for a product; all wait for it"
+            )
+    return lines
+
+
+def bus_bandwidth(machine: Machine, world: World, n_bytes: int) -> float:
+    """Return the bytes/s that each process sends while a tensor of ``n_bytes`` is summed over all: 2 (n - 1) / n of it."""
+    values = torch.zeros(n_bytes // 4, device=machine.device)
+    return 2 * (world.size - 1) / world.size * n_bytes / _seconds(lambda: world.total(values), machine)
+
+
+def _product_seconds(machine: Machine) -> float:
+    a = torch.ones(WIDTH, WIDTH, device=machine.device, dtype=torch.float16)
+    return _seconds(lambda: a @ a, machine)
+
+
+def _seconds(work: Callable[[], object], machine: Machine) -> float:
+    moments = [Moment(machine)]
+    for _ in range(WARM_UP + ROUNDS):
+        work()
+        moments.append(Moment(machine))
+    return statistics.median(after.seconds_since(before) for before, after in pairwise(moments[WARM_UP:]))

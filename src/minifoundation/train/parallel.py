@@ -1,0 +1,93 @@
+"""How a run is spread over its processes, and what of a step each of them does."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from minifoundation import runtime
+from minifoundation.config import RunConfig
+from minifoundation.distributed import Split, World, spread
+from minifoundation.errors import UserError
+from minifoundation.model.training import TrainingModel
+from minifoundation.runtime import Machine
+from minifoundation.train.plan import USABLE_MEMORY, predicted_memory
+
+
+def chosen_split(config: RunConfig, machine: Machine, world: World) -> Split:
+    """Return how the model lies on the processes: as asked, or the copies that are fastest where they fit, or as few parts as do.
+
+    Raises:
+        UserError: this cannot be had with so many processes or in this precision.
+    """
+    asked, size, train = config.train.parallel, world.size, config.train
+    if size == 1:
+        return Split()
+    if asked == "none":
+        raise UserError("train.parallel", f"none, and there are {size} processes", "start one, or take auto, ddp or fsdp")
+    if asked in ("fsdp", "hsdp") and train.precision == "fp8":
+        raise UserError("train.parallel", f"{asked} gathers weights in half precision, not in 8 bits", "take ddp, or train.precision bf16")
+    if asked in ("fsdp", "hsdp") and train.optimizer_states == "int8":
+        raise UserError("train.parallel", f"{asked} cannot split moments in int8", "take ddp, or train.optimizer_states fp32")
+    if asked == "hsdp" and (world.nodes == 1 or world.local_size == 1):
+        raise UserError(
+            "train.parallel", f"hsdp with {world.nodes} nodes of {world.local_size} processes", "it needs two of each; take fsdp"
+        )
+    whole = train.precision == "fp8" or train.optimizer_states == "int8"
+    if asked == "ddp" or (asked == "auto" and (whole or _fits(config, machine, 1))):
+        return Split("ddp")
+    within_a_node = world.nodes > 1 and world.local_size > 1
+    if asked == "hsdp" or (asked == "auto" and within_a_node and _fits(config, machine, world.local_size)):
+        return Split("hsdp", world.local_size)
+    return Split("fsdp", size)
+
+
+def _fits(config: RunConfig, machine: Machine, shards: int) -> bool:
+    rows = 1 if config.train.batch_size == "auto" else config.train.batch_size
+    one = config.model_copy(update={"train": config.train.model_copy(update={"batch_size": rows})})
+    return sum(predicted_memory(one, shards).values()) <= USABLE_MEMORY * machine.memory_bytes
+
+
+def spread_over(model: TrainingModel, config: RunConfig, machine: Machine, world: World, split: Split) -> nn.Module:
+    """Return ``model`` as the processes share it: blocks are gathered one at a time where they are split, and gradients travel as asked.
+
+    FSDP adds up micro-batches in the dtype in which it sends them, which would lose small gradients in bf16; and with several of them
+    there is the less to send.
+    """
+    narrow = config.train.reduce_precision == "bf16" and not (split.is_sharded and config.train.grad_accum > 1)
+    return spread(
+        model,
+        world,
+        split,
+        units=model.transformer.blocks,
+        compute=runtime.compute_dtype(config.train.precision, machine),
+        reduced=torch.bfloat16 if narrow else torch.float32,
+    )
+
+
+def accumulated(config: RunConfig, world: World) -> RunConfig:
+    """Return ``config`` with the ``grad_accum`` that gives ``tokens_per_step``, where that is set; of rows, with ``batch_size`` auto.
+
+    Raises:
+        UserError: the processes cannot share so many tokens evenly.
+    """
+    train = config.train
+    if train.tokens_per_step is None:
+        return config
+    rows = 1 if train.batch_size == "auto" else train.batch_size
+    once = rows * train.seq_len * world.size
+    if train.tokens_per_step % once:
+        near = max(1, round(train.tokens_per_step / once)) * once
+        raise UserError(
+            "train.tokens_per_step",
+            f"{train.tokens_per_step:,} is no multiple of {once:,} (batch_size {rows} x seq_len {train.seq_len} x {world.size} processes)",
+            f"set it to {near:,}, or choose another --batch_size or number of processes",
+        )
+    return config.model_copy(update={"train": train.model_copy(update={"grad_accum": train.tokens_per_step // once})})
+
+
+def as_asked(config: RunConfig) -> RunConfig:
+    """Return ``config`` with ``grad_accum`` left to ``tokens_per_step`` again, where that is set: what is kept for another start."""
+    if config.train.tokens_per_step is None:
+        return config
+    return config.model_copy(update={"train": config.train.model_copy(update={"grad_accum": 1})})

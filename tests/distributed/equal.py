@@ -1,0 +1,194 @@
+"""What two processes compute together, held against what one of them computes alone; started by torchrun from test_split.py."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minifoundation import config, runtime
+from minifoundation.checkpoint import Checkpoint, Saver, load_checkpoint
+from minifoundation.config import RunConfig
+from minifoundation.data.batch import Batch
+from minifoundation.distributed import Split, World, join, whole
+from minifoundation.errors import UserError
+from minifoundation.model.training import TrainingModel
+from minifoundation.model.transformer import Transformer
+from minifoundation.train.ema import Average
+from minifoundation.train.kernels import Kernels, transformer_for
+from minifoundation.train.optimizer import adamw, optimizer_state, restore_optimizer
+from minifoundation.train.parallel import spread_over
+from minifoundation.train.state import Progress
+from minifoundation.train.step import StepStats, held_out_loss, train_step
+
+STEPS, ROWS, LENGTH = 20, 4, 16
+MODEL = {"d_model": 24, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_ff": 40, "vocab_size": 104, "original_seq_len": LENGTH}
+
+
+def settings(**train: Any) -> RunConfig:
+    values = {"tokens": 10**6, "seq_len": LENGTH, "grad_accum": 2, "z_loss": 1e-2, "loss_chunk": 7, "ema": 0.9, "grad_clip": 0.3}
+    return config.build(RunConfig, {"model": MODEL, "data": {"source": "x"}, "train": {**values, **train}}, "test")
+
+
+def batches(world: World, step: int) -> list[Batch]:
+    """Return the micro-batches of a process: together those of the one process that has all rows."""
+    rows = torch.randint(0, 100, (2, ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+    mine = ROWS // world.size
+    return [Batch(part[:, :-1], part[:, 1:]) for part in rows[:, world.rank * mine : (world.rank + 1) * mine]]
+
+
+class Trained:
+    """A model and what trains it."""
+
+    def __init__(self, world: World, split: Split, run: RunConfig, state: Checkpoint | None = None) -> None:
+        machine = runtime.machine()
+        self.world, self.run = world, run
+        self.transformer: Transformer = transformer_for(run, machine, Kernels("math", "own"), split)
+        if state is None:
+            self.transformer.initialise(1)
+        else:
+            self.transformer.load_state_dict(state.model)
+        self.model = spread_over(TrainingModel(self.transformer, z_loss=1e-2, chunk=7), run, machine, world, split)
+        self.optimizer = adamw(self.transformer, run.train)
+        self.average = Average(dict(self.transformer.named_parameters()), 0.9, state.ema if state else None)
+        if state is not None:
+            restore_optimizer(self.optimizer, self.names, state.optimizer)
+
+    @property
+    def names(self) -> dict[torch.Tensor, str]:
+        return {weight: name for name, weight in self.transformer.named_parameters()}
+
+    def steps(self, first: int, last: int, scaler: torch.amp.GradScaler | None = None) -> Iterator[tuple[float, ...]]:
+        for step in range(first, last):
+            stats: StepStats = train_step(
+                self.model,
+                self.optimizer,
+                scaler or torch.amp.GradScaler("cpu", enabled=False),
+                batches(self.world, step),
+                lr=3e-3,
+                grad_clip=0.3,
+                tokens=2 * ROWS * LENGTH,
+                world=self.world,
+            )
+            self.average.update(step + 1, stats.taken)
+            yield tuple(stats.read()[:3])
+
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint(
+            self.run,
+            self.transformer.state_dict(),
+            b"",
+            Progress(step=1).as_dict(),
+            ema=self.average.state(),
+            optimizer=optimizer_state(self.optimizer, self.names),
+        )
+
+
+def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, atol=tolerance, rtol=0, msg=name)
+
+
+def same_training(world: World, folder: Path) -> None:
+    alone = Trained(World(), Split(), settings())
+    expected = list(alone.steps(0, STEPS))
+    clipped = sum(norm > 0.3 for _, _, norm in expected)
+    assert clipped > 5, "the steps are there to be clipped"
+    told = alone.checkpoint()
+    held_out = [batch for step in range(3) for batch in batches(World(), step)][:5]  # no multiple of two
+    nats = held_out_loss(alone.model, held_out, World(), torch.device("cpu"))
+    for split in (Split("ddp"), Split("fsdp", world.size)):
+        both = Trained(world, split, settings())
+        torch.testing.assert_close(torch.tensor(list(both.steps(0, STEPS))), torch.tensor(expected), atol=1e-5, rtol=1e-5)
+        found = both.checkpoint().in_host_memory(kept=True)
+        close(told.tensors(), found.tensors(), 2e-5)
+        loss = held_out_loss(both.model, held_out, world, torch.device("cpu"))
+        assert nats is not None and loss is not None and abs(nats - loss) < 1e-5
+        # Half-way in one way of sharing and on in another, through a file that the first process writes.
+        half = Trained(world, split, settings())
+        first = list(half.steps(0, STEPS // 2))
+        state = saved(half, world, folder / split.parallel)
+        for other in (Split("fsdp", world.size), Split("ddp"), Split()):
+            on = world if other.parallel != "none" else World()
+            resumed = Trained(on, other, settings(), state)
+            close(state.tensors(), resumed.checkpoint().in_host_memory(kept=True).tensors(), 0.0)
+            rest = list(resumed.steps(STEPS // 2, STEPS))
+            torch.testing.assert_close(torch.tensor([*first, *rest]), torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+def saved(trained: Trained, world: World, folder: Path) -> Checkpoint:
+    """Return what is read again of a checkpoint that the first process has written, in the background."""
+    world.agreed(folder.mkdir)
+    checkpoint = trained.checkpoint()
+    saver = Saver(folder, keep=1, keep_every=None, background=True, if_fails="stop", say=print)
+    if world.is_first:
+        saver.write(checkpoint)
+        saver.close()
+    else:
+        for _ in checkpoint.gathered():
+            pass
+    world.wait()
+    return load_checkpoint(folder / "step_00000001")
+
+
+def half_precision(world: World) -> None:
+    """bf16 by hand and not, and gradients that travel in bf16: near what one process has, which rounds elsewhere."""
+    expected = torch.tensor(list(Trained(World(), Split(), settings()).steps(0, STEPS)))
+    by_hand = Transformer.by_hand_on
+    for forced in (False, True):
+        Transformer.by_hand_on = (lambda self, x: True) if forced else by_hand  # type: ignore[method-assign]
+        for split in (Split("ddp"), Split("fsdp", world.size)):
+            for reduced in ("fp32", "bf16"):
+                run = settings(precision="bf16", reduce_precision=reduced)
+                found = torch.tensor(list(Trained(world, split, run).steps(0, STEPS)))
+                torch.testing.assert_close(found[:, :2], expected[:, :2], atol=0.03, rtol=0)
+                torch.testing.assert_close(found[:, 2], expected[:, 2], atol=0.0, rtol=0.1)
+    Transformer.by_hand_on = by_hand  # type: ignore[method-assign]
+
+
+def an_overflow_is_skipped_by_all(world: World) -> None:
+    expected = torch.tensor(list(Trained(World(), Split(), settings()).steps(0, 9)))
+    for split in (Split("ddp"), Split("fsdp", world.size)):
+        trained = Trained(world, split, settings(precision="fp16"))
+        before = {name: whole(weight).clone() for name, weight in trained.transformer.named_parameters()}
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
+        list(trained.steps(0, 1, scaler))
+        close(before, {name: whole(weight) for name, weight in trained.transformer.named_parameters()}, 0.0)
+        found = torch.tensor(list(trained.steps(0, 9, scaler)))
+        torch.testing.assert_close(found, expected, atol=0.03, rtol=0.1)
+
+
+def a_fault_is_raised_on_all(world: World) -> None:
+    def fails() -> None:
+        raise UserError("here", "wrong", "mend it")
+
+    for attempt in (partial(world.agreed, fails), partial(one_fails, world, fails)):
+        with pytest.raises(UserError, match=r"^here: wrong; mend it$") as caught:
+            attempt()
+        assert caught.value.told is (world.rank > 0)
+    assert world.agreed(lambda: world.rank) == 0 and world.of_all(world.rank) == list(range(world.size))
+
+
+def one_fails(world: World, fails: Any) -> None:
+    with world.together():
+        if world.rank == 1:
+            fails()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with join() as world:
+        a_fault_is_raised_on_all(world)
+        if sys.argv[2] == "fp32":
+            same_training(world, Path(sys.argv[1]))
+        else:
+            half_precision(world)
+            an_overflow_is_skipped_by_all(world)
+        if world.is_first:
+            print("all equal")

@@ -1,0 +1,92 @@
+"""How a run is shared: what is chosen, what is refused, and the micro-batches that tokens_per_step asks for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from minifoundation import config
+from minifoundation.config import REPOSITORY, RunConfig
+from minifoundation.distributed import Split, World
+from minifoundation.errors import UserError
+from minifoundation.runtime import Machine
+from minifoundation.train.parallel import accumulated, as_asked, chosen_split
+from minifoundation.train.plan import plan, predicted_memory
+
+GIB = 2**30
+H100 = Machine(torch.device("cuda", 0), "H100", 80 * GIB, 989.4e12)
+NODE, TWO_NODES = World(0, 8, 0, 8), World(0, 16, 0, 8)
+
+
+def run_config(**train: Any) -> RunConfig:
+    values = config.read_yaml(REPOSITORY / "configs" / "model_1b.yaml")
+    given = {"tokens": 10**10, "precision": "bf16", "batch_size": 1, **train}
+    return config.build(RunConfig, config.merged(values, {"data": {"source": "x"}, "train": given}), "test")
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "world", "train", "expected"),
+    [
+        (80, World(), {"parallel": "fsdp"}, Split()),  # the same settings serve one process
+        (80, NODE, {}, Split("ddp")),
+        (80, NODE, {"batch_size": "auto"}, Split("ddp")),
+        (16, NODE, {}, Split("fsdp", 8)),
+        (16, TWO_NODES, {}, Split("hsdp", 8)),
+        (4, TWO_NODES, {}, Split("fsdp", 16)),
+        (16, NODE, {"precision": "fp8"}, Split("ddp")),  # it does not fit, and the plan says so
+        (16, NODE, {"optimizer_states": "int8"}, Split("ddp")),
+        (80, TWO_NODES, {"parallel": "hsdp"}, Split("hsdp", 8)),
+        (80, TWO_NODES, {"parallel": "fsdp"}, Split("fsdp", 16)),
+        (16, NODE, {"parallel": "ddp"}, Split("ddp")),
+    ],
+)
+def test_what_is_chosen(memory_gib: int, world: World, train: dict[str, Any], expected: Split) -> None:
+    assert chosen_split(run_config(**train), replace(H100, memory_bytes=memory_gib * GIB), world) == expected
+
+
+@pytest.mark.parametrize(
+    ("world", "train", "message"),
+    [
+        (NODE, {"parallel": "none"}, "train.parallel: none, and there are 8 processes; start one, or take auto, ddp or fsdp"),
+        (NODE, {"parallel": "fsdp", "precision": "fp8"}, "train.parallel: fsdp gathers weights in half precision, not in 8 bits; take ddp"),
+        (NODE, {"parallel": "fsdp", "optimizer_states": "int8"}, "train.parallel: fsdp cannot split moments in int8; take ddp"),
+        (NODE, {"parallel": "hsdp"}, "train.parallel: hsdp with 1 nodes of 8 processes; it needs two of each; take fsdp"),
+    ],
+)
+def test_what_cannot_be_had(world: World, train: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        chosen_split(run_config(**train), H100, world)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(("size", "micro"), [(1, 16), (2, 8), (4, 4), (16, 1)])
+def test_tokens_per_step_are_the_same_for_any_number_of_processes(size: int, micro: int) -> None:
+    asked = run_config(tokens_per_step=2**19, batch_size=8)
+    done = accumulated(asked, World(0, size, 0, size))
+    assert done.train.grad_accum == micro
+    assert plan(done, size).tokens_per_step == 2**19
+    assert as_asked(done) == asked, "what is kept can be started again on another number"
+
+
+def test_tokens_that_cannot_be_shared_evenly() -> None:
+    with pytest.raises(UserError) as caught:
+        accumulated(run_config(tokens_per_step=2**19, batch_size=8), World(0, 6, 0, 6))
+    assert str(caught.value) == (
+        "train.tokens_per_step: 524,288 is no multiple of 196,608 (batch_size 8 x seq_len 4096 x 6 processes); "
+        "set it to 589,824, or choose another --batch_size or number of processes"
+    )
+    with pytest.raises(UserError, match=r"tokens_per_step is 524,288, and grad_accum 4 too; leave grad_accum out: it follows"):
+        run_config(tokens_per_step=2**19, grad_accum=4)
+
+
+def test_parts_take_less_memory_each() -> None:
+    one = run_config(ema=0.999)
+    whole, eighth = predicted_memory(one), predicted_memory(one, 8)
+    for name in ("weights", "optimizer", "ema"):
+        assert eighth[name] == pytest.approx(whole[name] / 8)
+    assert sum(eighth.values()) < sum(predicted_memory(one, 2).values()) < sum(whole.values())
+    # Micro-batches that are not sent yet are kept whole.
+    assert predicted_memory(run_config(grad_accum=2), 8)["gradients"] == predicted_memory(run_config(grad_accum=2))["gradients"]
