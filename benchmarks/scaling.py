@@ -106,7 +106,7 @@ def work(rows: list[Row], steps: int) -> None:
     from minifoundation import config, runtime
     from minifoundation.config import RunConfig
     from minifoundation.distributed import join
-    from minifoundation.train.meeting import bus_bandwidth
+    from minifoundation.train.meeting import bus_bandwidth, product_seconds
     from minifoundation.train.parallel import accumulated, chosen_split
     from minifoundation.train.trial import trial
 
@@ -116,6 +116,8 @@ def work(rows: list[Row], steps: int) -> None:
         if world.size > 1:
             n_bytes = NETWORK_BYTES if machine.is_cuda else 2**20
             told |= {"name": f"network {world.size}x", "bus_gb_per_second": round(bus_bandwidth(machine, world, n_bytes) / 1e9, 1)}
+            if machine.is_cuda:  # a slower GPU is waited for in every step
+                told["product_ms_of_each"] = [round(1e3 * seconds, 3) for seconds in world.of_all(product_seconds(machine))]
             _print(told, first=world.is_first)
         for row in rows:
             run = accumulated(config.build(RunConfig, settings(row), row.name(world.size)), world)
@@ -127,7 +129,7 @@ def work(rows: list[Row], steps: int) -> None:
                 found = {"failed": str(error).splitlines()[0]}
             machine.forget()
             peaks = world.of_all(found.get("peak_gib"))
-            found |= {"name": row.name(world.size), "gpus": world.size, "like": row.like(), **row._asdict()}
+            found |= {"name": row.name(world.size), "device": machine.name, "gpus": world.size, "like": row.like(), **row._asdict()}
             found |= {"peak_gib_of_each": peaks, "measuring_seconds": round(time.monotonic() - began, 1)}
             _print(found, first=world.is_first)
             torch.compiler.reset()
@@ -191,7 +193,7 @@ def _end(process: subprocess.Popen[Any]) -> None:
 def summary(row: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return what of a row is printed, with its efficiency where that of one GPU is known."""
     if "tokens_per_second" not in row:
-        return {name: value for name, value in row.items() if name in ("failed", "bus_gb_per_second")}
+        return {name: value for name, value in row.items() if name in ("failed", "bus_gb_per_second", "product_ms_of_each")}
     alone, gpus = known.get(row["like"]), row["gpus"]
     profile = row.get("profile", {})
     sent = profile.get("ms", {}).get("communication", 0.0)
@@ -211,59 +213,69 @@ def summary(row: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[str, 
 
 
 def curves(gpus: int, folder: Path, seconds: float, *, quick: bool) -> dict[str, Any]:
-    """Return how far the losses of one GPU and of all are apart, at equal tokens a step, and how long a killed process holds all up."""
+    """Return how far the losses of one GPU and of all are apart, at equal tokens a step, and how long a killed process holds all up.
+
+    The two runs go on at the same time: the model is small, and what they take is mostly their start.
+    """
     on_gpu = torch.cuda.is_available()
-    model = ["--config", str(ROOT / "configs" / "model_0p5b.yaml"), "--amp", "--bf16", "--model.attention", "flash"] if on_gpu else []
-    tiny = [f"--model.{name}={value}" for name, value in TINY.items() if name != "vocab_size"]
-    seq_len, rows = (4096, 4) if on_gpu else (64, 2)
+    sizes = {**TINY, "d_model": 512, "n_layer": 4, "n_head": 8, "n_kv_head": 4, "d_ff": 1408, "original_seq_len": 1024} if on_gpu else TINY
+    seq_len, rows, steps = (1024, 8, 200) if on_gpu else (64, 2, 20 if quick else 40)
     per_step = seq_len * rows * gpus
-    steps = 10 if quick else 30
     options = [
-        *(model or tiny),
+        *(f"--model.{name}={value}" for name, value in sizes.items() if name != "vocab_size"),
+        *(["--amp", "--bf16", "--model.attention", "flash"] if on_gpu else []),
         *f"--data {ROOT}/examples/shakespeare.txt --data.shards_dir {folder}/shards --tokenizer.vocab_size 512".split(),
         *f"--data.max_document_bytes 65536 --data.held_out 0.02 --seq_len {seq_len} --batch_size {rows}".split(),
         *f"--train.tokens_per_step {per_step} --tokens {per_step * steps} --train.save_every 5 --train.eval_every 1000 --lr 3e-4".split(),
         *["--resume", "auto", "--train.ema", "0.99"],
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    began = time.monotonic()
-    alone = [*torchrun(1, "src.cli", "pretrain", *options), "--out_dir", f"{folder}/one"]
-    done = subprocess.run(alone, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
-    if done.returncode:
-        return {"name": f"curve {gpus}x", "gpus": gpus, "failed": done.stderr[-600:]}
-    out_dir = folder / "all"
-    command = [*torchrun(gpus, "src.cli", "pretrain", *options, restarts=1), "--out_dir", str(out_dir), "--train.parallel", "ddp"]
-    with (folder / "all.log").open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            deadline = began + seconds
-            _until(lambda: len(_losses(out_dir)) >= steps // 2 and any(out_dir.glob("step_*/manifest.json")), process, deadline)
-            os.kill(worker(process.pid, gpus - 1), signal.SIGKILL)
-            killed = time.monotonic()
-            _until(lambda: len(_starts(out_dir)) == 2, process, deadline)
-            again = _starts(out_dir)[1]["step"]
-            _until(lambda: len(_losses(out_dir)) > again, process, deadline)
-            restart = time.monotonic() - killed
+    deadline = time.monotonic() + seconds
+    name = {"name": f"curve {gpus}x", "gpus": gpus}
+    prepared = [sys.executable, "-m", "src.cli", "pretrain", *options, "--tokens", str(per_step), "--out_dir", f"{folder}/first"]
+    if not on_gpu:  # shards and tokenizer first: on two cores the runs would wait for each other
+        subprocess.run(prepared, cwd=ROOT, env=environment, capture_output=True, timeout=seconds, check=True)
+    runs: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for run, launcher in (("one", torchrun(1, "src.cli")), ("all", torchrun(gpus, "src.cli", restarts=1))):
+            command = [*launcher, "pretrain", *options, "--out_dir", str(folder / run)]
+            with (folder / f"{run}.log").open("wb") as log:
+                runs[run] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+        whole, out_dir = runs["all"], folder / "all"
+        _until(lambda: len(_losses(out_dir)) >= 10 and any(out_dir.glob("step_*/manifest.json")), whole, deadline)
+        os.kill(worker(whole.pid, gpus - 1), signal.SIGKILL)
+        killed = time.monotonic()
+        _until(lambda: len(_starts(out_dir)) == 2, whole, deadline)
+        again = _starts(out_dir)[1]["step"]
+        _until(lambda: len(_losses(out_dir)) > again, whole, deadline)
+        restart = time.monotonic() - killed
+        for process in runs.values():
             process.wait(max(1.0, deadline - time.monotonic()))
-        except (TimeoutError, subprocess.TimeoutExpired) as error:
-            log.flush()
-            last = (folder / "all.log").read_text(encoding="utf-8")[-600:]
-            return {"name": f"curve {gpus}x", "gpus": gpus, "failed": f"{error}: {last}"}
-        finally:
+            if process.returncode:
+                raise TimeoutError(f"exit code {process.returncode}")
+    except (TimeoutError, subprocess.TimeoutExpired) as error:
+        return {**name, "failed": str(error)[:200], "log": {run: faults(folder / f"{run}.log") for run in runs}}
+    finally:
+        for process in runs.values():
             _end(process)
-    one, all_ = _losses(folder / "one"), _losses(out_dir)
-    both = list(zip(one, all_, strict=True))
+    both = list(zip(_losses(folder / "one"), _losses(folder / "all"), strict=True))
     return {
-        "name": f"curve {gpus}x",
-        "gpus": gpus,
+        **name,
         "tokens_per_step": per_step,
         "steps": len(both),
-        "first_and_last_loss": [one[0], one[-1]],
+        "first_and_last_loss": [both[0][0], both[-1][0]],
         "largest_difference_of_losses": max(abs(a - b) for a, b in both),
         "mean_difference_of_losses": sum(abs(a - b) for a, b in both) / len(both),
         "went_on_at_step": again,
         "seconds_from_kill_to_next_step": round(restart, 1),
     }
+
+
+def faults(log: Path) -> list[str]:
+    """Return the lines of a log that say what went wrong, not torchrun's own report, or else its last ones."""
+    lines = [line[:300] for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    told = [line for line in lines if re.search(r"^\[rank|^error|^warning|^Traceback|Error", line) and "elastic" not in line]
+    return (told or lines)[-40:]
 
 
 def _until(true: Any, process: subprocess.Popen[bytes], deadline: float) -> None:
@@ -329,7 +341,10 @@ def paper(
 
 
 def on_paper(results: list[dict[str, Any]], node: int, network: float) -> list[dict[str, Any]]:
-    """Return rows of the model on paper: those that were measured, to hold it against, and 8, 64 and 512 GPUs.
+    """Return rows of the model on paper: those that were measured, and 8, 64 and 512 GPUs.
+
+    What the measured step took more than on paper (the GPUs' products and the network's kernels share processors, one GPU waits for the
+    other, gradients are copied) is added to all.
 
     Args:
         node: GPUs that share the machine's own links; more go by the network.
@@ -349,7 +364,8 @@ def on_paper(results: list[dict[str, Any]], node: int, network: float) -> list[d
         if row["tokens_per_step"] or row["precision"] != "bf16" or row["reduce"] != "fp32" or row["swiglu"] != "auto":
             continue
         model = config.build(RunConfig, settings(Row(row["model"], row["parallel"])), "paper").model
-        for gpus in sorted({row["gpus"], 8, 64, 512}):
+        more = 0.0
+        for gpus in (row["gpus"], *(size for size in (8, 64, 512) if size > row["gpus"])):
             rate = rates[row["gpus"]] if gpus <= node else min(network, rates[row["gpus"]])
             told = paper(
                 parameters=n_parameters(model),
@@ -359,11 +375,13 @@ def on_paper(results: list[dict[str, Any]], node: int, network: float) -> list[d
                 parallel=row["parallel"],
                 bytes_per_second=rate,
             )
+            if gpus == row["gpus"]:
+                more = row["ms_per_step"] / 1e3 - told["seconds"]
+            efficiency = alone["ms_per_step"] / 1e3 / (told["seconds"] + more)
             figures = {"model": row["model"], "parallel": row["parallel"], "gpus": gpus, "gb_per_second": round(rate / 1e9, 1)}
             figures |= {name: round(value, 4) for name, value in told.items()}
-            figures["tokens_per_second"] = round(gpus * alone["tokens_per_second"] * told["efficiency"])
-            if gpus == row["gpus"]:
-                figures["measured_efficiency"] = row.get("efficiency")
+            figures |= {"measured_more_seconds": round(more, 4), "efficiency_with_that": round(efficiency, 4)}
+            figures["tokens_per_second"] = round(gpus * alone["tokens_per_second"] * efficiency)
             found.append(figures)
     return found
 
@@ -407,14 +425,16 @@ def main() -> None:
         print("\n".join(row.name(size) for size, rows in plan for row in rows), f"curve {most}x", sep="\n")
         return
     results: list[dict[str, Any]] = []
-    known: dict[str, dict[str, Any]] = {}
+    kept = json.loads(KEPT.read_text(encoding="utf-8"))["results"] if options.keep else []
+    known: dict[str, dict[str, Any]] = {row["name"]: row for row in kept}
     steps = 2 if quick else options.steps
     for number, (size, rows) in enumerate(plan):
         if number == len(sizes) and most > 1 and re.search(options.only, f"curve {most}x"):
             _curve(results, most, began, options.seconds, quick=False)
         left = options.seconds - (time.monotonic() - began)
-        if not rows or left < 30:
+        if rows and left < 25:
             print(f"not run: {[row.name(size) for row in rows]}", flush=True)
+        if not rows or left < 25:
             continue
         for row in measured(size, rows, steps, left):
             results.append(row)
@@ -423,7 +443,7 @@ def main() -> None:
     if len(plan) == len(sizes) and most > 1 and re.search(options.only, f"curve {most}x"):
         _curve(results, most, began, options.seconds, quick=quick)
     if options.keep:
-        results = with_kept("scaling", results, alike=["name"])
+        results = with_kept("scaling", [row for row in results if "failed" not in row], alike=["name"])
     figures = {
         "tokens_per_second": {row["name"]: row.get("tokens_per_second", row.get("failed")) for row in results if "model" in row},
         "efficiency": {row["name"]: row["efficiency"] for row in results if "efficiency" in row},

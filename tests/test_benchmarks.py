@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,3 +35,19 @@ def test_its_full_results_are_kept(name: str) -> None:
     kept = json.loads((ROOT / "docs" / "data" / f"{name}.json").read_text(encoding="utf-8"))
     assert kept["machine"]["command"].startswith(f"python -m benchmarks.{name}")
     assert kept["figures"] and kept["results"]
+
+
+def test_the_model_of_several_gpus_on_paper() -> None:
+    from benchmarks.scaling import paper
+
+    one: dict[str, Any] = {"parameters": 500_000_000, "head": 100_000_000, "seconds": 0.3, "bytes_per_second": 100e9}
+    for parallel in ("ddp", "fsdp"):
+        assert paper(**one, gpus=1, parallel=parallel)["efficiency"] == 1.0
+        efficiencies = [paper(**one, gpus=gpus, parallel=parallel)["efficiency"] for gpus in (2, 8, 64)]
+        assert efficiencies == sorted(efficiencies, reverse=True)
+    # Two GPUs send half of each gradient twice: 2 GB at 100 GB/s, of which the head's 0.4 GB come too late to be hidden.
+    two = paper(**one, gpus=2, parallel="ddp")
+    assert two["communication_seconds"] == pytest.approx(0.02) and two["seconds"] == pytest.approx(0.304)
+    # A network that is slower than the backward is waited for: all of it but what 0.2 s hide.
+    slow = paper(**{**one, "bytes_per_second": 5e9}, gpus=2, parallel="ddp")
+    assert slow["seconds"] == pytest.approx(0.3 + 0.4 - 0.2)

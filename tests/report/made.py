@@ -28,8 +28,8 @@ SCORES = {
 }
 
 
-def write_run(folder: Path, *, rows: int = 120, ledger: bool = True) -> Path:
-    """Write config.yaml, metrics.csv with one spike, and final.pth."""
+def write_run(folder: Path, *, rows: int = 120, ledger: bool = True, benchmark: str | None = None) -> Path:
+    """Write config.yaml, metrics.csv with one spike and, with ``benchmark``, its scores at every 40th row, and final.pth."""
     from minifoundation.checkpoint import Checkpoint, save_final
     from minifoundation.config import DataConfig, ModelConfig, RunConfig, TrainConfig, to_yaml
     from minifoundation.model.transformer import Transformer
@@ -43,7 +43,7 @@ def write_run(folder: Path, *, rows: int = 120, ledger: bool = True) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(settings))
     with (folder / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, [*COLUMNS, *([f"eval/{benchmark}"] if benchmark else [])])
         writer.writeheader()
         for i in range(rows):
             figures: dict[str, Any] = dict.fromkeys(COLUMNS)
@@ -56,6 +56,7 @@ def write_run(folder: Path, *, rows: int = 120, ledger: bool = True) -> Path:
                 "grad_norm": 0.5 + 3 / (i + 1),
             }
             figures |= {"tokens_per_second": 1000.0, "held_out_bits_per_byte": 1.1 + 1 / (i + 1) if i % 20 == 19 else None}
+            figures |= {f"eval/{benchmark}": 0.25 + i / 1000 if i % 40 == 39 else None} if benchmark else {}
             writer.writerow(figures)
     transformer = Transformer(model)
     transformer.initialise(0)

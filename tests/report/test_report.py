@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from minifoundation.cli import main
+from minifoundation.report.evaluations import over_tokens, read_evaluation
+from minifoundation.report.runs import read_run
 from tests.report.made import SCORES, SPIKE, write_contamination, write_evaluation, write_run
 
 PARITY = {"checks": [{"difference": 3e-6}, {"difference": 1e-7}], "tolerance": 1e-4, "compared": "float32 on the CPU"}
@@ -128,6 +130,15 @@ def test_two_phases_are_one_line_of_training(made: Path) -> None:
     page = (made / "out/report.html").read_text()
     assert "trained in 2 phases" in page and "1.3M" in page and "No checkpoint with a ledger" in page
     assert read_run(made / "longft").tokens == 100_000
+
+
+def test_scores_measured_while_training_are_drawn_over_its_tokens(made: Path, tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path / name, benchmark="piqa")) for name in ("one", "two")]
+    evaluation = read_evaluation(write_evaluation(tmp_path / "eval", tokens=2_400_000))
+    found = over_tokens([evaluation], runs)
+    tokens, scores = zip(*((point[0], point[1]) for point in found["piqa"]), strict=True)
+    assert tokens == (400_000, 800_000, 1_200_000, 1_600_000, 2_000_000, 2_400_000, 2_400_000)
+    assert scores == pytest.approx([28.9, 32.9, 36.9, 28.9, 32.9, 36.9, 100 * SCORES["piqa"]]) and len(found["arc_easy"]) == 1
 
 
 def test_hours_are_those_of_the_logged_rates(tmp_path: Path) -> None:

@@ -33,13 +33,13 @@ def run_config(**train: Any) -> RunConfig:
         (80, World(), {"parallel": "fsdp"}, Split()),  # the same settings serve one process
         (80, NODE, {}, Split("ddp")),
         (80, NODE, {"batch_size": "auto"}, Split("ddp")),
-        (16, NODE, {}, Split("fsdp", 8)),
-        (16, TWO_NODES, {}, Split("hsdp", 8)),
+        (16, NODE, {}, Split("fsdp", 8, regathers=False)),
+        (16, TWO_NODES, {}, Split("hsdp", 8, regathers=False)),
         (4, TWO_NODES, {}, Split("fsdp", 16)),
         (16, NODE, {"precision": "fp8"}, Split("ddp")),  # it does not fit, and the plan says so
         (16, NODE, {"optimizer_states": "int8"}, Split("ddp")),
-        (80, TWO_NODES, {"parallel": "hsdp"}, Split("hsdp", 8)),
-        (80, TWO_NODES, {"parallel": "fsdp"}, Split("fsdp", 16)),
+        (80, TWO_NODES, {"parallel": "hsdp"}, Split("hsdp", 8, regathers=False)),
+        (80, TWO_NODES, {"parallel": "fsdp"}, Split("fsdp", 16, regathers=False)),
         (16, NODE, {"parallel": "ddp"}, Split("ddp")),
     ],
 )
@@ -84,9 +84,11 @@ def test_tokens_that_cannot_be_shared_evenly() -> None:
 
 def test_parts_take_less_memory_each() -> None:
     one = run_config(ema=0.999)
-    whole, eighth = predicted_memory(one), predicted_memory(one, 8)
+    whole, eighth = predicted_memory(one), predicted_memory(one, Split("fsdp", 8))
     for name in ("weights", "optimizer", "ema"):
         assert eighth[name] == pytest.approx(whole[name] / 8)
-    assert sum(eighth.values()) < sum(predicted_memory(one, 2).values()) < sum(whole.values())
+    assert sum(eighth.values()) < sum(predicted_memory(one, Split("fsdp", 2)).values()) < sum(whole.values())
     # Micro-batches that are not sent yet are kept whole.
-    assert predicted_memory(run_config(grad_accum=2), 8)["gradients"] == predicted_memory(run_config(grad_accum=2))["gradients"]
+    assert (
+        predicted_memory(run_config(grad_accum=2), Split("fsdp", 8))["gradients"] == predicted_memory(run_config(grad_accum=2))["gradients"]
+    )

@@ -25,6 +25,7 @@ def longft(options: LongftOptions, values: dict[str, Any]) -> None:
         UserError: rows shorter than the context there is, or an optimizer asked for that the checkpoint has not.
     """
     from minifoundation.commands.import_hf import beginning, settings_of
+    from minifoundation.commands.suite import suite_for
     from minifoundation.data.sources import find_corpus
     from minifoundation.distributed import is_first_process
     from minifoundation.train.run import run
@@ -48,7 +49,7 @@ def longft(options: LongftOptions, values: dict[str, Any]) -> None:
     if options.carry_optimizer:
         _carries(checkpoint, run_config, options.ckpt_in)
     start = Start("longft", checkpoint, with_optimizer=options.carry_optimizer)
-    final = run(run_config, resume=options.resume, allowed=options.allow_change, dry_run=options.dry_run, start=start)
+    final = run(run_config, resume=options.resume, allowed=options.allow_change, dry_run=options.dry_run, start=start, suite_for=suite_for)
     if final is not None and is_first_process() and (options.proof_documents or options.needles):
         prove(checkpoint, final, options)
 

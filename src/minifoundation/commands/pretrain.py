@@ -27,9 +27,10 @@ def pretrain(options: PretrainOptions, values: dict[str, Any]) -> None:
         run_config = config.build(RunConfig, layered(options, values, below=below), f"{options.init_from}, {sources(options)}")
         _same_model(run_config.model, checkpoint.config.model, options.init_from)
         start = Start("pretrain", checkpoint)
+    from minifoundation.commands.suite import suite_for
     from minifoundation.train.run import run
 
-    run(run_config, resume=options.resume, allowed=options.allow_change, dry_run=options.dry_run, start=start)
+    run(run_config, resume=options.resume, allowed=options.allow_change, dry_run=options.dry_run, start=start, suite_for=suite_for)
 
 
 MAY_DIFFER = {"vocab_size", "dropout", "init_std", "attention", "swiglu", "checkpointing", "checkpoint_every"}

@@ -26,7 +26,16 @@ from minifoundation.config.options import (
     ServeOptions,
 )
 from minifoundation.config.reading import build, changed, dotted_names, fields, flags, merged, nearest, read_yaml, to_yaml, yaml_values
-from minifoundation.config.run import DataConfig, ModelConfig, QualityFilter, RopeConfig, RunConfig, TokenizerConfig, TrainConfig
+from minifoundation.config.run import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    QualityFilter,
+    RopeConfig,
+    RunConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 from minifoundation.config.setting import Settings, setting
 
 __all__ = [
@@ -36,6 +45,7 @@ __all__ = [
     "ContaminationOptions",
     "DataConfig",
     "DoctorOptions",
+    "EvalConfig",
     "EvalOptions",
     "ExportOptions",
     "GenerateOptions",

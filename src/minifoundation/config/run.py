@@ -302,6 +302,16 @@ class TrainConfig(Settings):
         return value
 
 
+class EvalConfig(Settings):
+    """Benchmarks on the weights as they are, during training."""
+
+    every_steps: int | None = setting(None, ge=1, help="steps between runs of eval.tasks, whose scores go to metrics.csv; none: never")
+    tasks: str = setting("quick", help="a suite (quick, paper), names separated by commas, or a file with one task a line, as for eval")
+    limit: int = setting(0, ge=0, help="documents of each task; 0: all, or as many as its line says")
+    data_dir: Path | None = setting(None, help="mirror folder to read benchmarks from instead of the hub (eval-data pull writes one)")
+    ema: bool = setting(False, help="the averaged weights instead of those that are trained")
+
+
 class RunConfig(Settings):
     """Everything a run is made of; written to ``<out_dir>/config.yaml`` and stored in each checkpoint."""
 
@@ -310,6 +320,7 @@ class RunConfig(Settings):
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig
     train: TrainConfig
+    eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

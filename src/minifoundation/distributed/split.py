@@ -17,6 +17,11 @@ from minifoundation.distributed.world import World
 Parallel = Literal["none", "ddp", "fsdp", "hsdp"]
 
 
+BUCKET_MIB = 64
+"""Gradients that travel at once: torch's 25 are so few that two H200 send at 168 GB/s, of the 297 that 256 MiB do (benchmarks/scaling.py);
+and the last ones, the tied embedding's, are waited for together with what is in their bucket."""
+
+
 class Split(NamedTuple):
     """How the model lies on the processes."""
 
@@ -24,6 +29,8 @@ class Split(NamedTuple):
     """none: one process; ddp: a copy on each; fsdp: a part on each; hsdp: a part on each of a node, every node alike."""
     shards: int = 1
     """Parts that weights, gradients and the optimizer's moments are in."""
+    regathers: bool = True
+    """Whether the gathered weights of a block are given up after its forward, and gathered again for its backward."""
 
     @property
     def is_sharded(self) -> bool:
@@ -52,7 +59,9 @@ def spread(
         case "ddp":
             with warnings.catch_warnings():  # torch 2.13 has another name for it, 2.11 does not know that one
                 warnings.simplefilter("ignore", FutureWarning)
-                copy = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False)
+                copy = DistributedDataParallel(
+                    model, bucket_cap_mb=BUCKET_MIB, gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False
+                )
             if reduced == torch.bfloat16:
                 copy.register_comm_hook(None, _in_bf16)
             return copy
@@ -70,7 +79,7 @@ def spread(
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
             policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduced, cast_forward_inputs=False)
             for unit in units:
-                fully_shard(unit, mesh=mesh, mp_policy=policy)
+                fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=split.regathers)
             fully_shard(model, mesh=mesh, mp_policy=policy)
             return model
 

@@ -118,7 +118,8 @@ class HeadNorms(torch.autograd.Function):
 class AfterAttention(torch.autograd.Function):
     """Output product, norm and SwiGLU with their residuals: x (N, D) and what attention mixed (N, H h) to the block's output (N, D).
 
-    With ``in_epilogue`` gate and up are interleaved in their operand, and SwiGLU is done by the products beside it (``kernels/gated.py``).
+    With ``in_epilogue`` SwiGLU is done by the products beside it (``kernels/gated.py``), which want gate and up interleaved: their operand
+    is, or, with ``turn``, it is made so where it is used.
     With ``again`` nothing is kept but the inputs, and tokens are dealt with ``AT_ONCE`` at a time, so that the gates of a long row never
     exist in full: the backward makes them again, and leaves out the product after them, which it does not need.
     """
@@ -137,8 +138,9 @@ class AfterAttention(torch.autograd.Function):
         sites: Sites,
         in_epilogue: bool,
         again: bool,
+        turn: bool = False,
     ) -> Tensor:
-        ctx.settings = settings = _Settings(operands, eps, sites, in_epilogue)
+        ctx.settings = settings = _Settings(operands, eps, sites, in_epilogue, turn)
         ctx.again = again
         if not again:
             hidden, activated = _gates(mixed, x, gain, settings)
@@ -167,7 +169,7 @@ class AfterAttention(torch.autograd.Function):
         d_out_weight, d_gain, d_gate_up, d_down = d_weights
         if settings.in_epilogue:
             d_gate_up = gated.apart(d_gate_up)
-        return d_mixed, d_x, d_out_weight, d_gain, d_gate_up, d_down, None, None, None, None, None
+        return d_mixed, d_x, d_out_weight, d_gain, d_gate_up, d_down, None, None, None, None, None, None
 
 
 AT_ONCE = GATES_AT_ONCE
@@ -186,6 +188,16 @@ class _Settings(NamedTuple):
     eps: float
     sites: Sites
     in_epilogue: bool
+    turn: bool
+
+    @property
+    def gate_up(self) -> Operand:
+        """The operand of gate and up, interleaved where its products want it."""
+        operand = self.operands[1]
+        if not self.turn:
+            return operand
+        assert isinstance(operand, Tensor)
+        return gated.interleaved(operand).reshape(operand.shape)
 
 
 class _Hidden(NamedTuple):
@@ -202,7 +214,7 @@ class _Hidden(NamedTuple):
 
 def _gates(mixed: Tensor, x: Tensor, gain: Tensor, settings: _Settings) -> tuple[_Hidden, Tensor | None]:
     """Return what the backward reads, and SwiGLU's product where the epilogue of the gates has made it."""
-    of_out, of_gate_up, _ = settings.operands
+    of_out, of_gate_up = settings.operands[0], settings.gate_up
     small = _operand(mixed, settings.sites.mixed)
     y, normed, factor = norm.normed(x, product(small, of_out), gain, settings.eps, settings.sites.mlp_in)
     if not settings.in_epilogue:
@@ -228,7 +240,7 @@ def _gradients(
     Those of weights are added in place to the ones of the tokens ``before``.
     """
     sites = settings.sites
-    out, gate_up, down = (_of(*_kept(operand)) for operand in settings.operands)
+    out, gate_up, down = (_of(*_kept(operand)) for operand in (settings.operands[0], settings.gate_up, settings.operands[2]))
     before_out, before_gain, before_gate_up, before_down = before or (None, None, None, None)
     d_mlp = _operand(d_out, sites.d_mlp)
     d_gates: Operand

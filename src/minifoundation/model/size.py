@@ -57,6 +57,8 @@ def memory_bytes(
     ema: bool,
     loss_chunk: int,
     shards: int = 1,
+    regathers: bool = True,
+    buckets: bool = False,
 ) -> dict[str, int]:
     """Return the predicted peak of allocated device memory by what it holds, in bytes; the sum is the prediction.
 
@@ -71,6 +73,8 @@ def memory_bytes(
         ema: whether an averaged copy of the weights is kept on the device.
         loss_chunk: tokens whose logits are held at once.
         shards: parts that weights, gradients and moments are in, on as many devices.
+        regathers: gathered weights of a block are given up after its forward.
+        buckets: gradients have memory of their own from step to step, which they travel from.
     """
     parameters, N, V, D = n_parameters(config), batch_size * seq_len, config.vocab_size, config.d_model
     item = 4 if precision == "fp32" else 2
@@ -90,9 +94,9 @@ def memory_bytes(
     head_gradient = 4 * V * D
     copies = 2 * n_matmul_parameters(config) + (2 * V * D if fp8 else 0) if item == 2 else 0
     gradients = 4 * parameters
-    if shards > 1:  # gathered, in the dtype of compute: what is outside the blocks, and the block at work and the next one
+    if shards > 1:  # gathered, in the dtype of compute: what is outside the blocks, and the block at work and the next one, or all
         block = _block_matrices(config)
-        copies = item * ((1 if config.tie_embeddings else 2) * V * D + 2 * block)
+        copies = item * ((1 if config.tie_embeddings else 2) * V * D + (2 if regathers else config.n_layer) * block)
         # What is gathered has a gradient in the same dtype, and both are sent from and to buffers of two blocks.
         gradients = 4 * parameters if grad_accum > 1 else 4 * parameters // shards
         copies += 2 * (item + 4) * block
@@ -102,7 +106,7 @@ def memory_bytes(
         "optimizer": round(MOMENT_BYTES[optimizer_states] * parameters / shards),
         "ema": 4 * parameters // shards if ema else 0,
     }
-    earlier_gradients = gradients if grad_accum > 1 else 0
+    earlier_gradients = gradients if grad_accum > 1 or buckets else 0
     at_loss = {
         **always,
         "gradients": earlier_gradients,

@@ -153,7 +153,7 @@ class Block(nn.Module):
         weights = self.out.weight, self.mlp_norm.weight, self.gate_up.weight, self.down.weight
         operands = self.out.operand, self.gate_up.operand, self.down.operand
         result: Tensor = AfterAttention.apply(  # type: ignore[no-untyped-call]
-            mixed, flat, *weights, operands, eps, sites, self.in_epilogue, again
+            mixed, flat, *weights, operands, eps, sites, self.in_epilogue, again, self.in_epilogue and self.gate_up.copy is None
         )
         return result
 

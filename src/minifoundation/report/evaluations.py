@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from minifoundation.evaluate.baselines import MARKS, Baselines, short_name
 from minifoundation.evaluate.contamination import SIZES, Separated, separated
 from minifoundation.evaluate.results import Outcome, read_items, read_results, restored
 from minifoundation.report.plots import Point
+from minifoundation.report.runs import Run
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,24 @@ def points(evaluation: Evaluation, baselines: Baselines, columns: Sequence[str],
     return made
 
 
-def over_tokens(evaluations: Sequence[Evaluation]) -> dict[str, list[tuple[float, float, float | None]]]:
-    """Return by benchmark (training tokens, score, standard error) in percent, of the evaluations that know their tokens."""
+def over_tokens(evaluations: Sequence[Evaluation], runs: Sequence[Run]) -> dict[str, list[tuple[float, float, float | None]]]:
+    """Return by benchmark (training tokens, score, standard error) in percent.
+
+    Of the evaluations that know their tokens, and of what runs have measured while they trained, one phase after the other.
+    """
     scores: dict[str, list[tuple[float, float, float | None]]] = {}
+    before = 0
+    for run in runs:
+        for name in run.columns:
+            measured = run.columns[name] if name.startswith("eval/") else []
+            points = [
+                (before + tokens, 100 * score, None)
+                for tokens, score in zip(run.columns["tokens"], measured, strict=False)
+                if not math.isnan(score)
+            ]
+            if points:
+                scores.setdefault(name.removeprefix("eval/"), []).extend(points)
+        before += run.tokens
     for evaluation in evaluations:
         for outcome in evaluation.outcomes:
             if evaluation.tokens and outcome.score is not None:

@@ -134,7 +134,7 @@ def html(content: Content) -> str:
         lines=content.lines,
         legend=LEGEND,
         against=plots.against(shown, content.name),
-        over_tokens=plots.over_tokens(evaluations.over_tokens(content.evaluations)),
+        over_tokens=plots.over_tokens(evaluations.over_tokens(content.evaluations, content.runs)),
         settings=[(run.folder.name, changed(run.settings)) for run in content.runs],
         hashes=json.dumps(main.facts["model"]["sha256"], indent=1) if main else "",
         worst=max((check["difference"] for check in content.parity["checks"]), default=0.0) if content.parity else None,

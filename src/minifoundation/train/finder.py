@@ -32,7 +32,7 @@ def predicted_to_fit(config: RunConfig, machine: Machine, split: Split = ALONE) 
         config.model_copy(update={"train": config.train.model_copy(update={"batch_size": most, "grad_accum": parts})})
         for most, parts in splits
     ]
-    return [one for one in tried if sum(predicted_memory(one, split.shards).values()) <= USABLE_MEMORY * machine.memory_bytes]
+    return [one for one in tried if sum(predicted_memory(one, split).values()) <= USABLE_MEMORY * machine.memory_bytes]
 
 
 def with_batch_size(

@@ -27,9 +27,9 @@ SLOW = {"efficient", "math"}
 DOCUMENT_TOKENS = 512
 """Attention within documents is timed on rows cut into documents of this length."""
 
-WARM_UP, ROUNDS = 3, 10
+ONE = Split()
 
-ALONE = Split()
+WARM_UP, ROUNDS = 3, 10
 
 
 class Kernels(NamedTuple):
@@ -41,9 +41,7 @@ class Kernels(NamedTuple):
     """Of attention where it stays within documents, for rows that are one document each: more kernels can do those."""
 
 
-def chosen_kernels(
-    config: RunConfig, machine: Machine, world: World, split: Split, recorded: Mapping[str, str]
-) -> tuple[Kernels, list[str]]:
+def chosen_kernels(config: RunConfig, machine: Machine, world: World, recorded: Mapping[str, str]) -> tuple[Kernels, list[str]]:
     """Return the kernels of a run, the same on every process, and a line for each choice that was one.
 
     Args:
@@ -55,16 +53,16 @@ def chosen_kernels(
         whole = config.model_copy(update={"data": config.data.model_copy(update={"mask_documents": False})})
         rows, line = attention_kernel(whole, machine, world, recorded.get("rows"))
         of_rows = line and f"rows of one document: {line}"
-    swiglu, of_swiglu = swiglu_kernel(config, machine, recorded.get("swiglu"), split)
+    swiglu, of_swiglu = swiglu_kernel(config, machine, recorded.get("swiglu"))
     return Kernels(attention, swiglu, rows), [line for line in (of_attention, of_rows, of_swiglu) if line]
 
 
-def swiglu_kernel(config: RunConfig, machine: Machine, recorded: str | None = None, split: Split = ALONE) -> tuple[Swiglu, str | None]:
+def swiglu_kernel(config: RunConfig, machine: Machine, recorded: str | None = None) -> tuple[Swiglu, str | None]:
     """Return where SwiGLU is computed, and a line that says why where there was a choice; arguments as of ``chosen_kernels``."""
     asked = config.model.swiglu
     if asked == "own" or (asked == "auto" and recorded == "own"):
         return "own", None
-    obstacle = _quack_obstacle(config, machine, split)
+    obstacle = _quack_obstacle(config, machine)
     if obstacle is None:
         return "quack", "swiglu: in the products beside it, by QuACK"
     if asked == "quack" or recorded == "quack":
@@ -72,12 +70,10 @@ def swiglu_kernel(config: RunConfig, machine: Machine, recorded: str | None = No
     return "own", None
 
 
-def _quack_obstacle(config: RunConfig, machine: Machine, split: Split) -> str | None:
+def _quack_obstacle(config: RunConfig, machine: Machine) -> str | None:
     model, precision = config.model, config.train.precision
     if precision == "fp8":
         return "is for half precision, and fp8 rounds in the same pass"
-    if split.is_sharded:
-        return "reads gate and up in turn from a copy, and weights that are split have none"
     if model.dropout:
         return "cannot do dropout"
     if not machine.is_cuda:
@@ -87,7 +83,7 @@ def _quack_obstacle(config: RunConfig, machine: Machine, split: Split) -> str | 
     return gated.obstacle(machine.device, runtime.compute_dtype(precision, machine), machine.capability)
 
 
-def transformer_for(config: RunConfig, machine: Machine, kernels: Kernels, split: Split = ALONE) -> Transformer:
+def transformer_for(config: RunConfig, machine: Machine, kernels: Kernels, split: Split = ONE) -> Transformer:
     """Return the model of a run on the device, its weights still to be set there: never all of them on the CPU first."""
     model = config.model.model_copy(update={"attention": kernels.attention})
     dtype = runtime.compute_dtype(config.train.precision, machine)

@@ -75,20 +75,36 @@ def fit(training: Training, log: MetricsLog, stop: Stop) -> Literal["finished", 
 def _make_up(training: Training, feed: Feed, report: _Report, stop: Stop) -> None:
     """Do the evaluation that a stop has cut short, and write the row that waits for it."""
     progress = training.progress
-    if progress.due is not None and _evaluated(training, feed, stop):
-        report.log.write({**progress.due, "held_out_bits_per_byte": progress.held_out_bits_per_byte})
+    if progress.due is not None and _evaluated(training, feed, stop, progress.due):
+        report.log.write(progress.due)
         progress.due = None
 
 
-def _evaluated(training: Training, feed: Feed, stop: Stop) -> bool:
-    """Evaluate, and return whether that came to its end: not when told to stop."""
-    feed.wait_for_held_out()
-    held_out = training.held_out
-    if held_out.batches:
-        nats = held_out_loss(training.model, held_out.batches, training.world, training.machine.device, lambda: stop.asked)
-        if nats is None:
+def _due(training: Training, step: int) -> tuple[bool, bool]:
+    """Return whether the held-out loss, and the benchmarks, are to be had after ``step``; both are after the last one."""
+    config, last = training.config, step == training.plan.steps
+    every = config.eval.every_steps
+    return last or step % config.train.eval_every == 0, training.suite is not None and every is not None and (last or step % every == 0)
+
+
+def _evaluated(training: Training, feed: Feed, stop: Stop, row: Row) -> bool:
+    """Do what is due after the step of ``row``, add it there, and return whether that came to its end: not when told to stop."""
+    held_out_due, suite_due = _due(training, row["step"])
+    if held_out_due:
+        feed.wait_for_held_out()
+        held_out = training.held_out
+        if held_out.batches:
+            nats = held_out_loss(training.model, held_out.batches, training.world, training.machine.device, lambda: stop.asked)
+            if nats is None:
+                return False
+            training.progress.held_out_bits_per_byte = row["held_out_bits_per_byte"] = bits_per_byte(nats, held_out.bytes_per_token)
+    if suite_due:
+        scores = training.scores(lambda: stop.asked)
+        if scores is None:
             return False
-        training.progress.held_out_bits_per_byte = bits_per_byte(nats, held_out.bytes_per_token)
+        row.update(scores)
+        shown = (f"{name.removeprefix('eval/')} {'not run' if score is None else f'{score:.1%}'}" for name, score in scores.items())
+        training.say(f"step {row['step']:,}: {', '.join(shown)}")
     return True
 
 
@@ -141,7 +157,7 @@ def _train(
         stop.nothing_to_save = False
         known = before if machine.is_cuda else now  # the newest step whose figures can be read without waiting
         last = progress.step == plan.steps
-        evaluating = last or progress.step % config.eval_every == 0
+        evaluating = any(_due(training, progress.step))
         saving = not last and progress.step % config.save_every == 0
         told = stop.asked if world.size == 1 else known is not None and known.stats.read().stop  # the same on every process
         stopping = told and not last
@@ -151,7 +167,7 @@ def _train(
                 training.watch.rest()
             if evaluating:
                 progress.due = figures
-                if _evaluated(training, feed, stop):
+                if _evaluated(training, feed, stop, figures):
                     progress.due = None
                 else:
                     stopping = True
@@ -270,6 +286,6 @@ class _Report:
         self.bar.update(1)
         if evaluated or figures["step"] % self.training.config.train.log_every == 0:
             try:
-                self.log.write({**figures, "held_out_bits_per_byte": bits if evaluated else None})
+                self.log.write(figures)
             except OSError as error:
                 self.training.saver.failed(error)

@@ -111,7 +111,7 @@ def network(machine: Machine, world: World) -> list[str]:
     lines = [f"  network  {world.size} processes on {nodes}: {n_bytes >> 20} MiB are summed at {rate / 1e9:,.1f} GB/s (bus bandwidth)"]
     if not machine.is_cuda:
         return lines
-    times = world.of_all((_product_seconds(machine), socket.gethostname()))
+    times = world.of_all((product_seconds(machine), socket.gethostname()))
     median = statistics.median(time for time, _ in times)
     for rank, (time, host) in enumerate(times):
         if time > SLOW * median:
@@ -127,7 +127,8 @@ def bus_bandwidth(machine: Machine, world: World, n_bytes: int) -> float:
     return 2 * (world.size - 1) / world.size * n_bytes / _seconds(lambda: world.total(values), machine)
 
 
-def _product_seconds(machine: Machine) -> float:
+def product_seconds(machine: Machine) -> float:
+    """Return what a square product of ``WIDTH`` in half precision takes on this process's GPU alone."""
     a = torch.ones(WIDTH, WIDTH, device=machine.device, dtype=torch.float16)
     return _seconds(lambda: a @ a, machine)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -51,18 +52,23 @@ class MetricsLog:
     """``metrics.csv`` and, when asked, TensorBoard; rows of steps after ``resumed_at`` are dropped when a run goes on from there.
 
     With ``out_dir`` None (every process but the first) nothing is written.
+
+    Args:
+        also: columns beside ``COLUMNS``; those that the file has of an earlier start stay.
     """
 
-    def __init__(self, out_dir: Path | None, *, resumed_at: int, tensorboard: bool) -> None:
+    def __init__(self, out_dir: Path | None, *, resumed_at: int, tensorboard: bool, also: Sequence[str] = ()) -> None:
         self._file: IO[str] | None = None
         self._board: Any = None
         if out_dir is None:
             return
         path = out_dir / METRICS
         kept = _rows_until(path, resumed_at) if resumed_at else []
+        self._columns = list(dict.fromkeys([*COLUMNS, *(kept[0] if kept else ()), *also]))
         text = io.StringIO(newline="")
-        csv.DictWriter(text, COLUMNS).writeheader()
-        csv.DictWriter(text, COLUMNS).writerows(kept)
+        table = csv.DictWriter(text, self._columns, restval="")
+        table.writeheader()
+        table.writerows(kept)
         write_whole(path, text.getvalue().encode())
         self._file = path.open("a", newline="", encoding="utf-8")
         if tensorboard:
@@ -82,7 +88,7 @@ class MetricsLog:
             return
         shown = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
         try:
-            csv.DictWriter(self._file, COLUMNS).writerow(shown)
+            csv.DictWriter(self._file, self._columns, restval="").writerow(shown)
             self._file.flush()
         except OSError as error:
             error.filename = error.filename or self._file.name
@@ -108,4 +114,4 @@ def _rows_until(path: Path, step: int) -> list[dict[str, str]]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit() and int(row["step"]) <= step]
-    return [{name: row.get(name) or "" for name in COLUMNS} for row in rows]
+    return [{name: row.get(name) or "" for name in dict.fromkeys([*COLUMNS, *filter(None, row)])} for row in rows]

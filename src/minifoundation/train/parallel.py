@@ -17,6 +17,8 @@ from minifoundation.train.plan import USABLE_MEMORY, predicted_memory
 def chosen_split(config: RunConfig, machine: Machine, world: World) -> Split:
     """Return how the model lies on the processes: as asked, or the copies that are fastest where they fit, or as few parts as do.
 
+    Gathered weights are kept from the forward of a block to its backward where that fits, so that they travel once.
+
     Raises:
         UserError: this cannot be had with so many processes or in this precision.
     """
@@ -34,18 +36,21 @@ def chosen_split(config: RunConfig, machine: Machine, world: World) -> Split:
             "train.parallel", f"hsdp with {world.nodes} nodes of {world.local_size} processes", "it needs two of each; take fsdp"
         )
     whole = train.precision == "fp8" or train.optimizer_states == "int8"
-    if asked == "ddp" or (asked == "auto" and (whole or _fits(config, machine, 1))):
+    if asked == "ddp" or (asked == "auto" and (whole or _fits(config, machine, Split("ddp")))):
         return Split("ddp")
     within_a_node = world.nodes > 1 and world.local_size > 1
-    if asked == "hsdp" or (asked == "auto" and within_a_node and _fits(config, machine, world.local_size)):
-        return Split("hsdp", world.local_size)
-    return Split("fsdp", size)
+    in_a_node = Split("hsdp", world.local_size)
+    chosen = (
+        in_a_node if asked == "hsdp" or (asked == "auto" and within_a_node and _fits(config, machine, in_a_node)) else Split("fsdp", size)
+    )
+    kept = chosen._replace(regathers=False)
+    return kept if _fits(config, machine, kept) else chosen
 
 
-def _fits(config: RunConfig, machine: Machine, shards: int) -> bool:
+def _fits(config: RunConfig, machine: Machine, split: Split) -> bool:
     rows = 1 if config.train.batch_size == "auto" else config.train.batch_size
     one = config.model_copy(update={"train": config.train.model_copy(update={"batch_size": rows})})
-    return sum(predicted_memory(one, shards).values()) <= USABLE_MEMORY * machine.memory_bytes
+    return sum(predicted_memory(one, split).values()) <= USABLE_MEMORY * machine.memory_bytes
 
 
 def spread_over(model: TrainingModel, config: RunConfig, machine: Machine, world: World, split: Split) -> nn.Module:

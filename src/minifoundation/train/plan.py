@@ -74,16 +74,16 @@ def plan(config: RunConfig, world_size: int, split: Split = ALONE) -> Plan:
         parameters=n_parameters(config.model),
         flops_per_token=flops_per_token(config.model, train.seq_len),
         split=split,
-        memory=predicted_memory(config, split.shards),
+        memory=predicted_memory(config, split),
         disk_bytes=(train.keep + 1 + (steps // train.keep_every if train.keep_every else 0)) * (final + alone["optimizer"]) + final,
     )
 
 
-def predicted_memory(config: RunConfig, shards: int = 1) -> dict[str, int]:
+def predicted_memory(config: RunConfig, split: Split = ALONE) -> dict[str, int]:
     """Return the predicted peak of device memory by what it holds, in bytes; ``batch_size`` must be a number.
 
     Args:
-        shards: devices over which weights, gradients and moments are split.
+        split: how the model lies on the processes.
     """
     train = config.train
     assert isinstance(train.batch_size, int)
@@ -96,7 +96,9 @@ def predicted_memory(config: RunConfig, shards: int = 1) -> dict[str, int]:
         optimizer_states=train.optimizer_states,
         ema=train.ema is not None,
         loss_chunk=train.loss_chunk,
-        shards=shards,
+        shards=split.shards,
+        regathers=split.regathers,
+        buckets=split.parallel == "ddp",
     )
 
 

@@ -38,6 +38,7 @@ MAY_CHANGE = (
     "train.max_hours",
     "train.max_rollbacks",
     "train.tensorboard",
+    "eval.",
 )
 """Settings (or sections, with a dot at the end) that a resumed run may change: the data and the arithmetic stay what they were."""
 

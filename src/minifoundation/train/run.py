@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -40,15 +40,25 @@ from minifoundation.train.resume import checkpoint_to_resume, set_later_aside
 from minifoundation.train.rollback import Bad, checkpoint_before, record_rollback, stepped_over
 from minifoundation.train.state import Start, Training
 from minifoundation.train.stop import Stop, stop_on_signals
+from minifoundation.train.suite import Suite
 
 
-def run(config: RunConfig, *, resume: str | None, dry_run: bool, allowed: tuple[str, ...] = (), start: Start | None = None) -> Path | None:
+def run(
+    config: RunConfig,
+    *,
+    resume: str | None,
+    dry_run: bool,
+    allowed: tuple[str, ...] = (),
+    start: Start | None = None,
+    suite_for: Callable[[RunConfig], Suite | None] = lambda _: None,
+) -> Path | None:
     """Train one phase and return the path of its ``final.pth`` (None for a dry run).
 
     Args:
         resume: ``auto`` or the path of a checkpoint; None refuses a folder that holds a run.
         allowed: settings that may differ from the checkpoint's although they change the result.
         start: the checkpoint whose weights and tokenizer a later phase starts from.
+        suite_for: returns the benchmarks that a run does on its weights, None for none.
 
     Raises:
         UserError: anything in the settings, files or device that cannot work.
@@ -82,7 +92,9 @@ def run(config: RunConfig, *, resume: str | None, dry_run: bool, allowed: tuple[
                 if asked.train.batch_size == "auto":
                     config = _fitting(asked, planned, machine, world, say, resumed)
                     planned = plan(config, world.size, split)
-                return _trained(config, planned, machine, world, say, stop, resumed=resumed, start=start)
+                with world.together():
+                    suite = suite_for(config)
+                return _trained(config, planned, machine, world, say, stop, resumed=resumed, start=start, suite=suite)
         except KeyboardInterrupt:
             if stop.nothing_to_save:
                 there = "nothing is lost" if step_folders(config.out_dir) else "no step was done yet"
@@ -119,11 +131,12 @@ def _trained(
     *,
     resumed: Checkpoint | None,
     start: Start | None,
+    suite: Suite | None,
 ) -> Path:
     """Train to the end and return ``final.pth``, going back to a checkpoint as often as that is needed and allowed."""
     again = False
     while True:
-        outcome = _train(config, planned, machine, world, say, stop, resumed=resumed, start=start, again=again)
+        outcome = _train(config, planned, machine, world, say, stop, resumed=resumed, start=start, suite=suite, again=again)
         if isinstance(outcome, Path):
             return outcome
         folder = world.agreed(partial(_gone_back, outcome, config, say))
@@ -212,6 +225,7 @@ def _train(
     *,
     resumed: Checkpoint | None,
     start: Start | None,
+    suite: Suite | None,
     again: bool,
 ) -> Path | Bad:
     """Train from ``resumed`` or the beginning, and return ``final.pth``, or the steps from which nothing could be learnt.
@@ -232,18 +246,22 @@ def _train(
         _tell(config, planned, machine, world, data, say)
         for line in network(machine, world):
             say(line)
-    kernels, choices = chosen_kernels(config, machine, world, planned.split, resumed.kernels if resumed else {})
+    kernels, choices = chosen_kernels(config, machine, world, resumed.kernels if resumed else {})
     for choice in [] if again else choices:
         say(choice)
     background = Supply(data.to_make, config.data, data.tokenizer.path) if data.to_make and world.is_first else nullcontext()
     with background as supply, _saver(config, say) as saver:
-        training = _built(config, planned, machine, world, data, supply, saver, say, kernels=kernels, resumed=resumed, start=start)
+        training = _built(
+            config, planned, machine, world, data, supply, saver, say, kernels=kernels, resumed=resumed, start=start, suite=suite
+        )
         progress = data.progress
         if world.is_first:
             write_whole(out_dir / "config.yaml", to_yaml(as_asked(config)).encode())
             record_start(out_dir, world, machine, step=progress.step)
         resumed_at = progress.step - (progress.due is not None)
-        with MetricsLog(out_dir if world.is_first else None, resumed_at=resumed_at, tensorboard=config.train.tensorboard) as log:
+        folder = out_dir if world.is_first else None
+        scores = suite.columns if suite is not None else ()
+        with MetricsLog(folder, resumed_at=resumed_at, tensorboard=config.train.tensorboard, also=scores) as log:
             outcome = fit(training, log, stop)
         if isinstance(outcome, Bad):
             return outcome
@@ -309,6 +327,7 @@ def _built(
     kernels: Kernels,
     resumed: Checkpoint | None,
     start: Start | None,
+    suite: Suite | None,
 ) -> Training:
     """Return the model, optimizer and the rest in the state in which the phase begins or goes on."""
     before = resumed or (start.checkpoint if start else None)
@@ -357,6 +376,7 @@ def _built(
         earlier=earlier,
         guard=guard,
         watch=Watch(world, config.train.rank_timeout, config.out_dir),
+        suite=suite,
         saver=saver,
         say=say,
     )

@@ -24,6 +24,7 @@ from minifoundation.train.kernels import Kernels
 from minifoundation.train.optimizer import optimizer_state
 from minifoundation.train.parallel import as_asked
 from minifoundation.train.plan import Plan
+from minifoundation.train.suite import Suite
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ class Training:
     """The ledger of the phases before."""
     guard: Guard
     watch: Watch
+    suite: Suite | None
+    """The benchmarks that are run on the weights as they are."""
     saver: Saver
     say: Callable[[str], None]
     """Prints a line for the person, on the first process."""
@@ -135,6 +138,14 @@ class Training:
             checkpoint.window = self.guard.state()
             checkpoint.kernel_state = self.transformer.scales.state() if self.transformer.scales is not None else {}
         return checkpoint
+
+    def scores(self, told: Callable[[], bool]) -> dict[str, float | None] | None:
+        """Return the scores of the weights as they are on the run's benchmarks; None when told to stop before the end."""
+        assert self.suite is not None
+        checkpoint = self.checkpoint(with_optimizer=False).in_host_memory(kept=True)
+        scores = self.suite.scores(checkpoint, self.machine, self.world, told)
+        self.machine.forget()
+        return scores
 
     @property
     def names(self) -> dict[Tensor, str]:

@@ -160,7 +160,7 @@ def trial(
         losses=(stats[0].read()[0], stats[-1].read()[0]),
         graphs_after_warm_up=graphs_after_warm_up,
         peak_bytes=peak,
-        predicted=predicted_memory(config, split.shards),
+        predicted=predicted_memory(config, split),
         mfu=model_flops_utilisation(tokens / statistics.median(seconds), flops, machine.peak_flops, world.size),
         breakdown=found,
     )
@@ -168,7 +168,7 @@ def trial(
 
 def random_model(config: RunConfig, machine: Machine, split: Split = ALONE) -> TrainingModel:
     """Return the model of ``config`` on the device, with random weights drawn there."""
-    transformer = transformer_for(config, machine, Kernels(config.model.attention, swiglu_kernel(config, machine, split=split)[0]), split)
+    transformer = transformer_for(config, machine, Kernels(config.model.attention, swiglu_kernel(config, machine)[0]), split)
     with torch.no_grad():
         for weight in transformer.parameters():
             _ = weight.fill_(1.0) if weight.ndim == 1 else weight.normal_(0.0, 0.02)
