@@ -292,10 +292,15 @@ class Recall(NamedTuple):
     original: int = 256
     lengths: tuple[int, ...] = (1024, 4096)
     """To which it is extended, one after the other."""
-    d_model: int = 128
+    d_model: int = 256
     n_layer: int = 4
-    tokens: int = 16_000_000
-    extension_tokens: int = 4_000_000
+    vocabulary: int = 2048
+    """Large enough for pieces of several digits: an answer of few tokens is learnt sooner."""
+    tokens: int = 64_000_000
+    extension_tokens: int = 16_000_000
+    text_tokens: int = 16_000_000
+    """Of each length at most; read several times."""
+    lr: float = 1e-3
     tries: int = 10
 
 
@@ -327,7 +332,7 @@ def told(random: Random, n_words: int, *, dense: bool) -> str:
 def recall(options: argparse.Namespace) -> dict[str, Any]:
     """Train a small model to repeat what it was told, extend it, and count the needles that it finds before and after."""
     sizes = (
-        Recall(original=128, lengths=(256,), d_model=32, n_layer=2, tokens=4096, extension_tokens=2048, tries=1)
+        Recall(original=128, lengths=(256,), d_model=32, n_layer=2, vocabulary=512, tokens=4096, extension_tokens=8192, tries=1)
         if options.quick
         else Recall()
     )
@@ -339,13 +344,13 @@ def recall(options: argparse.Namespace) -> dict[str, Any]:
         (folder / "plain.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in plain))
         for length, tokens in [(sizes.original, sizes.tokens), *((length, sizes.extension_tokens) for length in sizes.lengths)]:
             texts = (
-                told(random, random.randint(length // 2, length), dense=length == sizes.original)
-                for _ in range(max(64, 2 * tokens // length))
+                told(random, random.randint(length // 4, length // 2), dense=length == sizes.original)
+                for _ in range(max(64, min(tokens, sizes.text_tokens) // (length // 2)))
             )
             (folder / f"{length}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         base = {
             "model": {
-                "vocab_size": 512,
+                "vocab_size": sizes.vocabulary,
                 "d_model": sizes.d_model,
                 "n_layer": sizes.n_layer,
                 "n_head": 4,
@@ -353,14 +358,13 @@ def recall(options: argparse.Namespace) -> dict[str, Any]:
                 "d_ff": 3 * sizes.d_model,
                 "original_seq_len": sizes.original,
             },
-            "tokenizer": {"vocab_size": 512, "sample_bytes": 1_000_000},
+            "tokenizer": {"vocab_size": sizes.vocabulary, "sample_bytes": 4_000_000},
             "data": {"source": str(folder / f"{sizes.original}.jsonl"), "shards_dir": str(folder / "shards"), "held_out": 0.05},
             "train": {
                 "seq_len": sizes.original,
                 "batch_size": 64 if cuda else 16,
                 "tokens": sizes.tokens,
-                "lr": 2e-3,
-                "beta2": 0.99,
+                "lr": sizes.lr,
                 "spike_z": None,  # to look something up is learnt all at once, in steps whose gradients are many times the usual
                 "precision": "bf16" if cuda else "fp32",
                 "eval_every": 10**9,
@@ -383,7 +387,7 @@ def recall(options: argparse.Namespace) -> dict[str, Any]:
                 "--seq_len",
                 length,
             ]
-            line += ["--batch_size", max(1, (16_384 if cuda else 4096) // length), "--tokens", sizes.extension_tokens, "--lr", 5e-4]
+            line += ["--batch_size", max(1, (16_384 if cuda else 4096) // length), "--tokens", sizes.extension_tokens, "--lr", sizes.lr / 4]
             command(
                 *line,
                 "--needles",
