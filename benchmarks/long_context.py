@@ -362,7 +362,7 @@ def recall(options: argparse.Namespace) -> dict[str, Any]:
             "data": {"source": str(folder / f"{sizes.original}.jsonl"), "shards_dir": str(folder / "shards"), "held_out": 0.05},
             "train": {
                 "seq_len": sizes.original,
-                "batch_size": 64 if cuda else 16,
+                "batch_size": 32 if cuda else 16,
                 "tokens": sizes.tokens,
                 "lr": sizes.lr,
                 "spike_z": None,  # to look something up is learnt all at once, in steps whose gradients are many times the usual
