@@ -45,7 +45,7 @@ demo: $(PACKAGES)
 	rm -rf $(DEMO)
 	$(RUN) prepare --config configs/demo.yaml --tokenizer_out $(DEMO)/tokenizer
 	$(RUN) pretrain --config configs/demo.yaml --tokenizer $(DEMO)/tokenizer/tokenizer.model
-	$(RUN) longft --ckpt_in $(DEMO)/pretrain/final.pth --out_dir $(DEMO)/longft --seq_len 1024 --batch_size 2 --tokens 32_768 --lr 1e-4
+	$(RUN) longft --ckpt_in $(DEMO)/pretrain/final.pth --out_dir $(DEMO)/longft --seq_len 1024 --batch_size 2 --tokens 32_768 --lr 1e-4 --needles 1
 	$(RUN) export_hf --ckpt $(DEMO)/longft/final.pth --out_dir $(DEMO)/hf_export
 	$(RUN) eval --model_path $(DEMO)/hf_export --tasks configs/tasks_demo.txt --data_dir examples/benchmarks --limit 0
 	$(RUN) contamination --ckpt $(DEMO)/longft/final.pth --tasks configs/tasks_demo.txt --data_dir examples/benchmarks

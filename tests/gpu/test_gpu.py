@@ -236,6 +236,24 @@ def test_a_compiled_block_keeps_what_the_prediction_counts() -> None:
     assert alive[1] - alive[0] == pytest.approx(predicted[1] - predicted[0], rel=0.05)
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_selective_checkpointing_keeps_two_tensors_of_a_block(qk_norm: bool) -> None:
+    """Its input and what attention mixed, with one factor and a logsumexp a head: whatever holds more shows in what is alive."""
+    sizes = {**SMALL, "d_model": 512, "n_head": 8, "d_ff": 1536, "checkpointing": "attention", "qk_norm": qk_norm}
+    tokens, alive = torch.zeros(4, 1024, dtype=torch.int64, device="cuda"), []
+    for n_layer in (8, 16):
+        with torch.device("cuda"):
+            transformer = Transformer(ModelConfig.model_validate({**sizes, "n_layer": n_layer}), dtype=torch.bfloat16)
+        transformer.cuda().initialise(0)
+        transformer(tokens).sum().backward()
+        transformer.zero_grad()
+        before = torch.cuda.memory_allocated()
+        hidden = transformer(tokens)
+        alive.append(torch.cuda.memory_allocated() - before)
+        del hidden
+    assert alive[1] - alive[0] == pytest.approx(8 * tokens.numel() * (2 * (512 + 512) + 4 * (8 + 1)), rel=0.03)
+
+
 def test_training_within_documents_follows_fp32_on_the_cpu_and_compiles_once() -> None:
     from torch._dynamo.utils import counters
 

@@ -1,6 +1,7 @@
 """The blocks by hand against the plain ones: equal in float64, near in half precision and in 8 bits; what they keep for the backward."""
 
 import statistics
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minifoundation.config import ModelConfig
-from minifoundation.model import fused, transformer
+from minifoundation.model import attention, fused, transformer
 from minifoundation.model.fp8 import Sites
 from minifoundation.model.kept import Kept
 from minifoundation.model.kernels import gated, swiglu
@@ -209,6 +210,28 @@ def test_it_keeps_no_more_than_it_reads_again(fp8: bool, qk_norm: bool, checkpoi
     assert sum(held.values()) == TOKENS.numel() * 2 * values + (2 * 4 * 8 if qk_norm else 0)
 
 
+@pytest.mark.parametrize("checkpointing", ["attention", "offload"])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_heads_are_gone_after_the_forward(checkpointing: str, qk_norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only is nothing of them saved: nothing else holds them either."""
+    model = by_hand(
+        Transformer(ModelConfig.model_validate({**SMALL, "qk_norm": qk_norm, "checkpointing": checkpointing}), dtype=torch.bfloat16),
+        monkeypatch,
+    )
+    model.initialise(0)
+    monkeypatch.setattr(model, "copies", lambda _device: Aside())
+    alive: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+        alive.extend(weakref.ref(tensor.untyped_storage()) for tensor in (q, k, v))
+        return KeepsAll.apply(q, k, v)  # type: ignore[no-untyped-call,no-any-return]
+
+    monkeypatch.setattr(transformer, "attend", attend)
+    hidden = model(TOKENS)
+    assert len(alive) == 6 and all(storage() is None for storage in alive)
+    hidden.sum().backward()
+
+
 def test_parts_of_a_row_are_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """In 8 bits too, where a scale must see the largest value of all parts."""
     found = []
@@ -220,3 +243,21 @@ def test_parts_of_a_row_are_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
         found.append((result(model), model.scales.largest.amax(1)))
     assert torch.equal(found[0][1], found[1][1])
     assert torch.equal(found[0][0]["hidden"], found[1][0]["hidden"]) and largest_error(found[1][0], found[0][0]) < 1e-5
+
+
+def test_rows_of_one_document_need_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that kernels which know no documents can do them."""
+    model = by_hand(Transformer(ModelConfig.model_validate(SMALL), dtype=torch.bfloat16, rows="math"), monkeypatch)
+    model.initialise(0)
+    seen = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, kernel: Any, mask: Any = None) -> Tensor:
+        seen.append((kernel, mask is None))
+        return attention.attend(q, k, v, kernel, mask)
+
+    monkeypatch.setattr(transformer, "attend", attend)
+    with torch.no_grad():
+        whole, plain = model(TOKENS, torch.tensor([0, 48, 96], dtype=torch.int32)), model(TOKENS)
+    assert largest_error({"hidden": whole}, {"hidden": plain}) < 0.02  # another kernel, in half precision
+    model(TOKENS, CU_SEQLENS)
+    assert seen[:2] == [("math", True)] * 2 and seen[2] == ("auto", True) and seen[-1] == ("auto", False)

@@ -130,3 +130,39 @@ def test_copies_are_of_the_matrices_that_multiply() -> None:
             sizes, batch_size=1, seq_len=64, grad_accum=1, precision="bf16", optimizer_states="fp32", ema=False, loss_chunk=64
         )
         assert parts["weight_copies"] == copies
+
+
+LONG = Path(__file__).parents[2] / "docs" / "data" / "long_context.json"
+ROWS = json.loads(LONG.read_text(encoding="utf-8"))["results"].get("speed", {}) if LONG.exists() else {}
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.get("mfu") and "peak_gib" in row])
+def test_predicted_memory_of_long_rows_is_within_a_tenth_of_the_measured(name: str) -> None:
+    """The peaks that ``python -m benchmarks.long_context speed`` measured on a GPU."""
+    row = ROWS[name]
+    file = Path(__file__).parents[2] / "configs" / f"{'model_1b' if row['model'] == '1B' else 'model_0p5b'}.yaml"
+    parts = memory_bytes(
+        config.build(config.ModelConfig, {**config.read_yaml(file)["model"], "checkpointing": row["checkpointing"]}, "test"),
+        batch_size=1,
+        seq_len=row["seq_len"],
+        grad_accum=row["grad_accum"],
+        precision=row["precision"],
+        optimizer_states="fp32",
+        ema=False,
+        loss_chunk=8192,
+    )
+    assert sum(parts.values()) == pytest.approx(row["peak_gib"] * 2**30, rel=0.1)
+
+
+def test_selective_checkpointing_of_a_billion_at_64k_is_within_32_gib() -> None:
+    settings = {"batch_size": 1, "grad_accum": 1, "precision": "bf16", "optimizer_states": "fp32", "ema": False, "loss_chunk": 8192}
+    for seq_len in (32_768, 65_536):
+        needed = {}
+        for way in ("attention", "offload", "full", "none"):
+            model = BILLION.model_copy(update={"checkpointing": way})
+            needed[way] = sum(memory_bytes(model, seq_len=seq_len, **settings).values()) / 2**30  # type: ignore[arg-type]
+        assert needed["offload"] < needed["attention"] < 32 and needed["attention"] < needed["none"] < 80
+    table = (Path(__file__).parents[2] / "docs" / "long-context.md").read_text(encoding="utf-8")
+    (line,) = (line for line in table.splitlines() if line.startswith("| all |"))
+    shown = dict(zip(("none", "attention", "offload", "full"), line.split("|")[2:6], strict=True))
+    assert {way: float(gib) for way, gib in shown.items()} == {way: round(gib, 1) for way, gib in needed.items()}

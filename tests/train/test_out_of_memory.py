@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -11,8 +11,9 @@ import torch
 from minifoundation import config
 from minifoundation.config import REPOSITORY, RunConfig
 from minifoundation.distributed import World
+from minifoundation.errors import UserError
 from minifoundation.runtime import Machine
-from minifoundation.train.out_of_memory import is_out_of_memory, remedy, too_large
+from minifoundation.train.out_of_memory import is_out_of_memory, refuse_too_large, remedy, too_large
 from minifoundation.train.plan import plan
 
 GIB = 2**30
@@ -64,3 +65,28 @@ def test_what_memory_says_when_it_runs_out() -> None:
         torch.empty(10**15)
     assert is_out_of_memory(caught.value)
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+@dataclass(frozen=True)
+class Gpu(Machine):
+    """A GPU that is only talked about."""
+
+    @property
+    def is_cuda(self) -> bool:
+        return True
+
+
+def test_what_cannot_fit_is_refused_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.orig_argv", ["python", "-m", "src.cli", "longft", "--ckpt_in", "final.pth"])
+    monkeypatch.setattr("sys.argv", ["src/cli.py", "longft", "--ckpt_in", "final.pth"])
+    long = made(train={"batch_size": 1, "seq_len": 65_536}, model={"rope": {"scaling": "yarn", "factor": 16}})
+    refuse_too_large(long, Gpu(torch.device("cpu"), "a GPU", 80 * GIB, None), World())
+    refuse_too_large(long, replace(H100, memory_bytes=GIB), World())  # a CPU has other ways of running out
+    problem = r"train\.seq_len: 1 row of 65536 tokens does not fit the memory of a GPU \(predicted 39\.\d of "
+    line = r"python -m src\.cli longft .* attention$"
+    with pytest.raises(UserError, match=problem + rf"24\.0 GiB\); with --model\.checkpointing attention 1\d\.\d GiB are predicted: {line}"):
+        refuse_too_large(long, Gpu(torch.device("cpu"), "a GPU", 24 * GIB, None), World())
+    with pytest.raises(
+        UserError, match=problem + r"4\.0 GiB\); even with --model\.checkpointing .*; take shorter rows, a smaller model or"
+    ):
+        refuse_too_large(long, Gpu(torch.device("cpu"), "a GPU", 4 * GIB, None), World())

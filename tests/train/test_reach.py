@@ -17,7 +17,7 @@ from minifoundation.data.shards import Shard
 from minifoundation.data.tokenizer import BOS, EOS
 from minifoundation.model.transformer import Transformer
 from minifoundation.train import reach
-from minifoundation.train.reach import Needles, edges, long_documents, loss_by_position, mean_loss, needle_lengths, token_nats
+from minifoundation.train.reach import Needles, beginnings, edges, longest, loss_by_position, mean_loss, needle_lengths, token_nats
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {"vocab_size": 256, "d_model": 32, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_ff": 64, "original_seq_len": 16}
@@ -69,13 +69,13 @@ def test_buckets_and_lengths_end_where_the_rows_do(original: int, length: int) -
     assert bounds == sorted(set(bounds)) and lengths == sorted(set(lengths))
 
 
-def test_long_documents_come_whole_ones_first(tmp_path: Path) -> None:
+def test_long_documents_come_longest_first(tmp_path: Path) -> None:
     lengths = [10, 30, 60, 5, 22, 90]
     ids = np.concatenate([[BOS, *[number + 3] * (length - 2), EOS] for number, length in enumerate(lengths)])
     path = tmp_path / "held.bin"
     ids.astype("<u2").tofile(path)
     shard = Shard(path, np.dtype("<u2"), len(ids), len(lengths), 1)
-    found = long_documents([shard], EOS, longer_than=16, length=48, count=3)
+    found = longest(beginnings([shard], EOS, 48), longer_than=16, count=3)
     assert [(len(one), int(one[1]) - 3) for one in found] == [(49, 2), (49, 5), (30, 1)]
 
 

@@ -294,4 +294,4 @@ def test_auto_splits_the_rows_of_a_step_and_trains_the_same(settings: Make) -> N
     assert (found.config.train.batch_size, found.config.train.grad_accum) == (4, 1)
     expected = trained(settings("given", train={"batch_size": 4, "grad_accum": 1}))
     assert all(torch.equal(found.model[name], expected.model[name]) for name in expected.model)
-    assert found.kernels == {"attention": "auto", "swiglu": "own"} or torch.cuda.is_available()
+    assert found.kernels == {"attention": "auto", "swiglu": "own", "rows": "auto"} or torch.cuda.is_available()

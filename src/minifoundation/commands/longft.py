@@ -26,6 +26,7 @@ def longft(options: LongftOptions, values: dict[str, Any]) -> None:
     """
     from minifoundation.commands.import_hf import beginning, settings_of
     from minifoundation.commands.suite import suite_for
+    from minifoundation.data.sources import find_corpus
     from minifoundation.distributed import is_first_process
     from minifoundation.train.run import run
     from minifoundation.train.state import Start
@@ -43,6 +44,8 @@ def longft(options: LongftOptions, values: dict[str, Any]) -> None:
     if "factor" not in layered(options, values, below={}).get("model", {}).get("rope", {}):
         settings = config.merged(settings, {"model": {"rope": reaching(seq_len, model)}})
     run_config = config.build(RunConfig, settings, f"{options.ckpt_in}, {sources(options)}")
+    if options.proof_data is not None:
+        find_corpus(options.proof_data, run_config.data)  # a mistake in it should not show after the training
     if options.carry_optimizer:
         _carries(checkpoint, run_config, options.ckpt_in)
     start = Start("longft", checkpoint, with_optimizer=options.carry_optimizer)
@@ -78,8 +81,9 @@ def prove(start: Checkpoint, final: Path, options: LongftOptions) -> None:
 
     extended, folder = load_checkpoint(final), final.parent
     tokenizer = Tokenizer.load(folder / "tokenizer" / "tokenizer.model")
-    on = proof.material(extended.config, tokenizer, documents=options.proof_documents, tries=options.needles)
+    on = proof.material(extended.config, tokenizer, documents=options.proof_documents, tries=options.needles, source=options.proof_data)
     machine = runtime.machine()
+    machine.forget()
     before, after = (proof.found(checkpoint, on, machine) for checkpoint in (start, extended))
     print(f"proof of {folder}:")
     for line in proof.described(before, after):

@@ -82,6 +82,11 @@ class LongftOptions(PhaseOptions):
     proof_documents: int = setting(
         200, ge=0, flag="proof_documents", help="held-out long documents on which loss by position is compared before and after; 0: none"
     )
+    proof_data: str | None = setting(
+        None,
+        flag="proof_data",
+        help="text that was not trained on, as --data takes it, for these documents and to hide needles in; default: the held-out split",
+    )
     needles: int = setting(2, ge=0, flag="needles", help="prompts of each task, length and depth that hide a number in text; 0: none")
 
 

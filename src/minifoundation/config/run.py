@@ -142,10 +142,15 @@ class DataConfig(Settings):
         "none: rows are cut from all documents one after the other",
     )
     long_share: float = setting(
-        0.6, gt=0, le=1, help="of the rows, those that begin with a long document [arXiv:2410.02660: 60%], as far as there are enough"
+        0.6,
+        gt=0,
+        le=1,
+        help="of the rows, those that begin with a long document [arXiv:2410.02660: 60%]; more where the text has more of them",
     )
     long_repeats: float = setting(
-        4.0, gt=0, help="times that long documents are read at most [arXiv:2305.16264: up to four are worth nearly as much as new ones]"
+        4.0,
+        gt=0,
+        help="times that long documents are read at most to reach that share [arXiv:2305.16264: four are nearly as good as new text]",
     )
     search_tokens: int | None = setting(
         None, ge=1, help="tokens of the corpus in which long documents are looked for before training; default: as many as are trained on"

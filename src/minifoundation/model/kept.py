@@ -61,12 +61,14 @@ class MadeAgain:
         What else is as large as the first of them is parked.
         """
         numbers = {tensor.untyped_storage().data_ptr(): number for number, tensor in enumerate(now)}
+        large = now[0].numel()
+        del now  # both hooks live as long as what they have packed, and so would these
 
         def pack(tensor: Tensor) -> Any:
             number = numbers.get(tensor.untyped_storage().data_ptr())
             if number is not None:
                 return _View.of(number, tensor)
-            if tensor.numel() >= now[0].numel():
+            if tensor.numel() >= large:
                 self._kept.park(tensor)
             return self._kept.pack(tensor)
 

@@ -189,6 +189,7 @@ class Transformer(nn.Module):
         dtype: of activations.
         fp8: factors of the blocks' products are in 8 bits, and of two of the head's three.
         in_epilogue: SwiGLU is computed in the products beside it, by QuACK.
+        rows: the kernel of attention for batches with documents whose rows are one document each; auto: as for the others.
         copies: half precision is had by copies of float32 weights; False where the weights themselves come in ``dtype``, from what gathers
             them before a block is called.
     """
@@ -202,12 +203,14 @@ class Transformer(nn.Module):
         dtype: torch.dtype = torch.float32,
         fp8: bool = False,
         in_epilogue: bool = False,
+        rows: Backend = "auto",
         copies: bool = True,
     ) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
         self.in_epilogue = in_epilogue
+        self.rows = rows
         self.scales = Scales(config.n_layer) if fp8 else None
         # Looking up rows needs no copy of the matrix; only as a head does it multiply.
         self.embedding = Matrix(
@@ -261,7 +264,10 @@ class Transformer(nn.Module):
         refresh(self.matrices)
         x = F.embedding(tokens, self.embedding.weight).to(self.dtype)
         cos, sin = rotary_tables(self.frequencies, self.gain, tokens.shape[1])
-        kernel = self.kernel(tokens.device, masked=cu_seqlens is not None)
+        whole = cu_seqlens is not None and len(cu_seqlens) == len(tokens) + 1 and self.by_hand_on(x)  # a graph would be compiled twice
+        if whole:
+            cu_seqlens = None
+        kernel = self.kernel(tokens.device, masked=cu_seqlens is not None, asked=self.rows if whole else "auto")
         documents = rows_for(kernel, tokens)
         if cu_seqlens is not None:
             positions = positions_within(cu_seqlens, *tokens.shape)
@@ -298,11 +304,16 @@ class Transformer(nn.Module):
         must = self.scales is not None or self.in_epilogue
         return must or (x.dtype.itemsize == 2 and runs_on(x) and self.config.dropout == 0)
 
-    def kernel(self, device: torch.device, *, masked: bool = False) -> Backend:
-        """Return the attention kernel that runs on ``device``, within rows or (``masked``) within documents."""
+    def kernel(self, device: torch.device, *, masked: bool = False, asked: Backend = "auto") -> Backend:
+        """Return the attention kernel that runs on ``device``, within rows or (``masked``) within documents.
+
+        Args:
+            asked: instead of the model's.
+        """
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
         head_dim = self.config.head_dim
-        return resolve(self.config.attention, device.type, dtype=self.dtype, head_dim=head_dim, capability=capability, masked=masked)[0]
+        asked = self.config.attention if asked == "auto" else asked
+        return resolve(asked, device.type, dtype=self.dtype, head_dim=head_dim, capability=capability, masked=masked)[0]
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:

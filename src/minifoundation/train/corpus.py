@@ -135,7 +135,8 @@ def searched(config: RunConfig) -> int:
 def by_lengths(windows: Loader, config: RunConfig, planned: Plan, say: Say) -> Loader:
     """Return the loader that reads the long documents of each source of ``windows`` more often than they occur, and packs the short ones.
 
-    ``data.long_share`` of the rows begin with a long document, fewer where these would be read more than ``data.long_repeats`` times.
+    ``data.long_share`` of the rows begin with a long document: fewer where these would be read more than ``data.long_repeats`` times, more
+    where they would be read less often than the text as a whole.
 
     Raises:
         UserError: no document is as long as ``data.min_tokens``; where that is auto, ``windows`` comes back, and it is said.
@@ -158,7 +159,11 @@ def by_lengths(windows: Loader, config: RunConfig, planned: Plan, say: Say) -> L
         long = LongRows(documents, order, min_tokens=least, seed=seed)
         packed = PackedRows(documents, order, min_tokens=least, seed=seed)
         weight = data.weights[source]
-        share = min(data.long_share, data.long_repeats * long.samples_per_epoch / (weight * rows)) if packed.samples_per_epoch else 1.0
+        once = long.samples_per_epoch / (weight * rows)  # the share under which each piece is read once
+        as_often_as_all = once * weight * rows * seq_len / tokens
+        share = min(1.0, max(as_often_as_all, min(data.long_share, data.long_repeats * once)))
+        if not packed.samples_per_epoch:
+            share = 1.0
         if long.samples_per_epoch == 0:
             longest = int(documents.length.max())
             problem = f"no document of {source} has {least:,} tokens: the longest of {tokens:,} tokens searched has {longest:,}"

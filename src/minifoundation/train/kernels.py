@@ -37,6 +37,8 @@ class Kernels(NamedTuple):
 
     attention: Backend
     swiglu: Swiglu
+    rows: Backend = "auto"
+    """Of attention where it stays within documents, for rows that are one document each: more kernels can do those."""
 
 
 def chosen_kernels(config: RunConfig, machine: Machine, world: World, recorded: Mapping[str, str]) -> tuple[Kernels, list[str]]:
@@ -46,8 +48,13 @@ def chosen_kernels(config: RunConfig, machine: Machine, world: World, recorded: 
         recorded: those that the resumed checkpoint was trained with; empty for a run that begins.
     """
     attention, of_attention = attention_kernel(config, machine, world, recorded.get("attention"))
+    rows, of_rows = attention, None
+    if config.data.mask_documents and config.data.min_tokens is not None:
+        whole = config.model_copy(update={"data": config.data.model_copy(update={"mask_documents": False})})
+        rows, line = attention_kernel(whole, machine, world, recorded.get("rows"))
+        of_rows = line and f"rows of one document: {line}"
     swiglu, of_swiglu = swiglu_kernel(config, machine, recorded.get("swiglu"))
-    return Kernels(attention, swiglu), [line for line in (of_attention, of_swiglu) if line]
+    return Kernels(attention, swiglu, rows), [line for line in (of_attention, of_rows, of_swiglu) if line]
 
 
 def swiglu_kernel(config: RunConfig, machine: Machine, recorded: str | None = None) -> tuple[Swiglu, str | None]:
@@ -86,6 +93,7 @@ def transformer_for(config: RunConfig, machine: Machine, kernels: Kernels, split
             dtype=dtype,
             fp8=config.train.precision == "fp8",
             in_epilogue=kernels.swiglu == "quack",
+            rows=kernels.rows,
             copies=not split.is_sharded,
         )
     return transformer.to(machine.device)  # the frequencies of RoPE and the first scales are made on the CPU

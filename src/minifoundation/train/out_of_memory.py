@@ -25,18 +25,36 @@ def too_large(config: RunConfig, machine: Machine, world: World, *, resumable: b
     Args:
         resumable: the run's folder holds something to go on from.
     """
-    train = config.train
+    peak = f"peak {machine.peak_memory_bytes() / GIB:.1f}"
+    return _does_not_fit(config, machine, world, split, peak, {"resume": "auto"} if resumable else {})
+
+
+def refuse_too_large(config: RunConfig, machine: Machine, world: World, split: Split = ALONE) -> None:
+    """Refuse a run that is predicted to take more memory than there is; off CUDA nothing is.
+
+    Peaks lie within a tenth of the prediction (docs/numerics.md), mostly above it.
+
+    Raises:
+        UserError: with the setting that makes it fit.
+    """
+    needed = plan(config, world.size, split).memory_total
+    if machine.is_cuda and needed > machine.memory_bytes:
+        raise _does_not_fit(config, machine, world, split, f"predicted {needed / GIB:.1f}", {})
+
+
+def _does_not_fit(config: RunConfig, machine: Machine, world: World, split: Split, peak: str, more: dict[str, Any]) -> UserError:
+    train, memory = config.train, machine.memory_bytes
     options, needed = remedy(config, machine, world, split)
     if train.tokens_per_step is not None:
         options = {name: value for name, value in options.items() if name != "grad_accum"}  # it follows
-    line = typed(world, **options, **({"resume": "auto"} if resumable else {}))
     changes = " ".join(f"--{name} {value}" for name, value in options.items())
-    return UserError(
-        "train.batch_size",
-        f"{train.batch_size} rows of {train.seq_len} tokens do not fit the memory of {machine.name} "
-        f"(peak {machine.peak_memory_bytes() / GIB:.1f} of {machine.memory_bytes / GIB:.1f} GiB)",
-        f"with {changes} {needed / GIB:.1f} GiB are predicted: {line}",
-    )
+    if needed <= memory:
+        advice = f"with {changes} {needed / GIB:.1f} GiB are predicted: {typed(world, **options, **more)}"
+    else:
+        advice = f"even with {changes} {needed / GIB:.1f} GiB are predicted; take shorter rows, a smaller model or a larger GPU"
+    rows, do = ("1 row", "does") if train.batch_size == 1 else (f"{train.batch_size} rows", "do")
+    problem = f"{rows} of {train.seq_len} tokens {do} not fit the memory of {machine.name} ({peak} of {memory / GIB:.1f} GiB)"
+    return UserError("train.batch_size" if train.batch_size != 1 else "train.seq_len", problem, advice)
 
 
 def remedy(config: RunConfig, machine: Machine, world: World, split: Split = ALONE) -> tuple[dict[str, Any], int]:

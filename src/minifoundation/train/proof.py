@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,12 @@ from minifoundation.checkpoint import Checkpoint
 from minifoundation.config import RunConfig
 from minifoundation.data.held_out import rows_of
 from minifoundation.data.prepare import shards_folder
+from minifoundation.data.rows import all_documents
 from minifoundation.data.shards import Shard, Shards
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.runtime import Machine
 from minifoundation.train.kernels import Kernels, transformer_for
-from minifoundation.train.reach import Ids, Needle, Needles, Place, edges, long_documents, loss_by_position, mean_loss, needle_lengths
+from minifoundation.train.reach import Ids, Needle, Needles, Place, beginnings, edges, longest, loss_by_position, mean_loss, needle_lengths
 
 WORSE = 0.005
 """The share by which the loss of short rows may rise."""
@@ -51,31 +53,43 @@ class Found:
     needles: list[Needle]
 
 
-def material(config: RunConfig, tokenizer: Tokenizer, *, documents: int, tries: int) -> Material:
+def material(config: RunConfig, tokenizer: Tokenizer, *, documents: int, tries: int, source: str | None = None) -> Material:
     """Return what the extension of ``config`` is proved on, from the held-out split of its sources.
 
     Args:
         documents: at most, that are longer than the original length, the longest first.
         tries: prompts of each task, length and depth.
+        source: where the documents, and the text that needles are hidden in, come from instead.
+
+    Raises:
+        UserError: ``source`` cannot be read.
     """
     shards: list[Shard] = []
     for source in config.data.weights:
         shards += Shards.open(shards_folder(source, config.data, tokenizer)).held_out
     original, length = config.model.original_seq_len, config.train.seq_len
+    read = list(encoded(source, config, tokenizer, length)) if source else list(beginnings(shards, tokenizer.special.eos, length))
+    text = _text(read, tokenizer)
     return Material(
         original=original,
         length=length,
-        documents=long_documents(shards, tokenizer.special.eos, longer_than=original, length=length, count=documents),
+        documents=longest(read, longer_than=original, count=documents),
         short=rows_of(shards, max(1, config.train.eval_tokens // original), original),
-        needles=Needles(tokenizer.encode, tokenizer.prefix, _text(shards, tokenizer), seed=config.train.seed),
+        needles=Needles(tokenizer.encode, tokenizer.prefix, text, seed=config.train.seed),
         tries=tries,
     )
 
 
-def _text(shards: Sequence[Shard], tokenizer: Tokenizer) -> Ids:
-    """Return the beginning of the held-out text without bos and eos."""
-    parts = [np.zeros(0, np.int64), *(shard.tokens()[:TEXT_TOKENS].astype(np.int64) for shard in shards)]
-    ids: Ids = np.concatenate(parts)[:TEXT_TOKENS]
+def encoded(source: str, config: RunConfig, tokenizer: Tokenizer, length: int) -> Iterator[Ids]:
+    """Yield the beginnings of the documents of ``source``, ``length`` + 1 ids at most, as ``prepare`` would encode them."""
+    texts = all_documents(source, config.data)
+    while some := list(itertools.islice(texts, 64)):
+        yield from (ids[: length + 1].astype(np.int64) for ids in tokenizer.encode_documents(some))
+
+
+def _text(documents: Sequence[Ids], tokenizer: Tokenizer) -> Ids:
+    """Return the beginning of the text of ``documents`` without bos and eos."""
+    ids = np.concatenate([np.zeros(0, np.int64), *documents])[:TEXT_TOKENS]
     kept: Ids = ids[~np.isin(ids, [tokenizer.special.eos, *tokenizer.prefix])]
     return kept
 

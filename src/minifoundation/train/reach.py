@@ -68,16 +68,17 @@ def edges(original: int, length: int) -> list[int]:
     return sorted({edge for edge in found if edge <= length})
 
 
-def long_documents(shards: Sequence[Shard], eos: int, *, longer_than: int, length: int, count: int) -> list[Ids]:
-    """Return the beginnings, ``length`` + 1 tokens at most, of ``count`` documents that are longer than ``longer_than`` tokens.
-
-    Those that reach ``length`` come first, in their order; after them the longest of the others.
-    """
+def beginnings(shards: Sequence[Shard], eos: int, length: int) -> Iterator[Ids]:
+    """Yield the first ``length`` + 1 tokens at most of each document of ``shards``, which end with ``eos``."""
     documents = Documents.of(shards, eos)
-    reached = np.minimum(documents.length, length + 1)
-    order = np.argsort(-reached, kind="stable")
-    chosen = [int(number) for number in order if documents.length[number] > longer_than][:count]
-    return [documents.tokens(number, count=length + 1).astype(np.int64) for number in chosen]
+    for number in range(len(documents)):
+        yield documents.tokens(number, count=length + 1).astype(np.int64)
+
+
+def longest(documents: Iterable[Ids], *, longer_than: int, count: int) -> list[Ids]:
+    """Return the ``count`` longest of the documents with more than ``longer_than`` tokens; equally long ones in their order."""
+    found = sorted((ids for ids in documents if len(ids) > longer_than), key=len, reverse=True)
+    return found[:count]
 
 
 def loss_by_position(transformer: Transformer, documents: Iterable[Ids], bounds: Sequence[int], device: torch.device) -> list[Place]:

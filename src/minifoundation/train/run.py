@@ -32,7 +32,7 @@ from minifoundation.train.loop import fit
 from minifoundation.train.meeting import network, same_data, same_run, same_weights
 from minifoundation.train.metrics import METRICS, MetricsLog
 from minifoundation.train.optimizer import adamw, restore_optimizer
-from minifoundation.train.out_of_memory import is_out_of_memory, too_large
+from minifoundation.train.out_of_memory import is_out_of_memory, refuse_too_large, too_large
 from minifoundation.train.parallel import accumulated, as_asked, chosen_split, spread_over
 from minifoundation.train.plan import Plan, describe, plan
 from minifoundation.train.provenance import record_start, typed
@@ -41,10 +41,6 @@ from minifoundation.train.rollback import Bad, checkpoint_before, record_rollbac
 from minifoundation.train.state import Start, Training
 from minifoundation.train.stop import Stop, stop_on_signals
 from minifoundation.train.suite import Suite
-
-LESS_MEMORY = (
-    "lower --batch_size and raise --grad_accum, or take --model.checkpointing attention or offload, or --train.optimizer_states int8"
-)
 
 
 def run(
@@ -77,9 +73,10 @@ def run(
             split = world.agreed(lambda: chosen_split(asked, machine, world))
             config = world.agreed(lambda: with_batch_size(asked, machine, split=split))
             planned = plan(config, world.size, split)
+        if dry_run and world.is_first:
+            print(f"plan of {config.out_dir}:\n{describe(config, planned, machine, world.size)}\nnothing was started (--dry_run)")
+        world.agreed(lambda: refuse_too_large(config, machine, world, split))
         if dry_run:
-            if world.is_first:
-                print(f"plan of {config.out_dir}:\n{describe(config, planned, machine, world.size)}\nnothing was started (--dry_run)")
             return None
         try:
             with world.together():
@@ -290,8 +287,6 @@ def _tell(config: RunConfig, planned: Plan, machine: Machine, world: World, data
     say(f"{out_dir}:\n{describe(config, planned, machine, world.size)}\n  settings {settings}")
     for line in described(data, planned):
         say(line)
-    if machine.is_cuda and planned.memory_total > machine.memory_bytes:
-        say(f"warning: train.batch_size: more memory is predicted than {machine.name} has; {LESS_MEMORY}")
     if planned.disk_bytes > runtime.free_disk_bytes(out_dir):
         say(
             f"warning: {out_dir}: the disk is too small for the checkpoints; free some space, lower --train.keep, or give another --out_dir"
