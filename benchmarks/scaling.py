@@ -37,7 +37,7 @@ TINY = {"d_model": 64, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_ff": 128, "
 
 
 class Row(NamedTuple):
-    """One setting on some GPUs; ``gpus`` 0 is every number from two on."""
+    """One setting, measured on several numbers of GPUs."""
 
     model: str
     parallel: str
@@ -219,15 +219,15 @@ def curves(gpus: int, folder: Path, seconds: float, *, quick: bool) -> dict[str,
     """
     on_gpu = torch.cuda.is_available()
     sizes = {**TINY, "d_model": 512, "n_layer": 4, "n_head": 8, "n_kv_head": 4, "d_ff": 1408, "original_seq_len": 1024} if on_gpu else TINY
-    seq_len, rows, steps = (1024, 8, 200) if on_gpu else (64, 2, 20 if quick else 40)
+    seq_len, rows, steps, save_every = (1024, 8, 200, 20) if on_gpu else (64, 2, 20 if quick else 40, 5)
     per_step = seq_len * rows * gpus
     options = [
         *(f"--model.{name}={value}" for name, value in sizes.items() if name != "vocab_size"),
         *(["--amp", "--bf16", "--model.attention", "flash"] if on_gpu else []),
         *f"--data {ROOT}/examples/shakespeare.txt --data.shards_dir {folder}/shards --tokenizer.vocab_size 512".split(),
         *f"--data.max_document_bytes 65536 --data.held_out 0.02 --seq_len {seq_len} --batch_size {rows}".split(),
-        *f"--train.tokens_per_step {per_step} --tokens {per_step * steps} --train.save_every 5 --train.eval_every 1000 --lr 3e-4".split(),
-        *["--resume", "auto", "--train.ema", "0.99"],
+        *f"--train.tokens_per_step {per_step} --tokens {per_step * steps} --train.eval_every 1000 --lr 3e-4".split(),
+        *["--resume", "auto", "--train.ema", "0.99", "--train.save_every", str(save_every)],
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     deadline = time.monotonic() + seconds

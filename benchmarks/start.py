@@ -27,6 +27,13 @@ TINY = ["--model.d_model", "32", "--model.n_layer", "2", "--model.n_head", "4", 
 TINY += ["--model.original_seq_len", "64", "--seq_len", "64", "--tokenizer.vocab_size", "600", "--data.max_document_bytes", "1024"]
 NOT_OURS = ("import torch", "open CUDA")
 FIGURES = "start.json"
+CACHES = {
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_CACHE_DIR": "triton",
+    "QUACK_CACHE_DIR": "quack",
+    "XDG_CACHE_HOME": "home",  # FlashAttention 4's
+}
+"""Where compiled code is kept, by the variable that says so."""
 
 
 class FirstStepDone(BaseException):
@@ -93,7 +100,7 @@ def child(folder: Path, began: float, arguments: list[str]) -> None:
 
 def start(folder: Path, arguments: list[str]) -> dict[str, float]:
     """Return the seconds of each phase of one start; its compile caches are in ``folder``."""
-    caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
+    caches = {variable: str(folder / name) for variable, name in CACHES.items()}
     program = "import sys, benchmarks.start as this; this.child(this.Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])"
     command = [sys.executable, "-c", program, str(folder), repr(time.time()), *arguments]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **caches}, capture_output=True, text=True, check=False)
@@ -122,7 +129,7 @@ def main() -> None:
         settings += ["--tokens", "100_000", "--batch_size", str(options.batch_size), "--tokenizer"]
         settings += [str(options.tokenizer or _tokenizer(folder, options.corpus))]
         start(folder, [*settings, "--out_dir", str(folder / "preparing")])  # makes the shards
-        for cache in ("inductor", "triton"):
+        for cache in CACHES.values():
             shutil.rmtree(folder / cache, ignore_errors=True)
         starts = {way: start(folder, [*settings, "--out_dir", str(folder / way)]) for way in ("cold", "warm")}
     print(f"{'':<30}{'cold':>8}{'warm':>8}")

@@ -94,8 +94,8 @@ def test_every_setting_is_an_option_of_its_commands() -> None:
         ("pretrian", "error: pretrian: no such command; did you mean pretrain?"),
         (
             "nonsense",
-            "error: nonsense: no such command; choose from prepare, inspect, pretrain, longft, bench, export_hf, eval, eval-data, "
-            "contamination, report, generate, doctor",
+            "error: nonsense: no such command; choose from prepare, inspect, pretrain, longft, bench, export_hf, import_hf, "
+            "eval, eval-data, contamination, report, generate, serve, doctor",
         ),
         ("pretrain --lrr 3", "error: --lrr: no such option; did you mean --lr?"),
         ("pretrain --grad-accum 2", "error: --grad-accum: no such option; did you mean --grad_accum?"),

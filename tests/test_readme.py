@@ -22,7 +22,7 @@ DOCUMENTS = [
 ]
 LINE = re.compile(
     r"(?:-m src\.cli|\$\(RUN\)|^[ `$]*minifoundation)\s+"
-    r"((?:prepare|pretrain|longft|bench|export_hf|eval|eval-data \w+|contamination|report|generate)\s+-[^\n`]*)",
+    r"((?:prepare|pretrain|longft|bench|export_hf|import_hf|eval|eval-data \w+|contamination|report|generate|serve)\s+-[^\n`]*)",
     re.MULTILINE,
 )
 SESSION = re.compile(r"^\$ python -m src\.cli (.*)\n(error: .*)$", re.MULTILINE)
@@ -61,7 +61,7 @@ def test_a_documented_line_is_accepted(calls: Calls, monkeypatch: pytest.MonkeyP
     name, options, values = calls.pop()
     if name in ("pretrain", "longft"):
         below = {"data": {"source": "text"}}
-        if name == "longft":
+        if name == "longft" or options.init_from is not None:  # the model comes from the checkpoint
             below = config.merged(below, config.read_yaml(ROOT / "configs" / "model_0p5b.yaml"))
             below = config.merged(below, {"model": {"rope": {"scaling": "yarn", "factor": 4}}})
         from_yaml = config.read_yaml(options.config) if options.config else {}
@@ -77,11 +77,13 @@ def test_lines_were_found_in_every_kind_of_document() -> None:
         "longft",
         "bench",
         "export_hf",
+        "import_hf",
         "eval",
         "eval-data",
         "contamination",
         "report",
         "generate",
+        "serve",
     }
 
 

@@ -13,7 +13,7 @@ from minifoundation.data.pieces import Piece, pieces
 from minifoundation.data.rows import documents
 from minifoundation.data.shards import Manifest, Place, write_manifest
 from minifoundation.data.sources import find_corpus
-from minifoundation.data.tokenizer import BOS, EOS, Tokenizer
+from minifoundation.data.tokenizer import BOS, EOS, SentencePiece, Tokenizer
 from minifoundation.errors import UserError
 
 
@@ -41,13 +41,13 @@ def blocks(encoding: Encoding, number: int = 7) -> list[Block]:
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that gets the number of documents each time some are encoded."""
     counts: list[int] = []
-    encode_documents = Tokenizer.encode_documents
+    encode_documents = SentencePiece.encode_documents
 
-    def counted(self: Tokenizer, texts: Any) -> Any:
+    def counted(self: SentencePiece, texts: Any) -> Any:
         counts.append(len(texts))
         return encode_documents(self, texts)
 
-    monkeypatch.setattr(Tokenizer, "encode_documents", counted)
+    monkeypatch.setattr(SentencePiece, "encode_documents", counted)
     return counts
 
 

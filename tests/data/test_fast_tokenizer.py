@@ -205,7 +205,7 @@ def test_what_would_lose_text_or_ids_is_refused(fault: Callable[[dict[str, Any]]
     tokenizer = byte_level()
     fault(tokenizer)
     with pytest.raises(UserError, match=message):
-        Tokenizer.load(write_byte_level(tmp_path, tokenizer=tokenizer, **({"bos_token": EOS} if fault is eos_before else {})))
+        Tokenizer.load(write_byte_level(tmp_path, tokenizer=tokenizer, bos_token=EOS if fault is eos_before else None))
 
 
 def test_a_folder_that_is_not_whole_is_refused(tmp_path: Path) -> None:

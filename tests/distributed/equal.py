@@ -114,7 +114,7 @@ def same_training(world: World, folder: Path) -> None:
         half = Trained(world, split, settings())
         first = list(half.steps(0, STEPS // 2))
         state = saved(half, world, folder / split.parallel)
-        for other in (Split("fsdp", world.size), Split("ddp"), Split()):
+        for other in [Split(), Split("fsdp", world.size)] if split.parallel == "ddp" else [Split("ddp"), split._replace(regathers=False)]:
             on = world if other.parallel != "none" else World()
             resumed = Trained(on, other, settings(), state)
             close(state.tensors(), resumed.checkpoint().in_host_memory(kept=True).tensors(), 0.0)

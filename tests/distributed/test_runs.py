@@ -208,3 +208,19 @@ def test_processes_that_do_not_come_are_named(tmp_path: Path) -> None:
     printed, _ = process.communicate(timeout=200)
     assert process.returncode == 2
     assert printed.splitlines()[-1] == "error: torchrun: of 2 processes rank 1 did not start within 60 s; see what its node says"
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_go_back_as_one_does(tmp_path: Path, parallel: str) -> None:
+    """At a rate that learns nothing every second step is above the median; two in a row are gone back over, and then it is the end."""
+    bad = "--lr 1e-6 --train.spike_z 0.05 --train.spike_window 16 --train.max_skips 2 --train.max_rollbacks 1 --train.save_every 2"
+    options = [*settings(tmp_path), *ALL, "--tokens", str(100 * STEP), "--batch_size", "2", *bad.split()]
+    told = []
+    for launcher, name in (([], "one"), (torchrun(2), "two")):
+        sharing = ["--train.parallel", parallel] if launcher else []
+        process = started(launcher, [*options, *sharing, "--out_dir", f"{tmp_path}/{name}"])
+        printed, _ = process.communicate(timeout=200)
+        lines = [line.replace(f"/{name}/", "/run/") for line in printed.splitlines() if line.startswith(("going back to", "error: "))]
+        assert [line.split(":")[0] for line in lines] == [lines[0].split(":")[0], "error"] and "train.max_rollbacks" in lines[1], printed
+        told.append((lines, json.loads((tmp_path / name / "rollbacks.json").read_text())))
+    assert told[0] == told[1]

@@ -110,7 +110,10 @@ def cut_file(folder: Path) -> None:
 
 
 def index(names: dict[str, str]) -> Callable[[Path], None]:
-    return lambda folder: (folder / reading.INDEX).write_text(json.dumps({"weight_map": names}), encoding="utf-8") and None
+    def plant(folder: Path) -> None:
+        (folder / reading.INDEX).write_text(json.dumps({"weight_map": names}), encoding="utf-8")
+
+    return plant
 
 
 NAME = "model.layers.1.mlp.up_proj.weight"

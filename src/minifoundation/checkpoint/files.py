@@ -10,11 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-BLOCK = 16 * 2**20
-"""Bytes that are written and hashed at a time; both leave the interpreter to other threads meanwhile."""
+BLOCK = 128 * 2**20
+"""Bytes that are written at a time: between two the interpreter is asked for, and a busy one lets a thread wait for milliseconds."""
 
 SMALL = 2**16
-"""A block of less is not worth handing to another thread."""
+"""What is less is not worth handing to another thread."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Record:
 
 
 class HashedFile:
-    """A file being written whose sha256 is taken from what passes, block by block beside the writing, not by reading it again.
+    """A file being written whose sha256 is taken from what passes, by a thread beside the writing, not by reading it again.
 
     Leaving the context makes the file durable; ``record`` is known from then on.
     """
@@ -42,26 +42,22 @@ class HashedFile:
     def write(self, data: Any) -> int:
         """Append bytes, or anything that gives a contiguous buffer of them."""
         view = memoryview(data).cast("B")
-        for start in range(0, len(view), BLOCK):
-            self._write_block(view[start : start + BLOCK])
-        return len(view)
-
-    def _write_block(self, block: memoryview) -> None:
-        if len(block) < SMALL:
-            self._sha256.update(block)
-            self._write_all(block)
-        else:
-            hashed = self._hasher.submit(self._sha256.update, block)
+        if len(view) < SMALL:
+            self._sha256.update(view)
+            self._write_all(view)
+        else:  # all of it at once: the hash never waits for the interpreter, which training has
+            hashed = self._hasher.submit(self._sha256.update, view)
             try:
-                self._write_all(block)
+                self._write_all(view)
             finally:
                 hashed.result()
-        self._bytes += len(block)
+        self._bytes += len(view)
+        return len(view)
 
-    def _write_all(self, block: memoryview) -> None:
+    def _write_all(self, view: memoryview) -> None:
         try:
-            while block:
-                block = block[self._file.write(block) or 0 :]
+            while view:
+                view = view[self._file.write(view[:BLOCK]) or 0 :]
         except OSError as error:
             error.filename = error.filename or str(self.path)
             raise

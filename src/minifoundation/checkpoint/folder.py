@@ -49,7 +49,7 @@ class Checkpoint:
     model: dict[str, Tensor]
     """fp32 weights by the names of ``Transformer.state_dict()``."""
     tokenizer_model: bytes
-    """The SentencePiece model file the run was trained with."""
+    """The file of the tokenizer the run was trained with: a SentencePiece model, or what ``data.fast_tokenizer.packed`` made."""
     progress: dict[str, Any]
     """Step, tokens, place in the data: the fields of ``train.state.Progress``."""
     ledger: list[dict[str, Any]] = field(default_factory=list)

@@ -5,13 +5,14 @@ The engine is a process of its own that listens on this machine alone; in front 
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,7 +37,7 @@ Engine = Literal["vllm", "transformers"]
 
 
 def serve(options: ServeOptions) -> None:
-    """Serve until Ctrl-C.
+    """Serve until Ctrl-C or SIGTERM.
 
     Raises:
         UserError: no such model, the packages are not installed, the port is taken, or the engine does not start.
@@ -50,19 +51,22 @@ def serve(options: ServeOptions) -> None:
     engine: Engine = ("vllm" if find_spec("vllm") else "transformers") if options.engine == "auto" else options.engine
     if engine == "vllm" and find_spec("vllm") is None:
         raise UserError("--engine", "vllm is not installed", "pip install vllm, or leave --engine away")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, so that the engine is ended too
     listening = _listening(options.host, options.port)
     with listening, _folder(options.model) as folder, _started(engine, folder) as port:
         print(f"{engine} serves {folder.name}: http://{options.host}:{options.port} (a page), /v1/completions (OpenAI's); Ctrl-C ends it")
         server = uvicorn.Server(uvicorn.Config(app(f"http://{HERE}:{port}", folder.name), log_level="warning"))
-        server.run(sockets=[listening])
+        with suppress(KeyboardInterrupt):  # uvicorn raises the signal again when it has ended
+            server.run(sockets=[listening])
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """Return a socket bound before the engine takes its time to start."""
+    """Return a socket that is listened on before the engine takes its time to start; who calls early waits."""
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen()
     except OSError as error:
         listening.close()
         raise UserError("--port", f"{host}:{port} cannot be listened on ({error.strerror})", "give another --port or --host") from None

@@ -134,7 +134,7 @@ class InspectOptions(Settings):
 
     shards: Path | None = setting(None, flag="shards", help="a folder of token shards (prepare prints it)")
     checkpoint: Path | None = setting(None, flag="checkpoint", help="final.pth or a step folder: print how far it is and where in the data")
-    tokenizer: Path | None = setting(None, flag="tokenizer", help="the SentencePiece .model of the shards: print decoded samples")
+    tokenizer: Path | None = setting(None, flag="tokenizer", help="the tokenizer of the shards: print decoded samples")
     samples: int = setting(3, ge=1, flag="samples", help="how many samples")
     plot: Path | None = setting(None, flag="plot", help="write a histogram of document lengths to this .png")
     verify: bool = setting(False, flag="verify", help="read every file again and compare its sha256")
@@ -225,7 +225,7 @@ class ContaminationOptions(Settings):
 
     ckpt: Path | None = setting(None, flag="ckpt", help="final.pth or a step folder: the shards its ledger names, its tokenizer")
     shards: Path | None = setting(None, flag="shards", help="a folder of token shards instead, with --tokenizer")
-    tokenizer: Path | None = setting(None, flag="tokenizer", help="the SentencePiece .model of --shards")
+    tokenizer: Path | None = setting(None, flag="tokenizer", help="the tokenizer of --shards")
     tasks: str = setting("paper", flag="tasks", help="whose items: a suite, names separated by commas, or a file, as for eval")
     data_dir: Path | None = setting(None, flag="data_dir", help="mirror folder to read benchmarks from instead of the hub")
     evals: Folders = setting((), flag="evals", help="folders that eval wrote: their scores on clean and dirty items are printed")

@@ -101,7 +101,9 @@ class ModelConfig(Settings):
 class TokenizerConfig(Settings):
     """The tokenizer: a given SentencePiece model, or one trained on a sample of the corpus."""
 
-    path: Path | None = setting(None, flag="tokenizer", help="a SentencePiece .model to use; none trains one on the corpus")
+    path: Path | None = setting(
+        None, flag="tokenizer", help="a SentencePiece .model, or a tokenizer.json of Hugging Face, to use; none trains one"
+    )
     kind: Literal["unigram", "bpe"] = setting(
         "unigram", help="Unigram (arXiv:1804.10959) or BPE (arXiv:1508.07909), both with byte fallback"
     )

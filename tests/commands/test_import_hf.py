@@ -1,0 +1,191 @@
+"""A folder from elsewhere becomes a checkpoint that is trained on, extended and given back; what does not belong together is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minifoundation import cli
+from minifoundation.checkpoint import load_checkpoint
+from minifoundation.commands import import_hf as command
+from minifoundation.config import ImportOptions
+from minifoundation.data.tokenizer import Tokenizer
+from minifoundation.errors import UserError
+from minifoundation.export import reading
+from tests.data.byte_level import EXAMPLE, write_byte_level
+from tests.export.test_reading import written
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hf")
+    written(folder, "qwen3", vocab_size=504, eos_token_id=0, pad_token_id=1, bos_token_id=None, tie_word_embeddings=True)
+    return write_byte_level(folder)
+
+
+@pytest.fixture(scope="module")
+def imported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "imported"
+    assert cli.main(["import_hf", "--model_path", str(folder), "--out_dir", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(autouse=True)
+def short_play(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole play is compared once, in ``imported``."""
+    monkeypatch.setattr(command, "plays", lambda: [EXAMPLE.read_text(encoding="utf-8")[:10_000]])
+
+
+def training(tmp_path: Path, *more: str) -> list[str]:
+    text = tmp_path / "text.txt"
+    if not text.exists():
+        text.write_text(EXAMPLE.read_text(encoding="utf-8")[:40_000], encoding="utf-8")
+    data = [
+        "--data",
+        str(text),
+        "--data.shards_dir",
+        str(tmp_path / "shards"),
+        "--data.max_document_bytes",
+        "1000",
+        "--data.held_out",
+        "0.4",
+    ]
+    return [
+        *data,
+        "--tokens",
+        "4096",
+        "--batch_size",
+        "4",
+        "--lr",
+        "1e-3",
+        "--data.shard_tokens",
+        "4096",
+        "--train.eval_tokens",
+        "256",
+        *more,
+    ]
+
+
+def test_the_checkpoint_is_the_model_and_the_proof_lies_beside_it(folder: Path, imported: Path) -> None:
+    assert {path.name for path in imported.iterdir()} == {"final.pth", "final.json", "parity.json"}
+    parity = json.loads((imported / "parity.json").read_text())
+    assert parity["equal"] is True and parity["text_bytes"] > 1_000_000
+    assert all(check["difference"] <= check["tolerance"] for check in parity["checks"])
+    stored = load_file(folder / "model.safetensors")
+    assert torch.equal(load_checkpoint(imported / "final.pth").model["embedding.weight"], stored["model.embed_tokens.weight"])
+
+
+def test_exported_again_it_is_the_same_folder(folder: Path, imported: Path, tmp_path: Path) -> None:
+    out = tmp_path / "hf"
+    assert cli.main(["export_hf", "--ckpt", str(imported / "final.pth"), "--out_dir", str(out), "--dtype", "fp32"]) == 0
+    before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() - {"lm_head.weight"} == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in after)
+    vocabularies = [json.loads((place / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"] for place in (folder, out)]
+    assert vocabularies[0] == vocabularies[1]
+    ids = {name: json.loads((out / "config.json").read_text())[f"{name}_token_id"] for name in ("pad", "bos", "eos")}
+    assert ids == {"pad": 1, "bos": None, "eos": 0}
+
+
+def test_pretraining_begins_from_a_folder_as_from_its_checkpoint(folder: Path, imported: Path, tmp_path: Path) -> None:
+    ends = []
+    for name, path in (("folder", folder), ("checkpoint", imported / "final.pth")):
+        line = ["pretrain", "--init_from", str(path), "--out_dir", str(tmp_path / name), "--seq_len", "64", "--data.mask_documents"]
+        assert cli.main([*line, *training(tmp_path)]) == 0
+        ends.append(load_checkpoint(tmp_path / name / "final.pth"))
+    assert all(torch.equal(ends[0].model[name], value) for name, value in ends[1].model.items())
+    begun = load_checkpoint(imported / "final.pth")
+    assert ends[0].tokenizer_model == begun.tokenizer_model
+    assert not torch.equal(ends[0].model["norm.weight"], begun.model["norm.weight"])
+    losses = [float(line.split(",")[2]) for line in (tmp_path / "folder" / "metrics.csv").read_text().splitlines()[1:]]
+    assert losses[-1] < losses[0]
+    assert cli.main(["export_hf", "--ckpt", str(tmp_path / "folder" / "final.pth"), "--out_dir", str(tmp_path / "hf")]) == 0
+    parity = json.loads((tmp_path / "hf" / "parity.json").read_text())
+    assert parity["trained_tokens"] == 4096 and parity["texts_with_equal_token_ids"] > 11, "held-out text of the run was compared"
+
+
+@pytest.mark.slow
+def test_a_run_that_began_from_a_folder_goes_on(folder: Path, tmp_path: Path) -> None:
+    line = ["pretrain", "--init_from", str(folder), "--seq_len", "64", *training(tmp_path, "--train.save_every", "8")]
+    assert cli.main([*line, "--out_dir", str(tmp_path / "whole")]) == 0
+    assert cli.main([*line, "--out_dir", str(tmp_path / "part")]) == 0
+    for name in ("final.pth", "final.json"):
+        (tmp_path / "part" / name).unlink()
+    assert [path.name for path in sorted((tmp_path / "part").glob("step_*"))][-1] == "step_00000008"
+    assert cli.main([*line, "--out_dir", str(tmp_path / "part"), "--resume", "auto"]) == 0
+    whole, part = (load_checkpoint(tmp_path / name / "final.pth") for name in ("whole", "part"))
+    assert all(torch.equal(part.model[name], value) for name, value in whole.model.items())
+
+
+@pytest.mark.slow
+def test_its_context_is_extended(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["longft", "--ckpt_in", str(folder), "--out_dir", str(tmp_path / "long"), "--seq_len", "128"]
+    assert cli.main(line) == 2
+    assert "data" in capsys.readouterr().err.splitlines()[-1], "an imported model has no corpus to go on with"
+    assert cli.main([*line, *training(tmp_path, "--grad_accum", "1")]) == 0
+    model = load_checkpoint(tmp_path / "long" / "final.pth").config.model
+    assert (model.max_seq_len, model.rope.scaling, model.original_seq_len) == (128, "yarn", 64)
+
+
+@pytest.mark.slow
+def test_settings_that_are_not_the_models_are_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["pretrain", "--init_from", str(folder), "--out_dir", str(tmp_path / "run"), "--seq_len", "64", *training(tmp_path)]
+    assert cli.main([*line, "--model.n_layer", "3"]) == 2
+    assert f"model.n_layer: 3 here, but 2 in {folder}; leave it out" in capsys.readouterr().err
+    assert cli.main([*line, "--tokenizer", str(write_byte_level(tmp_path / "other", eos_token="<pad>"))]) == 2
+    assert "is not the tokenizer the weights were trained with" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "final.pth").exists()
+
+
+def refused(folder: Path, tmp_path: Path, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        command.import_hf(ImportOptions(model_path=folder, out_dir=tmp_path / "deep" / "out"))
+    assert not (tmp_path / "deep").exists() and not list(tmp_path.glob("*.part")), "nothing is left"
+
+
+def copied(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def test_a_tokenizer_that_does_not_belong_is_refused(folder: Path, tmp_path: Path) -> None:
+    write_byte_level(copied(folder, tmp_path), eos_token="<pad>")
+    refused(tmp_path / "copy", tmp_path, r"the tokenizer's eos_token <pad> is 1, and eos_token_id in config.json 0; copy the tokenizer of")
+    written(tmp_path / "small", vocab_size=128)
+    refused(write_byte_level(tmp_path / "small"), tmp_path, r"the tokenizer has 501 pieces, and the model 128 rows for them")
+    written(tmp_path / "large", vocab_size=2048)
+    refused(write_byte_level(tmp_path / "large"), tmp_path, r"the tokenizer has 501 pieces, and the model 2,048 rows for them")
+
+
+def test_a_tokenizer_that_transformers_reads_otherwise_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when its class in transformers cuts text in a way of its own."""
+    right = Tokenizer.load
+
+    def other(path: Path) -> Any:
+        tokenizer: Any = right(path)
+        tokenizer.library.pre_tokenizer = None
+        return tokenizer
+
+    monkeypatch.setattr(Tokenizer, "load", other)
+    refused(folder, tmp_path, "the imported model is not that of the folder: text 0: from token")
+
+
+@pytest.mark.slow
+def test_weights_that_would_compute_otherwise_are_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = reading.model_config
+
+    def other(path: Path) -> Any:
+        config = right(path)
+        return config.model_copy(update={"rope": config.rope.model_copy(update={"theta": config.rope.theta * 1.01})})
+
+    monkeypatch.setattr(reading, "model_config", other)
+    refused(folder, tmp_path, "the imported model is not that of the folder: .* weights differs")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep")
+    with pytest.raises(UserError, match="exists and is not empty"):
+        command.import_hf(ImportOptions(model_path=folder, out_dir=tmp_path / "full"))

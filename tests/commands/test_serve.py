@@ -1,0 +1,162 @@
+"""The page, and what is passed on between a client and the engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minifoundation.commands import serve as command
+from minifoundation.config import ServeOptions
+from minifoundation.errors import UserError
+
+for name in ("starlette", "httpx", "uvicorn", "fastapi", "openai"):
+    pytest.importorskip(name)
+
+
+class Engine(BaseHTTPRequestHandler):
+    """Answers a completion with what it was asked, in two parts, of which the second waits to be let go."""
+
+    let_go = threading.Event()
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        if b"wrong" in body:
+            self.send_response(400)
+            self.send_header("content-type", "application/json")
+            self.end_headers()
+            self.wfile.write(b'{"detail":"no such model"}')
+            return
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.end_headers()
+        self.wfile.write(b"data: " + body + b"\n\n")
+        self.wfile.flush()
+        self.let_go.wait(10)
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def engine() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Engine) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.fixture
+def address(engine: str) -> Iterator[str]:
+    import uvicorn
+
+    listening = command._listening("127.0.0.1", free_port())
+    server = uvicorn.Server(uvicorn.Config(command.app(engine, 'my "<model>"'), log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(5)
+    listening.close()
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def test_the_page_names_the_model_and_asks_for_completions(address: str) -> None:
+    with urllib.request.urlopen(address) as answer:
+        page = answer.read().decode()
+    assert "<title>my &quot;&lt;model&gt;&quot;</title>" in page and "{{" not in page
+    assert 'fetch("v1/completions"' in page and "stream: true" in page
+    assert re.findall(r"(?:src|href)=", page) == [], "nothing is fetched from elsewhere"
+    with urllib.request.urlopen(f"{address}/v1/models") as answer:
+        assert [model["id"] for model in json.load(answer)["data"]] == ['my "<model>"']
+
+
+def test_answers_come_as_the_engine_gives_them(address: str) -> None:
+    import httpx
+
+    asked = {"prompt": "To be", "stream": True}
+    Engine.let_go.clear()
+    with httpx.stream("POST", f"{address}/v1/completions", json=asked, timeout=10) as answer:
+        assert answer.headers["content-type"] == "text/event-stream"
+        parts = answer.iter_text()
+        assert json.loads(next(parts).removeprefix("data: ")) == asked, "the first part is there before the second is made"
+        Engine.let_go.set()
+        assert "".join(parts) == "data: [DONE]\n\n"
+    refused = httpx.post(f"{address}/v1/completions", json={"prompt": "wrong"})
+    assert (refused.status_code, refused.json()) == (400, {"detail": "no such model"})
+    assert httpx.get(f"{address}/load_model").status_code == 404, "only completions are passed on"
+
+
+def test_bad_input(final: Callable[..., Path], tmp_path: Path) -> None:
+    def serve(model: Path, **settings: Any) -> None:
+        command.serve(ServeOptions.model_validate({"model": model, "port": free_port()} | settings))
+
+    with pytest.raises(UserError, match="no such file or folder"):
+        serve(tmp_path / "none")
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        serve(tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"127.0.0.1:{port} cannot be listened on"):
+            serve(final(), port=port)
+    if find_spec("vllm") is None:
+        with pytest.raises(UserError, match="vllm is not installed"):
+            serve(final(), engine="vllm")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_checkpoint_is_served_until_it_is_told_to_stop(how: signal.Signals, final: Callable[..., Path], tmp_path: Path) -> None:
+    """With transformers' own server; the greedy continuation is that of the exported folder."""
+    import httpx
+
+    from minifoundation.commands.export_hf import export_hf
+    from minifoundation.config import ExportOptions
+
+    ckpt, port = final(init_std=0.15), free_port()
+    line = [sys.executable, "-m", "src.cli", "serve", "--model", str(ckpt), "--port", str(port), "--engine", "transformers"]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert server.stdout is not None
+        assert f"http://127.0.0.1:{port}" in server.stdout.readline()
+        asked = {"model": "run", "prompt": "To be", "max_tokens": 8, "temperature": 0}
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=asked, timeout=60).json()
+        server.send_signal(how)
+        assert server.wait(30) == 0
+    finally:
+        server.kill()
+        server.communicate()
+    assert answer["usage"]["completion_tokens"] == 8
+    export_hf(ExportOptions(ckpt=ckpt, out_dir=tmp_path / "hf"))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="float32")
+    prompt = tokenizer("To be", return_tensors="pt")
+    ids = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt.input_ids.shape[1] :]
+    assert answer["choices"][0]["text"] == tokenizer.decode(ids, skip_special_tokens=True)
