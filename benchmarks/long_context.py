@@ -294,8 +294,7 @@ class Recall(NamedTuple):
     """To which it is extended, one after the other."""
     d_model: int = 256
     n_layer: int = 4
-    vocabulary: int = 2048
-    """Large enough for pieces of several digits: an answer of few tokens is learnt sooner."""
+    vocabulary: int = 512
     tokens: int = 64_000_000
     extension_tokens: int = 16_000_000
     text_tokens: int = 16_000_000
@@ -332,7 +331,7 @@ def told(random: Random, n_words: int, *, dense: bool) -> str:
 def recall(options: argparse.Namespace) -> dict[str, Any]:
     """Train a small model to repeat what it was told, extend it, and count the needles that it finds before and after."""
     sizes = (
-        Recall(original=128, lengths=(256,), d_model=32, n_layer=2, vocabulary=512, tokens=4096, extension_tokens=8192, tries=1)
+        Recall(original=128, lengths=(256,), d_model=32, n_layer=2, tokens=4096, extension_tokens=8192, tries=1)
         if options.quick
         else Recall()
     )
@@ -358,7 +357,7 @@ def recall(options: argparse.Namespace) -> dict[str, Any]:
                 "d_ff": 3 * sizes.d_model,
                 "original_seq_len": sizes.original,
             },
-            "tokenizer": {"vocab_size": sizes.vocabulary, "sample_bytes": 4_000_000},
+            "tokenizer": {"kind": "bpe", "vocab_size": sizes.vocabulary, "sample_bytes": 1_000_000},  # whole words and single digits
             "data": {"source": str(folder / f"{sizes.original}.jsonl"), "shards_dir": str(folder / "shards"), "held_out": 0.05},
             "train": {
                 "seq_len": sizes.original,

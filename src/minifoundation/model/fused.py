@@ -147,10 +147,7 @@ class AfterAttention(torch.autograd.Function):
             ctx.save_for_backward(gain, hidden.y, hidden.factor, hidden.gates, *_kept(hidden.mixed))
             return _output(hidden, activated, settings)
         ctx.save_for_backward(gain, mixed, x)
-        result = torch.empty_like(x)
-        for rows in _parts(len(x)):
-            result[rows] = _output(*_gates(mixed[rows], x[rows], gain, settings), settings)
-        return result
+        return _joined([_output(*_gates(mixed[rows], x[rows], gain, settings), settings) for rows in _parts(len(x))])
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -162,10 +159,14 @@ class AfterAttention(torch.autograd.Function):
             d_mixed, d_x, *d_weights = _gradients(d_out, gain, hidden, settings, [])
         else:
             gain, mixed, x = ctx.saved_tensors
-            d_mixed, d_x, d_weights = torch.empty_like(mixed), torch.empty_like(x), []
+            d_parts, d_weights = [], []
             for rows in _parts(len(x)):
-                hidden, _ = _gates(mixed[rows], x[rows], gain, settings)
-                d_mixed[rows], d_x[rows], *d_weights = _gradients(d_out[rows], gain, hidden, settings, d_weights)
+                hidden = _gates(mixed[rows], x[rows], gain, settings)[0]
+                *d_part, d_out_weight, d_gain, d_gate_up, d_down = _gradients(d_out[rows], gain, hidden, settings, d_weights)
+                d_weights = [d_out_weight, d_gain, d_gate_up, d_down]
+                d_parts.append(d_part)
+                del hidden  # the gates of the next part come before it would be replaced
+            d_mixed, d_x = (_joined(list(part)) for part in zip(*d_parts, strict=True))
         d_out_weight, d_gain, d_gate_up, d_down = d_weights
         if settings.in_epilogue:
             d_gate_up = gated.apart(d_gate_up)
@@ -178,6 +179,10 @@ AT_ONCE = GATES_AT_ONCE
 
 def _parts(tokens: int) -> list[slice]:
     return [slice(first, first + AT_ONCE) for first in range(0, tokens, AT_ONCE)]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _Settings(NamedTuple):
