@@ -6,13 +6,14 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from threading import Lock, Thread
 from types import TracebackType
 from typing import Any, Self
 
 SEGMENT = 256 * 2**20
-"""Bytes of a file that have a hash of their own, so that several threads can write, read and hash at once: one hashes about a gigabyte a second."""
+"""Bytes of a file that have a hash of their own, so that several threads write, read and hash at once: one hashes a gigabyte a second."""
 
 BLOCK = 32 * 2**20
 """Bytes that are written, read or hashed at a time; all three leave the interpreter to other threads meanwhile."""
@@ -89,7 +90,7 @@ class HashedFile:
 def _segments(first: int, end: int) -> list[tuple[int, int]]:
     """Return the bytes from ``first`` to ``end`` of a file cut where segments begin."""
     cuts = [first, *range((first // SEGMENT + 1) * SEGMENT, end, SEGMENT), end]
-    return list(zip(cuts[:-1], cuts[1:], strict=True)) if end > first else []
+    return list(pairwise(cuts)) if end > first else []
 
 
 def _in_threads(work: Callable[[tuple[int, int]], None], parts: Sequence[tuple[int, int]]) -> None:
