@@ -14,15 +14,24 @@ from minifoundation.checkpoint import files
 from minifoundation.checkpoint.files import HashedFile, write_whole
 
 
-@pytest.mark.parametrize("size", [0, 1, 1000, files.SMALL, files.BLOCK - 1, files.BLOCK + 1])
-def test_the_hash_is_that_of_the_file(tmp_path: Path, size: int) -> None:
-    content = os.urandom(size)
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 640, 10_000])
+def test_the_hashes_are_those_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Whatever pieces it is written in; by several threads where there are several segments."""
+    monkeypatch.setattr(files, "SEGMENT", 64)
+    monkeypatch.setattr(files, "BLOCK", 16)
+    content = b"head" + os.urandom(size)
     with HashedFile(tmp_path / "x") as out:
-        out.write(b"head")
-        out.write(content)
-    assert (tmp_path / "x").read_bytes() == b"head" + content
-    assert out.record == files.Record(size + 4, hashlib.sha256(b"head" + content).hexdigest())
-    assert files.record_of(tmp_path / "x") == out.record
+        out.write(content[:4])
+        out.write(content[4 : 4 + size // 3])
+        out.write(content[4 + size // 3 :])
+    assert (tmp_path / "x").read_bytes() == content
+    digests = tuple(hashlib.sha256(content[first : first + 64]).hexdigest() for first in range(0, len(content), 64))
+    assert out.record == files.Record(size + 4, digests) == files.record_of(tmp_path / "x")
+
+
+def test_a_file_of_one_segment_has_the_hash_that_anybody_computes(tmp_path: Path) -> None:
+    write_whole(tmp_path / "x", b"content")
+    assert files.record_of(tmp_path / "x").sha256 == (hashlib.sha256(b"content").hexdigest(),)
 
 
 def test_any_buffer_is_written_byte_for_byte(tmp_path: Path) -> None:
@@ -32,9 +41,11 @@ def test_any_buffer_is_written_byte_for_byte(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_bytes() == numbers.numpy().tobytes()
 
 
-def test_a_full_device_is_an_error_that_names_the_file() -> None:
+@pytest.mark.parametrize("size", [1000, 1_000_000])
+def test_a_full_device_is_an_error_that_names_the_file(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(files, "SEGMENT", 100_000)
     with pytest.raises(OSError, match="No space left") as caught, HashedFile(Path("/dev/full")) as out:
-        out.write(bytes(2 * files.SMALL))
+        out.write(bytes(size))
     assert caught.value.errno == errno.ENOSPC and caught.value.filename == "/dev/full"
 
 

@@ -239,7 +239,7 @@ def test_no_code_is_run_on_loading(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("written", "message"),
-    [(4, "format 4 is newer than 3; update the toolkit"), (1, "format 1 is older than 3; read it with the version that wrote it")],
+    [(5, "format 5 is newer than 4; update the toolkit"), (3, "format 3 is older than 4; read it with the version that wrote it")],
 )
 def test_another_format_is_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int, message: str) -> None:
     with monkeypatch.context() as patch:
@@ -259,5 +259,5 @@ def test_a_step_of_format_2_is_not_taken_for_a_damaged_one(tmp_path: Path) -> No
     old = tmp_path / "step_00000005"
     old.mkdir()
     (old / MANIFEST).write_text(json.dumps({"format": 2, "step": 5, "bytes": 3, "sha256": "0" * 64}))
-    with pytest.raises(UserError, match="step_00000005: format 2 is older than 3"):
+    with pytest.raises(UserError, match="step_00000005: format 2 is older than 4"):
         latest_good(tmp_path, silent)

@@ -25,7 +25,7 @@ from minifoundation.config import RunConfig
 from minifoundation.distributed import whole
 from minifoundation.errors import UserError
 
-FORMAT = 3
+FORMAT = 4
 TENSORS = "tensors.safetensors"
 STATE = "state.json"
 TOKENIZER = "tokenizer.model"
@@ -246,7 +246,7 @@ def _files(path: Path, place: Path) -> dict[str, Record]:
     if _sealed(manifest) != text or manifest["step"] != (step_of(place) if place.is_dir() else manifest["step"]):
         raise ValueError(seal)
     check_format(manifest["format"], place)
-    return {name: Record(**record) for name, record in manifest["files"].items()}
+    return {name: Record.of(entry) for name, entry in manifest["files"].items()}
 
 
 def fault(path: Path) -> str | None:
