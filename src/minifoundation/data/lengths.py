@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -49,34 +50,27 @@ class Documents:
         return ids
 
 
-class LongRows:
-    """Rows of ``seq_len`` + 1 tokens that begin with ``min_tokens`` of one document or more, and each begins where that does.
+class Rows(ABC):
+    """Rows made of whole documents, in an order of their own in each epoch.
 
-    A document longer than a row goes on in the next, from the last token of the one before; what then is left of it is a row's beginning if
-    it is long enough by itself. Rows are filled up with short documents from their beginnings, the last one cut (any, where none is short).
+    Args:
+        documents: that rows are made of.
+        stream: tells the orders of different rows of one seed apart.
     """
 
-    def __init__(self, documents: Documents, order: Order, *, min_tokens: int, seed: int) -> None:
+    def __init__(self, documents: Documents, order: Order, *, seed: int, stream: int) -> None:
         self.order, self.first_shard, self.seq_len, self.seed = order, order.first_shard, order.seq_len, seed
         self.documents = documents
-        self._short = np.flatnonzero(documents.length < min_tokens)
-        if not len(self._short):
-            self._short = np.arange(len(documents))
-        T = self.seq_len
-        whole = np.maximum(documents.length - 1, 0) // T
-        left = documents.length - whole * T
-        counts = np.where(documents.length < min_tokens, 0, whole + (left >= min_tokens))
-        self.document = np.repeat(np.arange(len(documents)), counts)
-        """Of each row, (rows,)."""
-        self.first = T * (np.arange(len(self.document)) - np.repeat(np.cumsum(counts) - counts, counts))
-        """Where in its document a row begins."""
-        self.count = np.minimum(documents.length[self.document] - self.first, T + 1)
-        """Tokens of that document."""
-        self._permutation = lru_cache(maxsize=2)(lambda epoch: permutation(len(self.document), seed, epoch, 0))
+        self._permutation = lru_cache(maxsize=2)(lambda epoch: permutation(self.samples_per_epoch, seed, epoch, stream))
 
     @property
+    @abstractmethod
     def samples_per_epoch(self) -> int:
-        return len(self.document)
+        """How many rows there are."""
+
+    @abstractmethod
+    def _fill(self, row: Ints, which: int, epoch: int) -> None:
+        """Write the tokens of row number ``which``, before it is shuffled, to ``row``."""
 
     def has(self, samples: int) -> bool:
         """Return that every sample can be read: all shards are there from the beginning."""
@@ -98,6 +92,34 @@ class LongRows:
             self._fill(row, int(self._permutation(epoch)[within]), epoch)
         return found
 
+
+class LongRows(Rows):
+    """Rows of ``seq_len`` + 1 tokens that begin with ``min_tokens`` of one document or more, and each begins where that does.
+
+    A document longer than a row goes on in the next, from the last token of the one before; what then is left of it is a row's beginning if
+    it is long enough by itself. Rows are filled up with short documents from their beginnings, the last one cut (any, where none is short).
+    """
+
+    def __init__(self, documents: Documents, order: Order, *, min_tokens: int, seed: int) -> None:
+        super().__init__(documents, order, seed=seed, stream=0)
+        self._short = np.flatnonzero(documents.length < min_tokens)
+        if not len(self._short):
+            self._short = np.arange(len(documents))
+        T = self.seq_len
+        whole = np.maximum(documents.length - 1, 0) // T
+        left = documents.length - whole * T
+        counts = np.where(documents.length < min_tokens, 0, whole + (left >= min_tokens))
+        self.document = np.repeat(np.arange(len(documents)), counts)
+        """Of each row, (rows,)."""
+        self.first = T * (np.arange(len(self.document)) - np.repeat(np.cumsum(counts) - counts, counts))
+        """Where in its document a row begins."""
+        self.count = np.minimum(documents.length[self.document] - self.first, T + 1)
+        """Tokens of that document."""
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return len(self.document)
+
     def _fill(self, row: Ints, which: int, epoch: int) -> None:
         at = int(self.count[which])
         row[:at] = self.documents.tokens(int(self.document[which]), int(self.first[which]), at)
@@ -108,47 +130,28 @@ class LongRows:
             at, next_short = at + len(part), next_short + 1
 
 
-class PackedRows:
+class PackedRows(Rows):
     """Rows of ``seq_len`` + 1 tokens of the documents shorter than ``min_tokens``, one after the other, cut where a row ends."""
 
     def __init__(self, documents: Documents, order: Order, *, min_tokens: int, seed: int) -> None:
-        self.order, self.first_shard, self.seq_len, self.seed = order, order.first_shard, order.seq_len, seed
-        self.documents = documents.where(documents.length < min_tokens)
-        self._permutation = lru_cache(maxsize=2)(lambda epoch: permutation(self.samples_per_epoch, seed, epoch, 1))
+        super().__init__(documents.where(documents.length < min_tokens), order, seed=seed, stream=1)
 
     @cached_property
     def _ends(self) -> Ints:
         return np.cumsum(self.documents.length)
 
-    @cached_property
+    @property
     def samples_per_epoch(self) -> int:
         return samples_in(int(self._ends[-1]) if len(self._ends) else 0, self.seq_len)
 
-    def has(self, samples: int) -> bool:
-        """Return that every sample can be read: all shards are there from the beginning."""
-        return True
-
-    def touched(self, _samples: int) -> int:
-        """Return the shards that the documents are from."""
-        return len(self.documents.shards)
-
-    def epochs(self, samples: int) -> float:
-        """Return how often all have been read after ``samples``."""
-        return samples / self.samples_per_epoch
-
-    def rows(self, numbers: Sequence[int] | Ints) -> Ints:
-        """Return the tokens of the samples ``numbers``, (len(numbers), seq_len + 1)."""
-        found = np.empty((len(numbers), self.seq_len + 1), np.int64)
-        for row, number in zip(found, np.asarray(numbers, np.int64).tolist(), strict=True):
-            epoch, within = divmod(number, self.samples_per_epoch)
-            place = int(self._permutation(epoch)[within]) * self.seq_len
-            document = int(np.searchsorted(self._ends, place, side="right"))
-            first, at = place - int(self._ends[document] - self.documents.length[document]), 0
-            while at < len(row):
-                part = self.documents.tokens(document, first, len(row) - at)
-                row[at : at + len(part)] = part
-                document, first, at = document + 1, 0, at + len(part)
-        return found
+    def _fill(self, row: Ints, which: int, _epoch: int) -> None:
+        place = which * self.seq_len
+        document = int(np.searchsorted(self._ends, place, side="right"))
+        first, at = place - int(self._ends[document] - self.documents.length[document]), 0
+        while at < len(row):
+            part = self.documents.tokens(document, first, len(row) - at)
+            row[at : at + len(part)] = part
+            document, first, at = document + 1, 0, at + len(part)
 
 
 @dataclass(frozen=True)
