@@ -1,4 +1,4 @@
-"""How a model is spread over processes: a copy on each (DDP), or a part (FSDP2). Why two: docs/decisions/0009-parallelism.md."""
+"""How a model is spread over processes: a copy on each (DDP), or a part (FSDP2). Why two: docs/decisions/0009-several-gpus.md."""
 
 from __future__ import annotations
 
