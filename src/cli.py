@@ -3,9 +3,9 @@
 import sys
 
 try:
-    from minifoundation.cli import main
+    from minifoundation.cli import run
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed; run: pip install -r requirements.txt")
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

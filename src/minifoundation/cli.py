@@ -12,7 +12,7 @@ import sys
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, NoReturn, get_args, get_origin
 
 import click
 from pydantic import BaseModel
@@ -169,6 +169,17 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
     if value:
         click.echo(f"minifoundation {__version__}")
         ctx.exit()
+
+
+def run() -> NoReturn:
+    """Run the command line of this process, and leave with its exit code."""
+    code = main()
+    if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # The threads of torch.distributed abort a process now and then when Python takes it down, and its exit code is lost.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -175,7 +175,9 @@ def test_a_mistake_is_one_line_and_exit_code_2_on_all(tmp_path: Path, change: li
     printed, _ = process.communicate(timeout=120)
     errors = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0], printed
-    assert printed.count("exitcode  : 2 ") == 2
+    left = printed.count("exitcode  : 2 ")
+    # A mistake that is seen before the processes meet is one of each by itself, and torchrun may end the slower one.
+    assert left == 2 or (left == 1 and "--lr" in change and "exitcode  : -15" in printed), printed
     assert not (tmp_path / "run" / "metrics.csv").exists()
 
 

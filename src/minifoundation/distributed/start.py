@@ -68,9 +68,9 @@ def join() -> Iterator[World]:
         if told is not None:  # all of them leave, with their own exit code: torchrun ends the others as soon as one has left
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             dist.barrier(group=words)
-            _part()
         raise
-    # What went wrong on this process alone leaves the others in a collective, and to take leave of them would be to wait for them.
+    # After a fault the groups are left as they are: what went wrong on this process alone leaves the others in a collective, and to take
+    # leave of them would be to wait for them; and taking groups down now and then aborts a process, whose exit code is then another.
     else:
         _part()
 
