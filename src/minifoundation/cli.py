@@ -8,7 +8,9 @@ from __future__ import annotations
 import builtins
 import errno
 import os
+import signal
 import sys
+import time
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -175,7 +177,11 @@ def run() -> NoReturn:
     """Run the command line of this process, and leave with its exit code."""
     code = main()
     if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # The threads of torch.distributed abort a process now and then when Python takes it down, and its exit code is lost.
+        # torchrun ends the others as soon as one has left: the one that speaks goes first, and none loses its exit code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+            time.sleep(2)
+        # The threads of torch.distributed abort a process now and then when Python takes it down.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
