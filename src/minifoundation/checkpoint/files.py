@@ -115,8 +115,13 @@ def _in_threads(work: Callable[[tuple[int, int]], None], parts: Sequence[tuple[i
     for thread in threads:
         thread.start()
     worker()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt as stop:  # who called closes the file next, and nobody may be at work on it then
+        errors.append(stop)
+        for thread in threads:
+            thread.join()
     if errors:
         raise errors[0]
 
