@@ -8,7 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from minifoundation.evaluate.overlap import BREAK, CHUNK, Index, Item, Scan, Vocabulary, Words, seen_in
+from minifoundation.evaluate import overlap
+from minifoundation.evaluate.overlap import BREAK, CHUNK, Index, Item, Scan, Vocabulary, Words
 
 PIECES = [
     b"",
@@ -28,8 +29,11 @@ PIECES = [
     b"\xc3",
     b"\xa9t\xc3\xa9",
     b" \xe2\x98\x83 ",
+    b"\xff",
+    b"a-b-c.d",
 ]
 ENDS = (1, 2)
+BYTES = Vocabulary.of([bytes([value]) for value in range(256)], breaks=(BREAK,))
 
 
 def plain_words(text: str) -> list[str]:
@@ -37,9 +41,15 @@ def plain_words(text: str) -> list[str]:
     return [word.lower() for word in re.findall(r"[0-9A-Za-z\x80-\U0010ffff]+", text)]
 
 
-def plain_ngrams(text: str, n: int) -> set[tuple[str, ...]]:
-    words = [re.sub("[A-Z]", lambda letter: letter[0].lower(), word) for word in re.findall(r"[0-9A-Za-z\x80-\U0010ffff]+", text)]
-    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+def plain_ngrams(text: bytes, n: int) -> list[tuple[bytes, ...]]:
+    words = [word.lower() for word in re.findall(rb"[0-9A-Za-z\x80-\xfe]+", text)]  # of bytes, lower() changes ASCII alone
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def scanned(indexes: list[Index], *documents: str) -> Scan:
+    scan = Scan(BYTES, indexes)
+    scan.read(raw(*documents))
+    return scan
 
 
 def raw(*documents: str) -> np.ndarray:
@@ -49,8 +59,10 @@ def raw(*documents: str) -> np.ndarray:
 @pytest.mark.parametrize("seed", range(20))
 def test_words_of_tokens_are_those_of_their_bytes(seed: int) -> None:
     tokens = np.array(random.Random(seed).choices(range(len(PIECES)), k=400))
-    text = b"".join(bytes([BREAK]) if token in ENDS else PIECES[token] for token in tokens)
-    ours, theirs = Vocabulary.of(PIECES, breaks=ENDS).words(tokens), Words.of(np.frombuffer(text, np.uint8))
+    text = b"".join(bytes([BREAK]) if token in ENDS else PIECES[token].replace(b"\xff", b"!") for token in tokens)
+    vocabulary = Vocabulary.of(PIECES, breaks=ENDS)
+    runs = vocabulary.runs(tokens)
+    ours, theirs = vocabulary.words(runs, vocabulary.starts(runs)), Words.of(np.frombuffer(text, np.uint8))
     assert ours.hashes.tolist() == theirs.hashes.tolist() and len(ours.hashes) > 50
     every = np.arange(len(ours.hashes))
     assert ours.documents(every).tolist() == theirs.documents(every).tolist()
@@ -64,25 +76,37 @@ def test_equal_words_have_equal_hashes_and_others_do_not() -> None:
     assert hashes[0] == hashes[2] and hashes[1] == hashes[3]
 
 
-@pytest.mark.parametrize("n", [1, 3, 8])
-def test_found_ngrams_are_those_that_both_texts_have(n: int) -> None:
-    vocabulary = [f"w{i}" for i in range(12)]
-    chance = random.Random(n)
-    fields = [" ".join(chance.choices(vocabulary, k=chance.randint(1, 30))) for _ in range(60)]
-    documents = [" ".join(chance.choices(vocabulary, k=chance.randint(1, 40))) for _ in range(40)] + [fields[3], f"x {fields[7]} y"]
-    items = [Item("bench", "task", str(i), (fields[i], fields[(i * 7) % 60])) for i in range(60)]
-    index = Index([Item(f"bench{i}", "t", "", item.fields) for i, item in enumerate(items)], n)  # a label each: no templates
-    scan = Scan([index])
-    scan.read(Words.of(raw(*documents)))
-    there = set().union(*(plain_ngrams(text, n) for text in documents))
-    for item, share in zip(items, index.coverage(scan.seen[n]), strict=True):
-        own = [gram for field in item.fields for gram in _list(field, n)]
-        assert (np.isnan(share) and not own) or share == pytest.approx(sum(gram in there for gram in own) / len(own))
+@pytest.mark.parametrize("chunk", [40, 333, CHUNK])
+@pytest.mark.parametrize("seed", range(6))
+def test_found_ngrams_are_those_that_both_texts_have(seed: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlap, "CHUNK", chunk)
+    monkeypatch.setattr(overlap, "TOGETHER", chunk // 4)
+    chance = random.Random(seed)
+    pieces = chance.sample(PIECES[3:], 6)  # few, so that texts have much in common
+    tokens = [PIECES.index(piece) for piece in pieces]
+    stream = [token for _ in range(60) for token in (*chance.choices([0, *tokens], k=chance.randint(0, 60)), chance.choice(ENDS))]
+    documents = b"".join(b"\n\xff" if token in ENDS else PIECES[token].replace(b"\xff", b"!") for token in stream).split(b"\n\xff")
+    fields = [b"".join(chance.choices(pieces, k=40)).decode("utf-8", "ignore") for _ in range(60)]
+    items = [Item(f"bench{i}", "task", str(i), (fields[i], fields[(i * 7) % 60])) for i in range(60)]  # a label each: no templates
+    indexes = [Index(items, n) for n in (5, 2, 3)]
+    scan = Scan(Vocabulary.of(PIECES, breaks=ENDS), indexes)
+    scan.read(np.array(stream, np.uint16))
+    some = 0
+    for index in indexes:
+        there = {gram for document in documents for gram in plain_ngrams(document, index.n)}
+        for item, share in zip(items, index.coverage(scan.seen[index.n]), strict=True):
+            own = [gram for field in item.fields for gram in plain_ngrams(field.encode(), index.n)]
+            assert (np.isnan(share) and not own) or share == pytest.approx(sum(gram in there for gram in own) / len(own))
+            some += 0 < share < 1
+    assert some > 20, "else this test is blind"
 
 
-def _list(text: str, n: int) -> list[tuple[str, ...]]:
-    words = text.split()
-    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+def test_few_pass_the_sieve_and_none_of_its_own_is_held_back() -> None:
+    chance = np.random.default_rng(0)
+    own, others = (chance.integers(0, 1 << 32, 200_000, dtype=np.uint32) for _ in range(2))
+    sieve = overlap._Sieve(own)
+    assert sieve.passed(own).tolist() == list(range(200_000))
+    assert len(sieve.passed(others)) < 200_000 / 200
 
 
 def test_long_and_short_ngrams_are_found_in_one_pass() -> None:
@@ -90,8 +114,7 @@ def test_long_and_short_ngrams_are_found_in_one_pass() -> None:
     part = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi"
     items = [Item("b", "t", "0", (leak,)), Item("b", "t", "1", (part,)), Item("b", "t", "2", ("too short",))]
     indexes = [Index(items, 13), Index(items, 8)]
-    scan = Scan(indexes)
-    scan.read(Words.of(raw(f"before {leak.upper()}, after", " ".join(part.split()[:9]), " ".join(part.split()[9:]))))
+    scan = scanned(indexes, f"before {leak.upper()}, after", " ".join(part.split()[:9]), " ".join(part.split()[9:]))
     assert indexes[0].coverage(scan.seen[13])[:2].tolist() == [1.0, 0.0]
     assert indexes[1].coverage(scan.seen[8])[:2].tolist() == [1.0, 2 / 7]
     assert np.isnan(indexes[0].coverage(scan.seen[13])[2])
@@ -100,8 +123,7 @@ def test_long_and_short_ngrams_are_found_in_one_pass() -> None:
 def test_an_ngram_across_documents_or_fields_is_none() -> None:
     words = [f"w{i}" for i in range(16)]
     index = Index([Item("b", "t", "", (" ".join(words),)), Item("b", "t", "", (" ".join(words[:5]), " ".join(words[5:9])))], 8)
-    scan = Scan([index])
-    scan.read(Words.of(raw(" ".join(words[:7]), " ".join(words[7:14]))))
+    scan = scanned([index], " ".join(words[:7]), " ".join(words[7:14]))
     assert index.coverage(scan.seen[8])[0] == 0 and np.isnan(index.coverage(scan.seen[8])[1])
 
 
@@ -109,10 +131,8 @@ def test_what_many_items_share_is_a_template() -> None:
     template = "which of the following statements about it is true or false"
     items = [Item("b", "t", "", (f"{template} x{i} a{i} b{i} c{i} d{i} e{i} f{i} g{i}",)) for i in range(20)]
     index = Index(items, 8)
-    scan = Scan([index])
-    scan.read(Words.of(raw(template)))
-    assert not scan.seen[8].any()
-    scan.read(Words.of(raw(f"{template} x3 a3 b3 c3")))
+    assert not index.coverage(scanned([index], template).seen[8]).any()
+    scan = scanned([index], f"{template} x3 a3 b3 c3")
     assert np.flatnonzero(index.coverage(scan.seen[8])).tolist() == [3]
 
 
@@ -124,11 +144,25 @@ def test_an_ngram_across_the_cut_of_chunks_is_found() -> None:
         tokens = np.full(3 * CHUNK, filler, np.uint16)
         tokens[place : place + 13] = range(2, 15)
         index = Index([Item("b", "t", "", (b"".join(words[:13]).decode(),))], 13)
-        assert seen_in(tokens, vocabulary, [index])[13].all(), place
+        scan = Scan(vocabulary, [index])
+        scan.read(tokens)
+        assert scan.seen[13].all(), place
+
+
+def test_a_word_longer_than_a_chunk_hides_nothing_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlap, "CHUNK", 32)
+    index = Index([Item("b", "t", "", ("one two three four five",)), Item("b", "t", "", ("x one two three four",))], 5)
+    for length in (20, 31, 32, 33, 64, 100, 300):
+        scan = scanned([index], f"{'x' * length} one two three four five {'x' * length} y")
+        assert index.coverage(scan.seen[5]).tolist() == [1.0, 0.0], length
 
 
 def test_no_items_and_no_text_find_nothing() -> None:
     empty = Index([], 8)
-    assert seen_in(np.array([1, 1]), Vocabulary.of([b"", b""], breaks=(1,)), [empty])[8].size == 0
+    scan = Scan(Vocabulary.of([b"", b""], breaks=(1,)), [empty])
+    scan.read(np.array([1, 0, 1]))
+    assert scan.seen[8].size == 0
     index = Index([Item("b", "t", "", ("a b c d e f g h i",))], 8)
-    assert not seen_in(np.array([], np.uint16), Vocabulary.of([b"x"], breaks=()), [index])[8].any()
+    scan = Scan(Vocabulary.of([b"x"], breaks=()), [index])
+    scan.read(np.array([], np.uint16))
+    assert not scan.seen[8].any()

@@ -22,7 +22,7 @@ from minifoundation.data.shards import Shard, Shards
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.errors import UserError
 from minifoundation.evaluate.contamination import SIZES, findings, items_of, separated
-from minifoundation.evaluate.overlap import Index, Item, Scan, Vocabulary, chunks
+from minifoundation.evaluate.overlap import Index, Item, Scan, Vocabulary
 from minifoundation.evaluate.requests import read_tasks
 from minifoundation.evaluate.results import read_items, read_results
 
@@ -89,22 +89,20 @@ def _add(seen: Seen, found: Seen) -> None:
         seen[n] |= flags
 
 
-_state: tuple[Vocabulary, Scan] | None = None
-"""Of a worker process: sent to it once."""
+_scan: Scan | None = None
+"""Of a worker process, which gets its parts once."""
 
 
 def _start(vocabulary: Vocabulary, indexes: Sequence[Index]) -> None:
-    global _state
-    _state = vocabulary, Scan(indexes)
+    global _scan
+    _scan = Scan(vocabulary, indexes)
 
 
 def _read(shard: Shard) -> Seen:
     """Return what has been seen so far by this process, ``shard`` included."""
-    assert _state is not None
-    vocabulary, scan = _state
-    for chunk in chunks(shard.tokens()):
-        scan.read(vocabulary.words(chunk))
-    return scan.seen
+    assert _scan is not None
+    _scan.read(shard.tokens())
+    return _scan.seen
 
 
 def _text(options: ContaminationOptions) -> tuple[list[Shard], Vocabulary, Path]:

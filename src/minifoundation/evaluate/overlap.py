@@ -1,14 +1,18 @@
 """N-grams of words that items of a benchmark share with a stream of tokens: fast over the stream, memory bounded by the items.
 
 A word is a run of letters, digits and bytes beyond ASCII, lower case; all else separates. Words and n-grams are 64-bit polynomial hashes
-(Karp-Rabin) from prefix sums, so that numpy computes them for a whole chunk at once. An n-gram lies within one document of the stream and
+(Karp-Rabin) from prefix sums, so that numpy computes them for many words at once. An n-gram lies within one document of the stream and
 within one field of an item.
+
+What can be known without hashing sorts out nearly all of the stream: n words in a row of an item have the same letters, in whatever order,
+as n words of the text that equal them. The sum of their letters' random numbers needs no powers and no hash of a word: it is a difference
+of one running sum over the tokens. Only words whose sum is among those of the items are hashed.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +20,18 @@ import numpy as np
 import numpy.typing as npt
 
 Hashes = npt.NDArray[np.uint64]
+Sums = npt.NDArray[np.uint32]
 Bytes = npt.NDArray[np.uint8]
 Places = npt.NDArray[np.int64]
 
-CHUNK = 1 << 15
-"""Tokens hashed at once; what is computed on the way stays in the processor's cache."""
-OVERLAP = 512
-"""Tokens that a chunk repeats of the one before, more than any n-gram has."""
+CHUNK = 1 << 16
+"""Tokens read at once: what is computed on the way stays in the processor's cache. Also the longest n-gram that is found, in tokens."""
+TOGETHER = 1 << 12
+"""N-grams of the stream that are looked up at once."""
 BREAK = 0xFF
 """A byte that no UTF-8 text has: ends a document, or a field of an item."""
-BITS_AN_NGRAM = 64
-"""Of the table that sorts out nearly all n-grams of the stream before they are looked up: 1 in 64 passes by chance."""
+BITS_A_SUM = 16
+"""At least so many has each of the two tables that sort out the stream: 1 sum in 16 passes one by chance at most, 1 in 256 both."""
 TEMPLATE = 0.005
 """An n-gram that more than this share of a benchmark's items have is its template (and more than 5 of them)."""
 
@@ -74,6 +79,26 @@ def _mixed(hashes: Hashes) -> Hashes:
     return hashes
 
 
+_VALUES: Sums = (_mixed(_LETTERS * np.uint64(_BASE)) >> np.uint64(32)).astype(np.uint32)
+"""Of each byte: the random number of its letter, 0 for what separates."""
+
+
+def _sums(values: Sums, starts: Places, n: int) -> Sums:
+    """Return the sum of the values from each of ``starts`` to the ``n``-th one after it, where the end counts as one too."""
+    total = np.zeros(len(values) + 1, np.uint32)
+    np.cumsum(values, out=total[1:])
+    before: Sums = np.append(total.take(starts), total[-1])
+    return before[n:] - before[:-n]
+
+
+def _edges(values: npt.NDArray[Any]) -> tuple[Places, Places]:
+    """Return where the runs of values other than 0 begin and end."""
+    inside = np.zeros(len(values) + 2, bool)
+    np.not_equal(values, 0, out=inside[1:-1])
+    edges = np.flatnonzero(inside[1:] != inside[:-1])
+    return edges[::2], edges[1::2]
+
+
 @dataclass(frozen=True)
 class Words:
     """The words of a text: the hash of each, where each begins and where the text's documents end, counted in bytes or runs of letters."""
@@ -86,10 +111,7 @@ class Words:
     def of(cls, raw: Bytes) -> Words:
         """Return the words of ``raw``, whose documents end with ``BREAK``."""
         letters = _LETTERS[raw]
-        inside = np.zeros(len(raw) + 2, bool)
-        np.not_equal(letters, 0, out=inside[1:-1])
-        edges = np.flatnonzero(inside[1:] != inside[:-1])
-        starts, ends = edges[::2], edges[1::2]
+        starts, ends = _edges(letters)
         powers = _WORD.at_least(len(letters))
         total = powers.sums(letters)
         return cls(_mixed((total[ends] - total[starts]) * powers.down[starts]), starts, np.flatnonzero(raw == BREAK))
@@ -128,43 +150,44 @@ class Index:
     """The n-grams of items.
 
     Attributes:
-        hashes: of the n-grams, each once, in order.
+        hashes: of the n-grams, each once, in order, those of templates too.
+        sums: of their letters, each once.
         items: how many there are.
     """
 
     def __init__(self, items: Sequence[Item], n: int) -> None:
         self.n = n
         self.items = len(items)
-        every, owners = [], []
+        every, owners, sums = [], [], []
         for number in range(0, len(items), 1024):  # a part at a time: its powers stay few
             block = items[number : number + 1024]
             owner = np.repeat(np.arange(number, number + len(block)), [len(item.fields) for item in block])
             fields = [text.encode("utf-8", "replace") + bytes([BREAK]) for item in block for text in item.fields]
-            words = Words.of(np.frombuffer(b"".join(fields), np.uint8))
+            raw = np.frombuffer(b"".join(fields), np.uint8)
+            words = Words.of(raw)
             hashes = words.ngrams(n)
             places = words.within(np.arange(len(hashes)), n)
             every.append(hashes[places])
             owners.append(owner[words.documents(places)])
-        self.every: Hashes = np.concatenate(every) if every else np.empty(0, np.uint64)
-        """With the templates: what passes the filter of a scan."""
+            sums.append(_sums(_VALUES[raw], words.starts, n)[places])
+        self.sums: Sums = np.unique(np.concatenate(sums)) if sums else np.empty(0, np.uint32)
         item_of = np.concatenate(owners) if owners else np.empty(0, np.int64)
-        unique, place = _numbered(self.every)
+        self.hashes, place = _numbered(np.concatenate(every) if every else np.empty(0, np.uint64))
         kept = ~_templates(place, item_of, [item.label for item in items])
-        used = np.zeros(len(unique), bool)
-        used[place[kept]] = True
-        self.hashes = unique[used]
-        self._place, self._item_of = (np.cumsum(used) - 1)[place[kept]], item_of[kept]
+        self._place, self._item_of = place[kept], item_of[kept]
 
-    def numbers(self, hashes: Hashes) -> npt.NDArray[np.int64]:
-        """Return which of ``self.hashes``, by number, are among ``hashes``."""
-        if not len(self.hashes) or not len(hashes):
-            return np.empty(0, np.int64)
-        places = np.searchsorted(self.hashes, hashes).clip(max=len(self.hashes) - 1)
-        found: Places = places[self.hashes[places] == hashes]
-        return found
+    def found(self, hashes: Hashes) -> tuple[npt.NDArray[np.bool_], Places]:
+        """Return which of ``hashes`` are among ``self.hashes``, and the numbers there of those that are."""
+        if not len(self.hashes):
+            return np.zeros(len(hashes), bool), np.empty(0, np.int64)
+        order = np.argsort(hashes)  # neighbours share the way through the memory: three times as fast
+        numbers = np.empty(len(hashes), np.int64)
+        numbers[order] = np.searchsorted(self.hashes, hashes[order]).clip(max=len(self.hashes) - 1)
+        there = self.hashes[numbers] == hashes
+        return there, numbers[there]
 
     def coverage(self, seen: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-        """Return of each item the share of its n-grams that were seen, NaN where it has none.
+        """Return of each item the share of its n-grams that were seen, templates left aside, NaN where it has none.
 
         Args:
             seen: of each of ``self.hashes``.
@@ -204,104 +227,202 @@ def _templates(place: Places, item_of: Places, labels: Sequence[str]) -> npt.NDA
     return common[place]
 
 
-class Scan:
-    """A stream compared with several indexes at once.
+class _Sieve:
+    """Tells which sums may be among given ones: all that are pass, and few of the others."""
 
-    A long n-gram of an item begins with a short one of it: whatever the filter of the shortest n lets pass is looked up, nothing else.
-    """
+    def __init__(self, sums: Sums) -> None:
+        bits = min(32, max(16, (BITS_A_SUM * len(sums)).bit_length()))
+        self._shift = np.uint32(32 - bits)
+        self._tables = []
+        for factor in (np.uint32(0x9E3779B1), np.uint32(0x85EBCA77)):
+            slots = (sums * factor) >> self._shift
+            table = np.zeros(1 << bits >> 3, np.uint8)
+            np.bitwise_or.at(table, slots >> np.uint32(3), np.uint8(1) << (slots & np.uint32(7)).astype(np.uint8))
+            self._tables.append((factor, table))
 
-    def __init__(self, indexes: Sequence[Index]) -> None:
-        self.indexes = sorted(indexes, key=lambda index: index.n)
-        self.seen = {index.n: np.zeros(len(index.hashes), bool) for index in self.indexes}
-        bits = max(16, (BITS_AN_NGRAM * len(self.indexes[0].hashes)).bit_length())
-        self._shift = np.uint64(64 - bits)
-        slots = np.sort(self.indexes[0].every >> self._shift)
-        self._table = np.zeros(1 << bits >> 3, np.uint8)
-        np.bitwise_or.at(self._table, slots >> np.uint64(3), np.uint8(1) << (slots & np.uint64(7)).astype(np.uint8))
+    def passed(self, sums: Sums) -> Places:
+        """Return the places of those of ``sums`` that pass."""
+        places = None
+        for factor, table in self._tables:
+            slots = (sums if places is None else sums.take(places)) * factor
+            slots >>= self._shift
+            bits = table.take((slots >> np.uint32(3)).astype(np.intp))
+            bits >>= (slots & np.uint32(7)).astype(np.uint8)
+            bits &= 1
+            among = np.flatnonzero(bits.view(bool))
+            places = among if places is None else places.take(among)
+        assert places is not None
+        return places
 
-    def read(self, words: Words) -> None:
-        """Note which n-grams a text has."""
-        shortest = words.ngrams(self.indexes[0].n)
-        slots = shortest >> self._shift
-        passed = (self._table.take((slots >> np.uint64(3)).view(np.int64)) >> (slots & np.uint64(7)).astype(np.uint8)) & np.uint8(1)
-        places = np.flatnonzero(passed)
-        for index in self.indexes:
-            hashes = shortest if index.n == self.indexes[0].n else words.ngrams(index.n)
-            self.seen[index.n][index.numbers(hashes[words.within(places, index.n)])] = True
+
+_OPENS, _BEGINS, _ENDS = 1, 2, 4
+"""Of a run: a word begins with it whatever stands before; it begins with its token's first byte; it ends with its token's last one."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     """What each token id is to words: runs of letters, and whether something separates each from what stands before it.
 
-    The hash of a word is that of its letters one after another, so it comes from the runs without decoding a byte.
+    The hash of a word is that of its letters one after another, so it comes from the runs without decoding a byte. Nearly every token is
+    one run, or nothing but what separates, and then its id is the number of its run; further runs have numbers above the ids.
 
     Attributes:
-        hashes, lengths, opens: of the runs of all ids, one after another; a run without letters stands for what separates.
-        first, count: where the runs of an id are.
-        breaks: the run that ends a document.
+        count: of the runs of each id, 0 for one without a byte.
+        more: the number of the second run of each id, the others follow.
+        hashes, lengths, sums, state: of each run, by its number.
+        breaks: whether a document ends there.
+        end: the number of a run that no token has, with which a document ends.
     """
 
+    count: npt.NDArray[np.uint16]
+    more: Places
     hashes: Hashes
     lengths: Places
-    opens: npt.NDArray[np.bool_]
-    first: Places
-    count: Places
-    breaks: int
+    sums: Sums
+    state: Bytes
+    breaks: npt.NDArray[np.bool_]
 
     @classmethod
     def of(cls, surfaces: Sequence[bytes], *, breaks: Sequence[int]) -> Vocabulary:
         """Return the vocabulary of ``surfaces``, the bytes of each id; the ids ``breaks`` end a document."""
-        hashes, lengths, opens = [np.uint64(0)], [0], [True]
-        first, count = np.zeros(len(surfaces), np.int64), np.zeros(len(surfaces), np.int64)
-        for token, surface in enumerate(surfaces):
-            if token in breaks:
-                count[token] = 1
-                continue
-            letters = _LETTERS[np.frombuffer(surface, np.uint8)]
-            first[token] = len(hashes)
-            edges = np.flatnonzero(np.diff(np.concatenate([[0], letters != 0, [0]]).astype(np.int8)))
-            for start, end in edges.reshape(-1, 2):
-                hashes.append(_WORD.sums(letters[start:end])[-1])
-                lengths.append(int(end - start))
-                opens.append(bool(start > 0))
-            if len(letters) and not letters[-1]:
-                hashes.append(np.uint64(0))
-                lengths.append(0)
-                opens.append(True)
-            count[token] = len(hashes) - first[token]
-        return cls(np.array(hashes), np.array(lengths, np.int64), np.array(opens), first, count, 0)
+        texts = [b" " if token in breaks else surface for token, surface in enumerate(surfaces)]
+        raw = np.frombuffer(b"".join(b" " + text for text in texts), np.uint8)  # the space parts the runs of two tokens
+        size = np.array([len(text) for text in texts], np.int64)
+        first = np.cumsum(size + 1) - size
+        letters = _LETTERS[raw]
+        starts, ends = _edges(letters)
+        token = np.searchsorted(first, starts, side="right") - 1
+        runs = np.bincount(token, minlength=len(texts))
+        rank = np.arange(len(token)) - (np.cumsum(runs) - runs)[token]
+        number = np.where(rank == 0, token, len(texts) + np.cumsum(rank > 0) - 1)
+        total = len(texts) + int(np.sum(rank > 0)) + 1
+        more = np.zeros(len(texts), np.int64)
+        more[token[rank == 1]] = number[rank == 1]
+        hashes, lengths, sums, state = (
+            np.zeros(total, np.uint64),
+            np.zeros(total, np.int64),
+            np.zeros(total, np.uint32),
+            np.zeros(total, np.uint8),
+        )
+        powers = _WORD.at_least(len(raw) + 1)
+        hashed, summed = powers.sums(letters), np.concatenate([[0], np.cumsum(_VALUES[raw], dtype=np.uint32)])
+        hashes[number] = (hashed[ends] - hashed[starts]) * powers.down[starts]
+        sums[number] = summed[ends] - summed[starts]
+        lengths[number] = ends - starts
+        state[number] = np.where(starts == first[token], _BEGINS, _OPENS) + np.where(ends == (first + size)[token], _ENDS, 0)
+        stops = np.zeros(total, bool)
+        stops[[*breaks, -1]] = True
+        return cls(np.maximum(runs, size > 0).astype(np.uint16), more, hashes, lengths, sums, state, stops)
 
-    def words(self, tokens: npt.NDArray[Any]) -> Words:
-        """Return the words of ``tokens``."""
-        ids = tokens.astype(np.intp)  # at once: every index of another type would be converted each time
+    @property
+    def end(self) -> int:
+        return len(self.breaks) - 1
+
+    def runs(self, tokens: npt.NDArray[Any]) -> Places:
+        """Return the numbers of the runs of ``tokens``."""
+        ids = tokens.astype(np.int64)  # at once: every index of another type would be converted each time
         count = self.count.take(ids)
-        runs = np.repeat(self.first.take(ids) - (np.cumsum(count) - count), count)
-        runs += np.arange(len(runs))
-        places = np.zeros(len(runs) + 1, np.intp)  # of each run's first letter among all letters
+        odd = np.flatnonzero(count != 1)
+        if not len(odd):
+            return ids
+        runs = np.repeat(ids, count)
+        counts = count[odd].astype(np.int64)
+        place = odd + np.cumsum(counts - 1) - (counts - 1)
+        for rank in range(1, int(counts.max(initial=1))):
+            longer = counts > rank
+            runs[place[longer] + rank] = self.more[ids[odd[longer]]] + rank - 1
+        return runs
+
+    def starts(self, runs: Places) -> Places:
+        """Return the places of those of ``runs`` with which a word begins."""
+        state = self.state.take(runs)
+        opens = state & _OPENS
+        begins = state & _BEGINS
+        begins[1:] &= ~(state[:-1] >> 1)  # the bit of _ENDS on that of _BEGINS: the word before goes on
+        opens |= begins >> 1
+        starts: Places = np.flatnonzero(opens.view(bool))
+        return starts
+
+    def words(self, runs: Places, starts: Places) -> Words:
+        """Return the words that begin at ``starts`` among ``runs``; what stands before the first is no part of them."""
+        places = np.zeros(len(runs) + 1, np.int64)  # of each run's first letter among all letters
         np.cumsum(self.lengths.take(runs), out=places[1:])
         powers = _WORD.at_least(int(places[-1]) + 1)
         total = np.zeros(len(runs) + 1, np.uint64)
         np.cumsum(self.hashes.take(runs) * powers.up.take(places[:-1]), out=total[1:])
-        starts = np.flatnonzero(self.opens.take(runs))
-        if not len(starts) or starts[0]:
-            starts = np.concatenate([[0], starts])
-        edges = np.append(starts, len(runs))
-        place, sums = places.take(edges), total.take(edges)
-        words = np.flatnonzero(place[1:] != place[:-1])  # the others are only what separates
-        hashes = _mixed((sums.take(words + 1) - sums.take(words)) * powers.down.take(place.take(words)))
-        return Words(hashes, starts.take(words), np.flatnonzero(runs == self.breaks))
+        sums = total.take(np.append(starts, len(runs)))
+        hashes = _mixed((sums[1:] - sums[:-1]) * powers.down.take(places.take(starts)))
+        return Words(hashes, starts, np.flatnonzero(self.breaks.take(runs)))
 
 
-def chunks(tokens: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
-    """Yield the tokens of a shard in pieces that overlap, so that an n-gram across a cut is in one of them."""
-    for start in range(0, max(1, len(tokens)), CHUNK):
-        yield tokens[max(0, start - OVERLAP) : start + CHUNK]
+class Scan:
+    """A stream of tokens compared with several indexes at once.
 
+    A long n-gram of an item begins with a short one of it, so only what the sieve of the shortest n lets pass is hashed, and a long one is
+    looked up where the shorter one was found.
+    """
 
-def seen_in(tokens: npt.NDArray[Any], vocabulary: Vocabulary, indexes: Sequence[Index]) -> dict[int, npt.NDArray[np.bool_]]:
-    """Return by n which n-grams of the indexes the text of ``tokens`` has."""
-    scan = Scan(indexes)
-    for chunk in chunks(tokens):
-        scan.read(vocabulary.words(np.asarray(chunk)))
-    return scan.seen
+    def __init__(self, vocabulary: Vocabulary, indexes: Sequence[Index]) -> None:
+        self.vocabulary = vocabulary
+        self.indexes = sorted(indexes, key=lambda index: index.n)
+        self.seen = {index.n: np.zeros(len(index.hashes), bool) for index in self.indexes}
+        self._sieve = _Sieve(self.indexes[0].sums)
+        self._runs: list[Places] = []
+        self._places: list[Places] = []
+        self._words = 0
+
+    def read(self, tokens: npt.NDArray[Any]) -> None:
+        """Note which n-grams the text of ``tokens``, a whole shard, has."""
+        longest = self.indexes[-1].n
+        left = np.empty(0, np.int64)
+        for place in range(0, len(tokens), CHUNK):
+            runs = np.concatenate([left, self.vocabulary.runs(tokens[place : place + CHUNK])])
+            starts = self.vocabulary.starts(runs)
+            self._sift(runs, starts, len(starts) - longest)  # the last words may go on in the next chunk
+            cut = starts[max(0, len(starts) - longest)] if len(starts) else len(runs)
+            if len(runs) - cut > CHUNK:  # words longer than those of any item: what is left begins with the next one
+                later = starts[starts >= len(runs) - CHUNK]
+                cut = later[0] if len(later) else len(runs) - CHUNK
+            left = runs[cut:]
+        starts = self.vocabulary.starts(left)
+        self._sift(left, starts, len(starts))
+        self._look_up()
+
+    def _sift(self, runs: Places, starts: Places, count: int) -> None:
+        """Set aside the words of n-grams that pass the sieve and begin with one of the first ``count`` words."""
+        sums = _sums(self.vocabulary.sums.take(runs), starts, self.indexes[0].n)
+        found = self._sieve.passed(sums[: max(0, count)])
+        if not len(found):
+            return
+        longest = self.indexes[-1].n
+        depth = np.zeros(len(starts), np.int64)  # of how many of the longest n-grams each word is a part
+        depth[found] = 1
+        np.cumsum(depth, out=depth)
+        depth[longest:] -= depth[:-longest].copy()
+        first, last = _edges(depth)
+        bounds = np.append(starts, len(runs))
+        begins, size = bounds[first], bounds[last] - bounds[first] + 1  # one more: what parts it from the words of elsewhere
+        moved = np.cumsum(size) - size
+        part = runs.take(np.repeat(begins - moved, size) + np.arange(size.sum()), mode="clip")
+        part[moved + size - 1] = self.vocabulary.end
+        self._runs.append(part)
+        covered = np.cumsum(depth > 0)
+        self._places.append(self._words + covered[found] - 1)
+        self._words += int(covered[-1])
+        if sum(map(len, self._places)) >= TOGETHER:
+            self._look_up()
+
+    def _look_up(self) -> None:
+        """Note which of the n-grams set aside are those of the indexes."""
+        if not self._runs:
+            return
+        runs, places = np.concatenate(self._runs), np.concatenate(self._places)
+        self._runs.clear()
+        self._places.clear()
+        self._words = 0
+        words = self.vocabulary.words(runs, self.vocabulary.starts(runs))
+        for index in self.indexes:
+            places = words.within(places, index.n)
+            there, numbers = index.found(words.ngrams(index.n)[places])
+            self.seen[index.n][numbers] = True
+            places = places[there]
