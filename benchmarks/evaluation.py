@@ -29,7 +29,7 @@ from minifoundation.commands.native import network
 from minifoundation.config import TokenizerConfig
 from minifoundation.data.tokenizer import Tokenizer, train_tokenizer
 from minifoundation.evaluate import harness, mirror
-from minifoundation.evaluate.model import Loaded, Model, default_device, from_folder
+from minifoundation.evaluate.model import Loaded, Model, Source, default_device, from_folder
 from minifoundation.evaluate.requests import read_tasks
 from minifoundation.export.tokenizer import write_tokenizer
 from minifoundation.model.transformer import Transformer
@@ -63,7 +63,7 @@ def random_model(data_dir: Path, work: Path, *, quick: bool) -> Loaded:
     from transformers import AutoTokenizer
 
     model = network(shape, transformer.state_dict(), tokenizer.special, torch.float32)
-    return Loaded(model, AutoTokenizer.from_pretrained(work), "random weights", work, {})
+    return Loaded(model, AutoTokenizer.from_pretrained(work), Source("random weights", work, {}))
 
 
 def trained_model(path: Path) -> Loaded:
@@ -74,7 +74,7 @@ def trained_model(path: Path) -> Loaded:
 
     options = {"gguf_file": path.name}
     model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options)
-    return Loaded(model, AutoTokenizer.from_pretrained(path.parent, **options), path.stem, path.parent, {})
+    return Loaded(model, AutoTokenizer.from_pretrained(path.parent, **options), Source(path.stem, path.parent, {}))
 
 
 def plain(loaded: Loaded, rows: int) -> HFLM:
@@ -167,7 +167,7 @@ def main() -> None:
     total = {name: round(sum(row[name] for row in seconds.values()), 2) for name in ("eval", "eval_encoded", "hflm")}
     counted = sum(row["documents"] for row in agreed.values())
     figures = {
-        "model": loaded.name,
+        "model": loaded.source.name,
         "dtype": "float32" if device == "cpu" else "bfloat16",
         "documents_of_a_task": given.limit,
         "seconds": total["eval"],

@@ -169,6 +169,10 @@ def test_a_checkpoint_scores_as_the_folder_it_is_exported_to(final: Callable[...
     [
         (["--ema"], "--ema: {path} holds no averaged weights; leave --ema away"),
         (["--device", "cuda:7"], "--device: cuda:7 does not work here"),
+        (
+            ["--engine", "vllm"],
+            "--engine: vllm reads folders in Hugging Face form, {path} is a checkpoint; write one with export_hf --ckpt {path}",
+        ),
     ],
 )
 def test_what_a_checkpoint_cannot_do_is_one_line(
@@ -177,6 +181,24 @@ def test_what_a_checkpoint_cannot_do_is_one_line(
     path = final()
     assert main(["eval", "--model_path", str(path), "--tasks", "piqa", "--data_dir", str(BUNDLED), *flags]) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"error: {message.format(path=path)}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--engine: vllm is not installed; pip install vllm, or leave --engine away"),
+        (
+            ["--device", "cuda"],
+            "--device: vllm computes on the GPU that it finds; leave it away; CUDA_VISIBLE_DEVICES chooses among several",
+        ),
+    ],
+)
+def test_what_vllm_cannot_do_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    monkeypatch.setattr("minifoundation.commands.eval.find_spec", lambda name: None)
+    assert main(["eval", "--model_path", str(tmp_path), "--tasks", "piqa", "--engine", "vllm", *flags]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

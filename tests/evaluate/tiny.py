@@ -16,7 +16,7 @@ WHOLE = Path(os.environ.get("BENCHMARK_MIRROR") or ROOT.parent / "shared" / "ben
 """A mirror folder of complete benchmarks (eval-data pull); tests that read it are skipped where there is none."""
 
 
-def write_tiny_model(folder: Path, *, context: int = 1024) -> Path:
+def write_tiny_model(folder: Path, *, context: int = 1024, width: int = 32) -> Path:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -34,7 +34,7 @@ def write_tiny_model(folder: Path, *, context: int = 1024) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,

@@ -85,6 +85,7 @@ def test_the_page_holds_everything_and_loads_nothing(made: Path, capsys: pytest.
         "0.67 cost at 2 an hour",
         "Score against training tokens",
         "python -m src.cli eval --model_path outputs/hf_export --tasks paper --limit 0",
+        "by transformers 5.23.0",
     ):
         assert said in text, said
     assert page.count("<svg") == 7, "five curves (one column is empty), ours against others, scores over tokens"
@@ -112,6 +113,17 @@ def test_a_sample_is_not_indexed_and_marked(made: Path) -> None:
     assert main(line(made)) == 0
     assert "model-index" not in (made / "out/README.md").read_text()
     assert "such scores compare with nothing" in (made / "out/report.html").read_text()
+
+
+def test_the_engine_that_gave_the_scores_is_named(made: Path) -> None:
+    path = made / "hf/eval/results.json"
+    content = json.loads(path.read_text())
+    content["model"]["engine"], content["settings"]["engine"] = "vllm 0.32.0", "vllm"
+    path.write_text(json.dumps(content))
+    assert main(line(made)) == 0
+    for name in ("report.html", "README.md"):
+        text = (made / "out" / name).read_text()
+        assert "by vllm 0.32.0" in text and "--tasks paper --limit 0 --engine vllm" in text
 
 
 def test_runs_alone_and_evaluations_alone(made: Path) -> None:

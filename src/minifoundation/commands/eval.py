@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from functools import partial
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from minifoundation.evaluate.results import RESULTS, Folder, Outcome, folder_for
 
 if TYPE_CHECKING:
     from minifoundation.distributed import World
-    from minifoundation.evaluate.model import Loaded
+    from minifoundation.evaluate.model import Evaluated, Loaded
 
 
 def evaluate(options: EvalOptions) -> None:
@@ -28,6 +29,8 @@ def evaluate(options: EvalOptions) -> None:
     baselines = Baselines.load(reruns=options.beside)
     if options.data_dir is not None and not options.data_dir.is_dir():
         raise UserError("--data_dir", f"{options.data_dir}: no such folder", "give a mirror folder, or leave it out to read from the hub")
+    if options.engine == "vllm":
+        _check_vllm(options)
     try:
         from minifoundation.distributed import join
         from minifoundation.evaluate import harness
@@ -40,13 +43,12 @@ def evaluate(options: EvalOptions) -> None:
 
 def _evaluate(options: EvalOptions, requests: list[Request], baselines: Baselines, world: World) -> None:
     from minifoundation.evaluate import harness
-    from minifoundation.evaluate.model import Model, Share
 
     with ExitStack() as opened:
         with world.together():
             manager = harness.task_manager(requests)
-            loaded = opened.enter_context(_loaded(options))
-        model = Model(loaded, rows=options.batch_size, share=Share(world.rank, world.size, world.of_all))
+            model = opened.enter_context(_model(options, world))
+        described = model.facts()
         sandboxed = None
         if options.allow_code_exec and any(request.row.runs_code for request in requests):
             from minifoundation.evaluate.sandbox import sandbox
@@ -54,12 +56,13 @@ def _evaluate(options: EvalOptions, requests: list[Request], baselines: Baseline
             sandboxed = sandbox().description()
         facts = {
             "settings": options.model_dump(mode="json"),
-            "model": model.facts(),
+            "model": described,
             "versions": harness.versions(),
             "sandbox": sandboxed,
             "identity": {
-                "model": loaded.sha256,
-                "dtype": str(model.model.dtype),
+                "model": described["sha256"],
+                "dtype": described["dtype"],
+                "engine": described["engine"],
                 "limit": options.limit,
                 "data": fingerprint(options.data_dir),
                 "versions": harness.versions(),
@@ -93,6 +96,33 @@ def _write(folder: Folder, outcomes: list[Outcome], facts: dict[str, Any], basel
     replace_text(folder.path / "report.md", tables.report(outcomes, facts, baselines))
 
 
+def _check_vllm(options: EvalOptions) -> None:
+    """Raise a UserError when vLLM cannot do what ``options`` ask for."""
+    if is_checkpoint(Path(options.model_path)):
+        problem = f"vllm reads folders in Hugging Face form, {options.model_path} is a checkpoint"
+        raise UserError("--engine", problem, f"write one with export_hf --ckpt {options.model_path}, or leave --engine away")
+    if options.device is not None:
+        raise UserError("--device", "vllm computes on the GPU that it finds", "leave it away; CUDA_VISIBLE_DEVICES chooses among several")
+    if find_spec("vllm") is None:
+        raise UserError("--engine", "vllm is not installed", "pip install vllm, or leave --engine away")
+
+
+@contextmanager
+def _model(options: EvalOptions, world: World) -> Iterator[Evaluated]:
+    """Give the model as lm-eval takes it."""
+    from minifoundation.evaluate.model import Model, Share
+
+    if options.engine == "vllm":
+        if world.size > 1:
+            raise UserError("--engine", f"vllm runs in one process, {world.size} were started", "start it without torchrun")
+        from minifoundation.evaluate.vllm import from_folder
+
+        yield from_folder(options.model_path, dtype=options.dtype, rows=options.batch_size)
+        return
+    with _loaded(options) as loaded:
+        yield Model(loaded, rows=options.batch_size, share=Share(world.rank, world.size, world.of_all))
+
+
 @contextmanager
 def _loaded(options: EvalOptions) -> Iterator[Loaded]:
     """Give the model, from a folder, the hub or a checkpoint."""
@@ -117,7 +147,8 @@ def _loaded(options: EvalOptions) -> Iterator[Loaded]:
     hashes = {file.name: model.sha256(file)} | ({"weights": "ema"} if options.ema else {})
     with in_memory(checkpoint, dtype=dtype, ema=options.ema) as inside:
         network = model.placed(inside.network, device)
-        yield model.Loaded(network, inside.tokenizer, options.model_path, inside.folder, hashes, trained_tokens(checkpoint))
+        source = model.Source(options.model_path, inside.folder, hashes, trained_tokens(checkpoint))
+        yield model.Loaded(network, inside.tokenizer, source)
 
 
 def is_checkpoint(path: Path) -> bool:

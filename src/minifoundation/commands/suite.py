@@ -54,13 +54,13 @@ class LiveSuite:
         """As ``Suite.scores``; in bf16, on a CPU in float32, as ``eval`` takes a checkpoint."""
         from minifoundation.commands.native import in_memory
         from minifoundation.evaluate import harness
-        from minifoundation.evaluate.model import DTYPES, Loaded, Model, Share
+        from minifoundation.evaluate.model import DTYPES, Loaded, Model, Share, Source
 
         found: dict[str, float | None] = {}
         with in_memory(checkpoint, dtype=DTYPES["bf16" if machine.is_cuda else "fp32"], ema=self._config.ema) as inside:
             machine.forget()
             network: Any = inside.network.to(machine.device)
-            loaded = Loaded(network, inside.tokenizer, "in training", inside.folder, {})
+            loaded = Loaded(network, inside.tokenizer, Source("in training", inside.folder, {}))
             model = Model(loaded, rows=None, share=Share(world.rank, world.size, world.of_all))
             running = harness.run(
                 model, self._manager, self._requests, limit=self._config.limit, data_dir=self._config.data_dir, code=False

@@ -198,6 +198,9 @@ class EvalOptions(Settings):
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
         "auto", flag="dtype", help="dtype of the weights in memory; auto: as stored (of a checkpoint bf16), fp32 on a CPU"
     )
+    engine: Literal["transformers", "vllm"] = setting(
+        "transformers", flag="engine", help="what computes: transformers, or vLLM, which takes folders and names of the hub"
+    )
     ema: bool = setting(False, flag="ema", help="evaluate the averaged weights of a checkpoint")
     device: str | None = setting(None, flag="device", help="cuda, cpu; default: cuda where there is one")
     allow_code_exec: bool = setting(

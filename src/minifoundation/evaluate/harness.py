@@ -29,7 +29,7 @@ from lm_eval.tasks._index import Entry, Kind
 
 from minifoundation.errors import UserError
 from minifoundation.evaluate.mirror import first_line, read_dataset
-from minifoundation.evaluate.model import Model
+from minifoundation.evaluate.model import Evaluated
 from minifoundation.evaluate.protocols import OWN
 from minifoundation.evaluate.requests import Request, check_names
 from minifoundation.evaluate.results import Outcome
@@ -94,7 +94,7 @@ def task_manager(requests: Sequence[Request]) -> TaskManager:
 
 
 def run(
-    model: Model, manager: TaskManager, requests: Sequence[Request], *, limit: int, data_dir: Path | None, code: bool
+    model: Evaluated, manager: TaskManager, requests: Sequence[Request], *, limit: int, data_dir: Path | None, code: bool
 ) -> Iterator[list[Outcome]]:
     """Yield what each request comes to, in order; one that cannot run says why and the others go on.
 
@@ -125,14 +125,14 @@ def loaded_tasks(manager: TaskManager, request: Request, *, data_dir: Path | Non
     return loaded
 
 
-def _run_one(model: Model, manager: TaskManager, request: Request, *, limit: int, data_dir: Path | None, code: bool) -> list[Outcome]:
+def _run_one(model: Evaluated, manager: TaskManager, request: Request, *, limit: int, data_dir: Path | None, code: bool) -> list[Outcome]:
     row = request.row
     if row.runs_code and not code:
         return [Outcome(request, request.label, not_run="needs --allow_code_exec")]
     lengths = [length for length in LENGTHS if length <= model.max_length]
     if row.lengths and not lengths:
         raise UserError(row.name, f"needs a context of {LENGTHS[0]}, the model reads {model.max_length}", "extend it with longft")
-    meta = {"tokenizer": str(model.loaded.folder), "max_seq_lengths": lengths} if row.lengths else {}
+    meta = {"tokenizer": str(model.source.folder), "max_seq_lengths": lengths} if row.lengths else {}
     loaded = loaded_tasks(manager, request, data_dir=data_dir, meta=meta)
     tasks = loaded["tasks"]
     if not row.runs_code and any(getattr(task, "UNSAFE_CODE", False) or task.config.unsafe_code for task in tasks.values()):

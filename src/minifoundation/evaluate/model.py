@@ -8,10 +8,11 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+import transformers
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
@@ -24,18 +25,48 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REMEDY = "write one with export_hf, or give a checkpoint, or the hub name of a model as org/name"
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A model of transformers with its tokenizer, and what it is: a name to show and the hashes of the files it came from."""
+class Evaluated(Protocol):
+    """What the harness needs of a model beside lm-eval's interface.
 
-    network: Any
-    tokenizer: Any
+    Attributes:
+        truncated: requests that were longer than the context, since it was last set to 0.
+    """
+
+    truncated: int
+
+    @property
+    def max_length(self) -> int: ...
+
+    @property
+    def source(self) -> Source: ...
+
+    def facts(self) -> dict[str, Any]:
+        """Return what ``results.json`` says of the model."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model came from: a name to show, and the hashes of its files."""
+
     name: str
     folder: Path
     """Holds the tokenizer's files."""
     sha256: dict[str, str]
     trained_tokens: int | None = None
     """That it had read in training, where somebody knows."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return what is known of any model, whatever computes it."""
+        return {"path": self.name, "trained_tokens": self.trained_tokens, "sha256": self.sha256}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model of transformers with its tokenizer."""
+
+    network: Any
+    tokenizer: Any
+    source: Source
 
 
 class Share(NamedTuple):
@@ -63,7 +94,7 @@ class Model(HFLM):
     def __init__(self, loaded: Loaded, *, rows: int | None, share: Share = ALONE) -> None:
         loaded.network.eval()
         super().__init__(pretrained=loaded.network, tokenizer=loaded.tokenizer, batch_size="auto", softmax_dtype="float32")
-        self.loaded = loaded
+        self.source = loaded.source
         self.parts = Network(loaded.network)
         self.fixed_rows = rows
         self.share = share
@@ -147,9 +178,7 @@ class Model(HFLM):
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
         prompts = [len(ids) for ids in self._encode([request.args[0] for request in requests])]
         room = [request.args[1].get("max_gen_toks", self.max_gen_toks) for request in requests]
-        if max(room) >= self.max_length:
-            raise UserError("context", f"{max(room)} tokens are generated, the model reads {self.max_length}", "extend it with longft")
-        self.truncated += sum(prompt > self.max_length - new for prompt, new in zip(prompts, room, strict=True))
+        self.truncated += cut_prompts(prompts, room, self.max_length)
         longest = min(self.max_length, max(map(sum, zip(prompts, room, strict=True))))
         fitting = min(2 * self.batch_tokens // max(prompts), BRANCHING * self.batch_tokens // longest)  # reading prompts; holding caches
         self._rows_to_generate = self.fixed_rows or max(1, fitting)
@@ -171,8 +200,8 @@ class Model(HFLM):
 
     def facts(self) -> dict[str, Any]:
         """Return what identifies the model: sizes, dtype, and the hash of every file that decides its answers."""
-        return {
-            "path": self.loaded.name,
+        return self.source.facts() | {
+            "engine": f"transformers {transformers.__version__}",
             "architecture": self.model.config.architectures,
             "parameters": self.model.num_parameters(),
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -182,9 +211,22 @@ class Model(HFLM):
             "batch_tokens": self.batch_tokens,
             "batch_rows": self.fixed_rows,
             "shares_prefixes": self.parts.branches,
-            "trained_tokens": self.loaded.trained_tokens,
-            "sha256": self.loaded.sha256,
         }
+
+
+def cut_prompts(prompts: Sequence[int], room: Sequence[int], context: int) -> int:
+    """Return how many prompts lose their beginning for what is generated after them to fit.
+
+    Args:
+        prompts: their lengths.
+        room: tokens generated at most after each.
+
+    Raises:
+        UserError: the context is too short for what is generated alone.
+    """
+    if max(room) >= context:
+        raise UserError("context", f"{max(room)} tokens are generated, the model reads {context}", "extend it with longft")
+    return sum(prompt > context - new for prompt, new in zip(prompts, room, strict=True))
 
 
 def sha256(path: Path) -> str:
@@ -214,6 +256,23 @@ def default_device(asked: str | None) -> str:
     return asked or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def source_of(path: str) -> Source:
+    """Return the folder ``path``, or that of the model of the hub under that name, as where a model comes from.
+
+    Raises:
+        UserError: no model there.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = _downloaded(path)
+    if not (folder / "config.json").is_file():
+        raise UserError("--model_path", f"{path} holds no config.json", "give a folder written by export_hf or in the same form")
+    files = [one for one in sorted(folder.iterdir()) if one.suffix in (".safetensors", ".bin", ".json", ".model") and one.is_file()]
+    proof = folder / "parity.json"
+    tokens = json.loads(proof.read_text(encoding="utf-8")).get("trained_tokens") if proof.is_file() else None
+    return Source(path, folder, {one.name: sha256(one) for one in files}, tokens)
+
+
 def from_folder(path: str, *, dtype: str, device: str | None) -> Loaded:
     """Return the model in folder ``path``, or on the hub under that name.
 
@@ -225,24 +284,16 @@ def from_folder(path: str, *, dtype: str, device: str | None) -> Loaded:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = Path(path)
-    if not folder.is_dir():
-        folder = _downloaded(path)
-    if not (folder / "config.json").is_file():
-        raise UserError("--model_path", f"{path} holds no config.json", "give a folder written by export_hf or in the same form")
+    source = source_of(path)
     where = default_device(device)
     stored: Any = "auto" if where != "cpu" else torch.float32
     try:
-        network = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES.get(dtype, stored))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        network = AutoModelForCausalLM.from_pretrained(source.folder, dtype=DTYPES.get(dtype, stored))
+        tokenizer = AutoTokenizer.from_pretrained(source.folder)
     except Exception as error:  # what a bad file raises is as varied as the libraries that read it
         problem = f"{path} does not load ({first_line(error)})"
         raise UserError("--model_path", problem, "check that AutoModelForCausalLM and AutoTokenizer load it") from error
-    files = [one for one in sorted(folder.iterdir()) if one.suffix in (".safetensors", ".bin", ".json", ".model") and one.is_file()]
-    hashes = {one.name: sha256(one) for one in files}
-    proof = folder / "parity.json"
-    tokens = json.loads(proof.read_text(encoding="utf-8")).get("trained_tokens") if proof.is_file() else None
-    return Loaded(placed(network, where), tokenizer, path, folder, hashes, tokens)
+    return Loaded(placed(network, where), tokenizer, source)
 
 
 def placed(network: Any, device: str) -> Any:

@@ -18,7 +18,7 @@ from minifoundation.evaluate.protocols import Row
 from minifoundation.evaluate.requests import Request
 
 RESULTS = "results.json"
-IDENTITY = ("model", "dtype", "limit", "data", "versions")
+IDENTITY = ("model", "dtype", "engine", "limit", "data", "versions")
 """What must be equal for a killed evaluation to go on."""
 
 

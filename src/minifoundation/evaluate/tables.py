@@ -68,7 +68,7 @@ def report(outcomes: Sequence[Outcome], facts: dict[str, Any], baselines: Baseli
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     parts = [
         f"# Benchmarks of {model['path']}",
-        f"{model['parameters']:,} parameters, {model['dtype']} on {model['device']}, context {model['max_length']:,}; {versions}.",
+        f"{model['parameters']:,} parameters, {computed(model)}, context {model['max_length']:,}; {versions}.",
     ]
     if settings["limit"]:
         parts.append(f"**Only the first {settings['limit']} documents of each task were read: compare these scores with nothing.**")
@@ -79,6 +79,19 @@ def report(outcomes: Sequence[Outcome], facts: dict[str, Any], baselines: Baseli
     if facts["sandbox"]:
         parts.append(f"Programs written by the model ran under: {facts['sandbox']}.")
     return "\n\n".join(parts) + "\n"
+
+
+def computed(model: dict[str, Any]) -> str:
+    """Return what computed the scores, and how: ``bfloat16 on NVIDIA H100 80GB HBM3, by vllm 0.32.0``."""
+    engine = model.get("engine")  # written since there is more than one
+    return f"{model['dtype']} on {model['device']}" + (f", by {engine}" if engine else "")
+
+
+def again(facts: dict[str, Any]) -> str:
+    """Return the command that measures the same once more."""
+    settings = facts["settings"]
+    line = f"python -m src.cli eval --model_path {settings['model_path']} --tasks {settings['tasks']} --limit {settings['limit']}"
+    return line + (f" --engine {settings['engine']}" if settings.get("engine", "transformers") != "transformers" else "")
 
 
 def _percent(share: float | None, digits: int = 1) -> str:

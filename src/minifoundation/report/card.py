@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from minifoundation import __version__
-from minifoundation.evaluate.tables import table
+from minifoundation.evaluate.tables import again, computed, table
 from minifoundation.report.page import Content, architecture, tiles
 
 DATASETS = {
@@ -51,8 +51,7 @@ def card(content: Content, *, license: str) -> str:
             parts.append(f"Programs written by the model ran under: {main.facts['sandbox']}.")
         facts = main.facts
         versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-        line = f"python -m src.cli eval --model_path {facts['settings']['model_path']} --tasks {facts['settings']['tasks']}"
-        parts.append(f"To measure them again ({versions}; {facts['model']['dtype']}):\n\n    {line} --limit {facts['settings']['limit']}")
+        parts.append(f"Computed in {computed(facts['model'])}. To measure them again ({versions}):\n\n    {again(facts)}")
     parts += ["## Use", _use(content), "## Limits", LIMITS]
     parts.append(f"Written by mini-foundation-llm {__version__}; the plots are in `report.html`.")
     return f"---\n{_metadata(content, license)}---\n\n" + "\n\n".join(parts) + "\n"

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from minifoundation import __version__
 from minifoundation.config import RunConfig, changed
 from minifoundation.evaluate.baselines import Baselines
+from minifoundation.evaluate.tables import again, computed
 from minifoundation.model.size import n_parameters
 from minifoundation.report import evaluations, plots
 from minifoundation.report.evaluations import LEGEND, Evaluation, Line
@@ -131,6 +132,8 @@ def html(content: Content) -> str:
         architecture=architecture(content.settings) if content.settings else [],
         curves=[svg for svg in curves if svg],
         main=main,
+        computed=computed(main.facts["model"]) if main else "",
+        again=again(main.facts) if main else "",
         lines=content.lines,
         legend=LEGEND,
         against=plots.against(shown, content.name),
