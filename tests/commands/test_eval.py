@@ -62,6 +62,10 @@ def test_no_task_that_could_run_is_an_error_with_the_reasons(tmp_path: Path, cap
             "--model_path: no-such/model: no such folder, and not to be had from the hub",
         ),
         (["--model_path", ".", "--tasks", "piqa"], "--model_path: . holds no config.json; give a folder written by export_hf"),
+        (
+            ["--model_path", "run", "--tasks", "piqa"],
+            "--model_path: run holds no config.json; give run/final.pth, or the folder that export_hf",
+        ),
         (["--model_path", ".", "--tasks", "no/tasks.txt"], "--tasks: no/tasks.txt: no such file"),
         (["--model_path", ".", "--tasks", "piqa", "--data_dir", "nowhere"], "--data_dir: nowhere: no such folder"),
         (["--model_path", ".", "--limit", "-1"], "limit: "),
@@ -71,6 +75,8 @@ def test_what_cannot_be_found_is_one_line(
     options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "final.pth").touch()
     assert main(["eval", *options]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"error: {message}")
@@ -116,7 +122,7 @@ def test_a_stopped_evaluation_goes_on_and_ends_as_one_that_was_not(
     capsys.readouterr()
     assert main([*line, str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    assert f"{tmp_path / 'out'}: going on with an evaluation that was stopped, 2 of 3 tasks are done" in printed and ran == ["hellaswag:0"]
+    assert f"{tmp_path / 'out'}: going on with what is left there, 2 of 3 tasks are done" in printed and ran == ["hellaswag:0"]
     whole, resumed = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "out"))
     assert resumed["complete"]
     for rows in (whole["rows"], resumed["rows"]):

@@ -115,6 +115,15 @@ def test_a_sample_is_not_indexed_and_marked(made: Path) -> None:
     assert "such scores compare with nothing" in (made / "out/report.html").read_text()
 
 
+def test_an_evaluation_that_was_stopped_is_marked(made: Path) -> None:
+    path = made / "hf/eval/results.json"
+    said = "This evaluation was stopped before its end"
+    for complete in (True, False):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"complete": complete}))
+        assert main(line(made)) == 0
+        assert all((said in (made / "out" / name).read_text()) is not complete for name in ("report.html", "README.md"))
+
+
 def test_the_engine_that_gave_the_scores_is_named(made: Path) -> None:
     path = made / "hf/eval/results.json"
     content = json.loads(path.read_text())

@@ -266,7 +266,11 @@ def source_of(path: str) -> Source:
     if not folder.is_dir():
         folder = _downloaded(path)
     if not (folder / "config.json").is_file():
-        raise UserError("--model_path", f"{path} holds no config.json", "give a folder written by export_hf or in the same form")
+        run = folder / "final.pth"  # the folder of a run is what people give
+        remedy = (
+            f"give {run}, or the folder that export_hf wrote" if run.is_file() else "give a folder written by export_hf or in the same form"
+        )
+        raise UserError("--model_path", f"{path} holds no config.json", remedy)
     files = [one for one in sorted(folder.iterdir()) if one.suffix in (".safetensors", ".bin", ".json", ".model") and one.is_file()]
     proof = folder / "parity.json"
     tokens = json.loads(proof.read_text(encoding="utf-8")).get("trained_tokens") if proof.is_file() else None

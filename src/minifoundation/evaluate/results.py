@@ -19,7 +19,7 @@ from minifoundation.evaluate.requests import Request
 
 RESULTS = "results.json"
 IDENTITY = ("model", "dtype", "engine", "limit", "data", "versions")
-"""What must be equal for a killed evaluation to go on."""
+"""What must be equal for an evaluation to go on."""
 
 
 @dataclass
@@ -89,12 +89,16 @@ def key(request: Request) -> str:
 def folder_for(wanted: Path, facts: dict[str, Any], requests: Sequence[Request]) -> Folder:
     """Return the folder to write to: ``wanted``, or ``wanted-2``, ``wanted-3`` ... when finished or different results are there.
 
-    A folder whose evaluation was killed, of the same model, data, settings and versions, is gone on with.
+    A folder of the same model, data, settings and versions is gone on with when something is left to do there, because it was killed, could
+    not run or was not asked for, and no score would be lost.
     """
     path, number = wanted, 1
+    asked = {key(request) for request in requests}
     while (path / RESULTS).exists():
         kept = read_results(path)
-        if not kept["complete"] and all(kept.get("identity", {}).get(name) == facts["identity"][name] for name in IDENTITY):
+        scored = {row["request"] for row in kept["rows"] if not row["not_run"]}
+        same = all(kept.get("identity", {}).get(name) == facts["identity"][name] for name in IDENTITY)
+        if same and scored <= asked and (scored < asked or not kept["complete"]):
             return Folder(path, facts, _done(path, kept["rows"], requests))
         number += 1
         path = wanted.with_name(f"{wanted.name}-{number}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from textwrap import shorten
 from typing import Any
 
 from minifoundation.evaluate.baselines import MARKS, Baselines
@@ -39,12 +38,14 @@ def table(outcomes: Sequence[Outcome], baselines: Baselines) -> str:
 
 def columns(outcomes: Sequence[Outcome], baselines: Baselines) -> list[str]:
     """Return the models beside ours that have a figure for one of ``outcomes``; re-runs, which come last, before published ones."""
-    shown = [model for model in baselines.beside if any(one.model == model for outcome in outcomes for one in baselines.of(outcome))]
+    scored = [outcome for outcome in outcomes if outcome.score is not None]
+    shown = [model for model in baselines.beside if any(one.model == model for outcome in scored for one in baselines.of(outcome))]
     return shown[-FIGURES_BESIDE:]
 
 
 def _not_run(outcome: Outcome) -> str:
-    return f"not run ({shorten(outcome.not_run or 'no result', 60, placeholder=' ...')})"
+    reason = outcome.not_run or "no result"
+    return f"not run ({reason if len(reason) <= 60 else reason[:56] + ' ...'})"
 
 
 def published_table(outcomes: Sequence[Outcome], baselines: Baselines) -> str:

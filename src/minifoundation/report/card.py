@@ -43,6 +43,8 @@ def card(content: Content, *, license: str) -> str:
     if main is not None:
         score = "Percent, ± the standard error of the mean over documents; prompts that were longer than the context lost their beginning."
         parts += ["## Benchmarks", score, table(main.outcomes, content.baselines)]
+        if not main.facts["complete"]:
+            parts.append("**This evaluation was stopped before its end: tasks are missing.**")
         if main.is_sample:
             parts.append("**Where n is smaller than the benchmark, not all documents were read: such a score compares with nothing.**")
         if content.contamination is not None:
