@@ -185,6 +185,7 @@ def test_a_spike_is_what_stands_out() -> None:
         ([], "report: nothing to report on; give --runs, --evals or both"),
         (["--runs", "nowhere"], "--runs: nowhere holds no config.yaml and metrics.csv; give the out_dir of a pretrain or longft run"),
         (["--evals", "nowhere"], "nowhere: holds no results.json; give a folder that eval wrote"),
+        (["--evals", "MODEL"], "MODEL: holds no results.json; give MODEL/eval"),
         (
             ["--evals", "EVAL", "--vendors", "Qwen2.5-0.5b"],
             "--vendors: 'Qwen2.5-0.5b' has no figure in baselines.yaml; did you mean Qwen2.5-0.5B",
@@ -194,10 +195,10 @@ def test_a_spike_is_what_stands_out() -> None:
 )
 def test_what_is_missing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
     write_evaluation(tmp_path / "eval")
-    given = [str(tmp_path / "eval") if option == "EVAL" else option for option in options]
-    assert main(["report", "--out_dir", str(tmp_path / "out"), *given]) == 2
+    places = {"EVAL": str(tmp_path / "eval"), "MODEL": str(tmp_path)}
+    assert main(["report", "--out_dir", str(tmp_path / "out"), *(places.get(option, option) for option in options)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith(f"error: {message}") and not (tmp_path / "out").exists()
+    assert line.startswith(f"error: {message.replace('MODEL', str(tmp_path))}") and not (tmp_path / "out").exists()
 
 
 CHROMIUM = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None)

@@ -117,7 +117,9 @@ def read_results(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(str(folder), f"holds no {RESULTS}", "give a folder that eval wrote") from None
+        inner = folder / "eval"  # that of a model, whose evaluation lies in it
+        remedy = f"give {inner}" if (inner / RESULTS).is_file() else "give a folder that eval wrote"
+        raise UserError(str(folder), f"holds no {RESULTS}", remedy) from None
     except ValueError:
         content = None
     if not isinstance(content, dict) or not {"complete", "rows", "model"} <= content.keys():

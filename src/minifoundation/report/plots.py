@@ -114,7 +114,7 @@ def against(points: Sequence[Point], ours: str) -> str | None:
     place = {benchmark: number for number, benchmark in enumerate(benchmarks)}
     others = [model for model in dict.fromkeys(point.model for point in points) if model != ours]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.15 * WIDTH, 1.3 + 0.3 * len(benchmarks) + 0.2 * (len(others) // 2)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 1.3 + 0.3 * len(benchmarks) + 0.2 * (len(others) // 2)), layout="constrained")
         axes = figure.subplots()
         for model, colour, marker in zip(
             [*others, ours], [*(OTHERS * 4)[: len(others)], OURS], [*(MARKERS * 4)[: len(others)], "o"], strict=True
@@ -156,7 +156,7 @@ def over_tokens(scores: dict[str, list[tuple[float, float, float | None]]]) -> s
         return None
     rows = math.ceil(len(shown) / 2)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.15 * WIDTH, 1.7 * rows + 0.3), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 1.7 * rows + 0.3), layout="constrained")
         grid: Any = figure.subplots(rows, 2, squeeze=False, sharex=True)
         for axes in grid.flat[len(shown) :]:
             axes.set_visible(False)
