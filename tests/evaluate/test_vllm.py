@@ -74,11 +74,9 @@ def test_vllm_scores_as_transformers_does(tmp_path: Path) -> None:
             fitting += sum(close)
     requests = sum(row["requests"] for row in one["rows"][:2])
     assert fitting >= requests - sum(row["truncated"] for row in other["rows"][:2]) > 50
-    written = [
-        [re.sub("<s>|<pad>", "", item["written"]) for item in items(folder, "gsm8k_direct_1")]  # lm-eval has vLLM show special tokens
-        for folder in (ours, theirs)
-    ]
-    assert written[0] == written[1] and len(set(written[0])) > 1
+    # Random weights write special tokens, which lm-eval has vLLM show, and pieces of UTF-8, of which the two show one or two signs.
+    texts = [[re.sub("<s>|<pad>|\ufffd", "", item["written"]) for item in items(folder, "gsm8k_direct_1")] for folder in (ours, theirs)]
+    assert texts[0] == texts[1] and len(set(texts[0])) > 1
 
 
 def test_what_ours_gives_and_overrides_is_there_in_lm_eval() -> None:
