@@ -324,7 +324,7 @@ def told(random: Random, n_words: int) -> str:
         facts = [f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n", *asked]
         filler = [NOISE] * (n_words // 18)
     else:
-        count = round(2 * max(1.0, n_words / 32) ** random.random())
+        count = round(2 * max(1.0, n_words / 20) ** random.random())
         names = random.sample(PLACES, random.randint(1, min(len(PLACES), count // 2)))
         once = [f"\nThe secret number of {name} is {secret(random)}.\n" for name in names]
         facts = [*once, *once, *random.choices(once, k=count - 2 * len(once))]
