@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,17 @@ def test_what_vllm_cannot_do_is_one_line(
     monkeypatch.setattr("minifoundation.commands.eval.find_spec", lambda name: None)
     assert main(["eval", "--model_path", str(tmp_path), "--tasks", "piqa", "--engine", "vllm", *flags]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_a_vllm_that_does_not_load_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "vllm" or name == "minifoundation.evaluate.vllm"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert main(["eval", "--model_path", str(tmp_path), "--tasks", "piqa", "--engine", "vllm"]) == 2
+    said = "error: --engine: vllm does not load (RuntimeError: operator torchvision::nms does not exist); install vllm in an environment"
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(said)
 
 
 def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

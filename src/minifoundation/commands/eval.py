@@ -14,7 +14,7 @@ from minifoundation.config import EvalOptions
 from minifoundation.errors import UserError
 from minifoundation.evaluate import tables
 from minifoundation.evaluate.baselines import Baselines
-from minifoundation.evaluate.mirror import fingerprint
+from minifoundation.evaluate.mirror import fingerprint, first_line
 from minifoundation.evaluate.requests import Request, read_tasks
 from minifoundation.evaluate.results import RESULTS, Folder, Outcome, folder_for, key, replace_text
 
@@ -115,8 +115,11 @@ def _model(options: EvalOptions, world: World) -> Iterator[Evaluated]:
     if options.engine == "vllm":
         if world.size > 1:
             raise UserError("--engine", f"vllm runs in one process, {world.size} were started", "start it without torchrun")
-        from minifoundation.evaluate.vllm import from_folder
-
+        try:
+            from minifoundation.evaluate.vllm import from_folder
+        except Exception as error:  # a torch that it was not built for, a package that lm-eval does not find
+            remedy = "install vllm in an environment of its own, or leave --engine away"
+            raise UserError("--engine", f"vllm does not load ({first_line(error)})", remedy) from error
         yield from_folder(options.model_path, dtype=options.dtype, rows=options.batch_size)
         return
     with _loaded(options) as loaded:
