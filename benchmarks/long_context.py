@@ -292,7 +292,7 @@ class Recall(NamedTuple):
     original: int = 256
     lengths: tuple[int, ...] = (1024, 4096)
     """To which it is extended, one after the other."""
-    d_model: int = 256
+    d_model: int = 384
     n_layer: int = 4
     vocabulary: int = 512
     tokens: int = 48_000_000

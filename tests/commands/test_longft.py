@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,11 @@ import torch
 
 from minifoundation import cli
 from minifoundation.checkpoint import load_checkpoint
+from minifoundation.data.prepare import shards_folder
+from minifoundation.data.shards import Shards
+from minifoundation.data.tokenizer import Tokenizer
+from minifoundation.train.proof import material
+from minifoundation.train.reach import Ids
 
 PRETRAIN = """
 model: {vocab_size: 512, d_model: 32, n_layer: 2, n_head: 4, n_kv_head: 2, d_ff: 64, original_seq_len: 64}
@@ -58,6 +64,28 @@ def test_the_proof_lies_beside_the_model(pretrained: Path, capsys: pytest.Captur
     assert {int(row["length"]) for row in needles} >= {128, 256} and {row["task"] for row in needles} == {"single", "multi-key", "passkey"}
     assert (folder / "long_context.png").read_bytes().startswith(b"\x89PNG")
     assert load_checkpoint(folder / "final.pth").config.model.max_seq_len == 256
+
+
+def test_the_proof_is_held_out_or_what_was_given(pretrained: Path, tmp_path: Path) -> None:
+    config = load_checkpoint(pretrained / "run" / "final.pth").config
+    tokenizer = Tokenizer.load(pretrained / "run" / "tokenizer" / "tokenizer.model")
+    (source,) = config.data.weights
+    shards = Shards.open(shards_folder(source, config.data, tokenizer))
+    train, held_out = ([bytes(shard.tokens()) for shard in split] for split in (shards.train, shards.held_out))
+    width = shards.train[0].dtype
+
+    def within(ids: Ids, split: list[bytes]) -> bool:
+        return any(ids.astype(width).tobytes() in shard for shard in split)
+
+    on = material(config, tokenizer, documents=3, tries=1)
+    for ids in (*on.documents, on.needles.text[1:40]):
+        assert within(ids, held_out) and not within(ids, train)
+
+    texts = [f"{word} " * 200 for word in ("never", "told", "before")]
+    (tmp_path / "given.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    on = material(config, tokenizer, documents=3, tries=1, source=str(tmp_path / "given.jsonl"))
+    assert [ids.tolist() for ids in on.documents] == [ids[:65].tolist() for ids in tokenizer.encode_documents(texts)]
+    assert not within(on.needles.text[:40], train)
 
 
 def test_scaling_by_name_counts_from_the_original_length(pretrained: Path) -> None:
