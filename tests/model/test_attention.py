@@ -231,7 +231,7 @@ def test_chunks_of_rows_are_as_in_whole_rows(kernel: Backend, documents: tuple[i
 
 
 def test_offsets_of_a_chunk_are_those_of_its_documents() -> None:
-    """What FlashAttention's variable-length form is told, carried out by the plain formula: queries are the last of their document's keys."""
+    """What FlashAttention's variable-length form is told, carried out by the formula: queries are the last of their document's keys."""
     B, T, size = 2, 24, 2
     torch.manual_seed(0)
     q, k, v = (torch.randn(B, T, n, 8, dtype=torch.float64) for n in (4, 2, 2))

@@ -168,8 +168,9 @@ def trial(
 
 
 def random_model(config: RunConfig, machine: Machine, split: Split = ALONE, context: Context | None = None) -> TrainingModel:
-    """Return the model of ``config`` on the device, with random weights drawn there."""
+    """Return the model of ``config`` on the device, with random weights drawn there, the same at each call."""
     transformer = transformer_for(config, machine, Kernels(config.model.attention, swiglu_kernel(config, machine)[0]), split, context)
+    torch.manual_seed(config.train.seed)
     with torch.no_grad():
         for weight in transformer.parameters():
             _ = weight.fill_(1.0) if weight.ndim == 1 else weight.normal_(0.0, 0.02)
