@@ -10,6 +10,7 @@ from torch import Tensor
 from minifoundation.model.attention import Backend, Chunks, attend, candidates, documents_for, keys_and_values, resolve, rows_for
 from minifoundation.model.kernels import flash4, language
 from minifoundation.model.rope import positions_within
+from tests.model.part import Part
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -184,20 +185,6 @@ def test_resolve_where_flash_attention_4_is_installed(
 ) -> None:
     monkeypatch.setattr(flash4, "INSTALLED", True)
     assert resolve(backend, "cuda", dtype=dtype, head_dim=head_dim, capability=capability, masked=masked) == (kernel, reason)
-
-
-class Part:
-    """One of ``size`` models that read rows together, where what is gathered is there already."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
-
-    def chunks(self, seq_len: int) -> list[tuple[int, int]]:
-        length = seq_len // (2 * self.size)
-        return [(number * length, (number + 1) * length) for number in (self.rank, 2 * self.size - 1 - self.rank)]
-
-    def gathered(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return k, v
 
 
 @pytest.mark.filterwarnings("default:flex_attention called without torch.compile")
