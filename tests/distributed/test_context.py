@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,16 +25,10 @@ def test_processes_that_share_rows_are_as_one(tmp_path: Path, size: int, which: 
     assert "all equal" in done.stdout
 
 
-class Mesh:
-    """The mesh of ``size`` processes as one of them sees it."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self.size, self.get_local_rank = lambda: size, lambda: rank
-
-
 def contexts(size: int) -> list[Context]:
-    mesh: Any = Mesh
-    return [Context(mesh(rank, size)) for rank in range(size)]
+    """Return what each of ``size`` processes sees of them."""
+    meshes: list[Any] = [SimpleNamespace(size=lambda: size, get_local_rank=lambda rank=rank: rank) for rank in range(size)]
+    return [Context(mesh) for mesh in meshes]
 
 
 @pytest.mark.parametrize("size", [2, 3, 8])
