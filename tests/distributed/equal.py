@@ -24,7 +24,7 @@ from minifoundation.train.kernels import Kernels, transformer_for
 from minifoundation.train.optimizer import adamw, optimizer_state, restore_optimizer
 from minifoundation.train.parallel import share_of, spread_over
 from minifoundation.train.state import Progress
-from minifoundation.train.step import StepStats, held_out_loss, train_step
+from minifoundation.train.step import StepStats, held_out_loss, settle, train_step
 
 STEPS, ROWS, LENGTH = 20, 4, 16
 EOS = 7
@@ -68,16 +68,20 @@ class Trained:
         return {weight: name for name, weight in self.transformer.named_parameters()}
 
     def steps(self, first: int, last: int, scaler: torch.amp.GradScaler | None = None) -> Iterator[tuple[float, ...]]:
+        scales = self.transformer.scales
         for step in range(first, last):
+            micro = batches(self.world, step, documents=self.run.data.mask_documents)
+            settle(self.model, scales, micro[0], tokens=2 * ROWS * LENGTH, world=self.world)
             stats: StepStats = train_step(
                 self.model,
                 self.optimizer,
                 scaler or torch.amp.GradScaler("cpu", enabled=False),
-                batches(self.world, step, documents=self.run.data.mask_documents),
+                micro,
                 lr=3e-3,
                 grad_clip=0.3,
                 tokens=2 * ROWS * LENGTH,
                 world=self.world,
+                scales=scales,
             )
             self.average.update(step + 1, stats.taken)
             yield tuple(stats.read()[:3])
