@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from minifoundation.distributed.world import World
@@ -65,8 +66,7 @@ def sharing_rows(world: World, size: int) -> World:
         processes = f"{world.size} processes" if world.size > 1 else "1 process"
         remedy = "start a multiple of it with torchrun --nproc_per_node, or choose one that divides them"
         raise UserError("train.context_parallel", f"{size}, and there {'are' if world.size > 1 else 'is'} {processes}", remedy)
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    mesh = init_device_mesh(device, (world.size // size, size), mesh_dim_names=("data", "context"))
-    return replace(world, context=Context(mesh["context"]))
+    mine, _ = dist.new_subgroups(group_size=size)  # with a communicator of its own: what is gathered does not queue behind gradients
+    return replace(world, context=Context(DeviceMesh.from_group(mine, "cuda" if torch.cuda.is_available() else "cpu")))
