@@ -123,7 +123,7 @@ if __name__ == "__main__":
                 world = sharing_rows(all_of_them, size)
                 ddp, fsdp = Split("ddp"), Split("fsdp", world.size)
                 equal_to_one(world, list(WAYS), [fsdp if size == 2 else ddp], steps=6)
-                equal_to_one(world, ["documents"], [ddp if size == 2 else fsdp], steps=20)
+                equal_to_one(world, ["documents"], [ddp, Split("hsdp", 2)] if size == 2 else [fsdp], steps=20)
                 goes_on_with_another_number(world, folder, steps=6)
                 held_out_is_that_of_one(world)
                 half_precision(world)
