@@ -12,7 +12,7 @@ from minifoundation.distributed import Split, World, spread
 from minifoundation.errors import UserError
 from minifoundation.model.training import TrainingModel
 from minifoundation.runtime import Machine
-from minifoundation.train.plan import USABLE_MEMORY, predicted_memory
+from minifoundation.train.plan import USABLE_MEMORY, predicted_memory, sharers
 
 
 def chosen_split(config: RunConfig, machine: Machine, world: World) -> Split:
@@ -83,11 +83,11 @@ def accumulated(config: RunConfig, world: World) -> RunConfig:
     rows = 1 if train.batch_size == "auto" else train.batch_size
     once = rows * train.seq_len * world.dp_size
     if train.tokens_per_step % once:
-        groups = f"{world.size} processes" if world.cp_size == 1 else f"{world.dp_size} groups of {world.cp_size} processes"
         near = max(1, round(train.tokens_per_step / once)) * once
         raise UserError(
             "train.tokens_per_step",
-            f"{train.tokens_per_step:,} is no multiple of {once:,} (batch_size {rows} x seq_len {train.seq_len} x {groups})",
+            f"{train.tokens_per_step:,} is no multiple of {once:,} "
+            f"(batch_size {rows} x seq_len {train.seq_len} x {sharers(config, world.size)})",
             f"set it to {near:,}, or choose another --batch_size or number of processes",
         )
     return config.model_copy(update={"train": train.model_copy(update={"grad_accum": train.tokens_per_step // once})})

@@ -62,7 +62,7 @@ def plan(config: RunConfig, world_size: int, split: Split = ALONE) -> Plan:
         raise UserError(
             "train.tokens",
             f"{train.tokens:,} is less than one step of {tokens:,} (batch_size {train.batch_size} x grad_accum {train.grad_accum} "
-            f"x seq_len {train.seq_len} x {_processes(config, world_size)})",
+            f"x seq_len {train.seq_len} x {sharers(config, world_size)})",
             "raise --tokens or lower --grad_accum",
         )
     alone = predicted_memory(config)  # a checkpoint holds all parts
@@ -110,8 +110,7 @@ def describe(config: RunConfig, plan: Plan, machine: Machine, world_size: int) -
     flops = plan.flops_per_token * plan.tokens
     heads = f"{model.n_head}/{model.n_kv_head} heads"
     shape = f"{model.n_layer} blocks x {model.d_model}, {heads}, d_ff {model.d_ff}, vocabulary {model.vocab_size:,}"
-    processes = _processes(config, world_size)
-    step = f"{train.batch_size} rows x {train.grad_accum} micro-batches x {train.seq_len} tokens x {processes}"
+    step = f"{train.batch_size} rows x {train.grad_accum} micro-batches x {train.seq_len} tokens x {sharers(config, world_size)}"
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.memory.items() if size)
     rows = {
         "model": f"{_millions(plan.parameters)} parameters: {shape}",
@@ -133,10 +132,13 @@ def describe(config: RunConfig, plan: Plan, machine: Machine, world_size: int) -
     return "\n".join(f"  {name:<8} {text}" for name, text in rows.items())
 
 
-def _processes(config: RunConfig, world_size: int) -> str:
+def sharers(config: RunConfig, world_size: int) -> str:
     """Return how many have rows of their own, in words."""
     together = config.train.context_parallel
-    return f"{world_size} processes" if together == 1 else f"{world_size // together} x {together} processes"
+    if together == 1:
+        return f"{world_size} processes"
+    groups = world_size // together
+    return f"{groups} group{'s' if groups > 1 else ''} of {together} processes"
 
 
 def _duration(seconds: float) -> str:
