@@ -239,3 +239,25 @@ def test_offsets_of_a_chunk_are_those_of_its_documents() -> None:
                     found.append(written_out(padded, *(x[:, c:d] for x in keys))[:, -(b - a) :])
             assert offsets[:, -1].tolist() == [B * (end - first), B * end]
             torch.testing.assert_close(torch.cat(found, 1)[0], whole[:, first:end].flatten(0, 1))
+
+
+def test_gradients_summed_over_parts_in_half_precision_are_as_exact_as_of_whole_rows() -> None:
+    """Each part rounds what it adds to the gradient of a key or a value: it has to add up to no more than what one kernel rounds."""
+    T = 256
+    torch.manual_seed(0)
+    q, k, v, weight = (torch.randn(1, T, n, 64, dtype=torch.float64) for n in (4, 1, 1, 4))
+
+    def gradients(dtype: torch.dtype, size: int) -> list[Tensor]:
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        total: list[Tensor] = [torch.zeros_like(x) for x in inputs]
+        for part in (Part(rank, size) for rank in range(size)):
+            places = torch.cat([torch.arange(first, end) for first, end in part.chunks(T)])
+            mask = rows_for("auto", torch.empty(1, T // size), part)
+            out = attend(inputs[0][:, places], inputs[1], inputs[2], "auto", mask)
+            parts = torch.autograd.grad((out * weight[:, places].to(dtype)).sum(), inputs)
+            total = [one + more for one, more in zip(total, parts, strict=True)]
+        return total
+
+    exact = gradients(torch.float64, 1)
+    one, eight = ([float((g - e).norm() / e.norm()) for g, e in zip(gradients(BF16, size), exact, strict=True)] for size in (1, 8))
+    assert all(several < 1.25 * alone for several, alone in zip(eight, one, strict=True)), (one, eight)
