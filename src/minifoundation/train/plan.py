@@ -49,6 +49,9 @@ class Plan:
 def plan(config: RunConfig, world_size: int, split: Split = ALONE) -> Plan:
     """Return the plan of a run; ``batch_size`` must be a number by now (see ``train.finder``), and ``grad_accum`` what is done.
 
+    Args:
+        world_size: processes, a multiple of ``context_parallel``.
+
     Raises:
         UserError: fewer tokens than one step takes.
     """
