@@ -128,6 +128,19 @@ def test_none_is_off_only_where_a_setting_can_be_off() -> None:
             {"train": {"precision": "fp8"}, "model": {"dropout": 0.1}},
             "a.yaml: model.dropout 0.1 cannot be had with train.precision fp8; set it to 0, or take bf16",
         ),
+        (
+            {"train": {"context_parallel": 3, "seq_len": 128}},
+            "a.yaml: train.seq_len 128 is no multiple of 6, as train.context_parallel 3 needs (two chunks of a row for each process); "
+            "set it to 126",
+        ),
+        (
+            {"train": {"context_parallel": 2, "precision": "fp8", "seq_len": 16}},
+            "a.yaml: train.seq_len 16 is no multiple of 32, as train.context_parallel 2 needs",
+        ),
+        (
+            {"train": {"context_parallel": 2}, "model": {"attention": "cudnn"}},
+            "a.yaml: model.attention cudnn cannot read a row in chunks, as train.context_parallel 2 does; take auto, flash4 or flash",
+        ),
         ({"model": 3}, "model: 3 is not valid; input should be a valid dictionary"),
     ],
 )

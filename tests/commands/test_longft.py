@@ -17,6 +17,7 @@ from minifoundation.data.shards import Shards
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.train.proof import material
 from minifoundation.train.reach import Ids
+from tests.distributed.processes import started, torchrun
 
 PRETRAIN = """
 model: {vocab_size: 512, d_model: 32, n_layer: 2, n_head: 4, n_kv_head: 2, d_ff: 64, original_seq_len: 64}
@@ -132,3 +133,22 @@ def test_a_mistake_is_one_line(pretrained: Path, capsys: pytest.CaptureFixture[s
     assert extend(pretrained, "wrong", *options) == 2
     assert re.match(rf"error: {message}", capsys.readouterr().err.splitlines()[-1])
     assert not (pretrained / "wrong" / "final.pth").exists()
+
+
+@pytest.mark.slow
+def test_rows_that_two_processes_read_together_extend_as_one(pretrained: Path) -> None:
+    """The same rows of long and packed documents, the same losses, and the proof by the first process."""
+    given = f"--ckpt_in {pretrained}/run/final.pth --seq_len 256 --batch_size 1 --tokens 2048 --proof_documents 3 --needles 1"
+    for out, launcher, sharing in (("alone", [], []), ("together", torchrun(2), ["--train.context_parallel", "2"])):
+        process = started(launcher, [*given.split(), "--out_dir", f"{pretrained}/{out}", *sharing], "longft")
+        printed, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, printed[-3000:]
+        assert printed.count("proof of ") == 1 and "rows begin with one of" in printed
+        assert ("2 read a row together, 128 tokens each" in printed) is (out == "together")
+    one, two = (table(pretrained / out / "metrics.csv") for out in ("alone", "together"))
+    assert len(one) == 8
+    for column in ("loss", "z_loss", "grad_norm"):
+        assert [float(row[column]) for row in two] == pytest.approx([float(row[column]) for row in one], rel=1e-4, abs=1e-6)
+    assert [row["tokens"] for row in one] == [row["tokens"] for row in two]
+    places = [[float(row["after"]) for row in table(pretrained / out / "loss_by_position.csv")] for out in ("alone", "together")]
+    assert places[1] == pytest.approx(places[0], abs=1e-4)

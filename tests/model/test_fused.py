@@ -232,6 +232,45 @@ def test_heads_are_gone_after_the_forward(checkpointing: str, qk_norm: bool, mon
     hidden.sum().backward()
 
 
+class Gathered:
+    """The context of rows that are here as a whole, in the order in which two chunks of them would lie; remembers what it gathers."""
+
+    size = 1
+
+    def __init__(self) -> None:
+        self.alive: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def chunks(self, seq_len: int) -> list[tuple[int, int]]:
+        return [(0, seq_len // 2), (seq_len // 2, seq_len)]
+
+    def gathered(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = torch.stack((k, v)).unbind()
+        self.alive.append(weakref.ref(keys.untyped_storage()))
+        return keys, values
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "attention", "offload", "full"])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_keys_and_values_of_whole_rows_are_gathered_again(checkpointing: str, qk_norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are gone after the forward, and the gradients are those of a model that reads whole rows."""
+    config = ModelConfig.model_validate({**SMALL, "qk_norm": qk_norm, "checkpointing": checkpointing})
+    context = Gathered()
+    model = Transformer(config, dtype=torch.float64, context=context).double()
+    model.initialise(0)
+    plain = Transformer(config, dtype=torch.float64).double()
+    plain.load_state_dict(model.state_dict())
+    for one in (plain, model):
+        monkeypatch.setattr(one, "copies", lambda _device: Aside())
+        by_hand(one, monkeypatch)
+    expected = result(plain)
+    hidden = model(TOKENS)
+    assert len(context.alive) == 2 and all(storage() is None for storage in context.alive)
+    hidden.mul(WEIGHTS).sum().backward()
+    assert len(context.alive) == 4 and all(storage() is None for storage in context.alive)
+    found = {"hidden": hidden.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+    assert largest_error(found, expected) < 1e-12
+
+
 def test_parts_of_a_row_are_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """In 8 bits too, where a scale must see the largest value of all parts."""
     found = []

@@ -166,3 +166,18 @@ def test_selective_checkpointing_of_a_billion_at_64k_is_within_32_gib() -> None:
     (line,) = (line for line in table.splitlines() if line.startswith("| all |"))
     shown = dict(zip(("none", "attention", "offload", "full"), line.split("|")[2:6], strict=True))
     assert {way: float(gib) for way, gib in shown.items()} == {way: round(gib, 1) for way, gib in needed.items()}
+
+
+def test_the_table_of_rows_that_several_read() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "long-context.md").read_text(encoding="utf-8")
+    lines = text.split("| tokens | none, 1 |")[1].split("\n\n")[0].splitlines()[2:]
+    settings = {"batch_size": 1, "grad_accum": 1, "precision": "bf16", "optimizer_states": "fp32", "ema": False, "loss_chunk": 8192}
+    assert len(lines) == 4
+    for line in lines:
+        tokens, *shown = (float(cell.replace(",", "")) for cell in line.strip("|").split("|"))
+        found = [
+            sum(memory_bytes(model, seq_len=int(tokens), context=size, buckets=size > 1, **settings).values()) / 2**30  # type: ignore[arg-type]
+            for model in (BILLION, BILLION.model_copy(update={"checkpointing": "attention"}))
+            for size in (1, 2, 4, 8)
+        ]
+        assert shown == [round(gib, 1) for gib in found]

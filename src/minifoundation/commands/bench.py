@@ -44,6 +44,9 @@ def bench(options: BenchOptions, values: dict[str, Any]) -> None:
     asked = config.build(RunConfig, settings, sources(options))
     if options.fit:
         figures = _what_fits(asked, options.fit)
+    elif asked.train.context_parallel > 1:
+        remedy = "leave it out, or give --fit (benchmarks/scaling.py measures several GPUs)"
+        raise UserError("train.context_parallel", f"{asked.train.context_parallel}, and bench measures one GPU", remedy)
     else:
         parameters = f"{capacity.billions(asked.model) * 1e3:,.1f}M parameters, {asked.train.precision}"
         click.echo(f"{machine.name}, torch {torch.__version__}: {parameters}{', compiled' if asked.train.compile else ''}")

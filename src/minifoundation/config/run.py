@@ -230,6 +230,12 @@ class TrainConfig(Settings):
         help="how several processes (torchrun) share the model: ddp has a copy on each, fsdp (FSDP2, arXiv:2304.11277) a part on each, "
         "hsdp a part on each of a node; auto is ddp where a copy fits the memory, else hsdp or fsdp",
     )
+    context_parallel: int = setting(
+        1,
+        ge=1,
+        help="processes that read a row together, each a part of its tokens and what is kept of them (arXiv:2407.21783, section 3.3.2): "
+        "for rows that one device cannot hold, or is too slow with",
+    )
     reduce_precision: Literal["fp32", "bf16"] = setting("fp32", help="dtype in which gradients travel between processes")
     rank_timeout: float = setting(
         45.0,
@@ -328,12 +334,27 @@ class RunConfig(Settings):
     def _consistent(self) -> Self:
         if self.train.precision == "fp8":
             self._fits_8_bits()
+        if self.train.context_parallel > 1:
+            self._shares_rows()
         if self.train.seq_len > self.model.max_seq_len:
             raise ValueError(
                 f"train.seq_len {self.train.seq_len} is longer than the model's {self.model.max_seq_len} "
                 "(model.original_seq_len x model.rope.factor); shorten it, or extend the model with longft"
             )
         return self
+
+    def _shares_rows(self) -> None:
+        processes, seq_len = self.train.context_parallel, self.train.seq_len
+        chunks = 2 * processes * (8 if self.train.precision == "fp8" else 1)
+        if seq_len % chunks:
+            raise ValueError(
+                f"train.seq_len {seq_len} is no multiple of {chunks}, as train.context_parallel {processes} needs "
+                f"(two chunks of a row for each process); set it to {max(1, round(seq_len / chunks)) * chunks}"
+            )
+        if self.model.attention == "cudnn":
+            raise ValueError(
+                f"model.attention cudnn cannot read a row in chunks, as train.context_parallel {processes} does; take auto, flash4 or flash"
+            )
 
     def _fits_8_bits(self) -> None:
         model, train = self.model, self.train

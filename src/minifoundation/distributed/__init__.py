@@ -1,5 +1,6 @@
 """These processes: who am I, how many are we, and what we compute together. Alone imports torch.distributed."""
 
+from minifoundation.distributed.context import Context, sharing_rows
 from minifoundation.distributed.split import Parallel, Split, local_gradients, spread
 from minifoundation.distributed.start import is_first_process, join
 from minifoundation.distributed.tensors import is_split, local, part_of, whole
@@ -7,6 +8,7 @@ from minifoundation.distributed.watch import Watch
 from minifoundation.distributed.world import World
 
 __all__ = [
+    "Context",
     "Parallel",
     "Split",
     "Watch",
@@ -17,6 +19,7 @@ __all__ = [
     "local",
     "local_gradients",
     "part_of",
+    "sharing_rows",
     "spread",
     "whole",
 ]
