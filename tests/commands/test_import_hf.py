@@ -25,7 +25,8 @@ from tests.export.test_reading import written
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hf")
-    written(folder, "qwen3", vocab_size=504, eos_token_id=0, pad_token_id=1, bos_token_id=None, tie_word_embeddings=True)
+    sizes = {"vocab_size": 504, "head_dim": 32}  # heads that are together wider than the model, as Qwen3-0.6B's
+    written(folder, "qwen3", **sizes, eos_token_id=0, pad_token_id=1, bos_token_id=None, tie_word_embeddings=True)
     return write_byte_level(folder)
 
 

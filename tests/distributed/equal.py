@@ -27,7 +27,7 @@ from minifoundation.train.state import Progress
 from minifoundation.train.step import StepStats, held_out_loss, train_step
 
 STEPS, ROWS, LENGTH = 20, 4, 16
-MODEL = {"d_model": 24, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_ff": 40, "vocab_size": 104, "original_seq_len": LENGTH}
+MODEL = {"d_model": 24, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "head_dim": 8, "d_ff": 40, "vocab_size": 104, "original_seq_len": LENGTH}
 
 
 def settings(**train: Any) -> RunConfig:

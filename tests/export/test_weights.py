@@ -28,8 +28,9 @@ def model(config: ModelConfig) -> Transformer:
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("tie", [False, True])
-def test_names_and_shapes_are_those_of_transformers_and_the_way_back_is_exact(qk_norm: bool, tie: bool) -> None:
-    config = tiny(qk_norm=qk_norm, tie_embeddings=tie)
+@pytest.mark.parametrize("head_dim", [None, 12])
+def test_names_and_shapes_are_those_of_transformers_and_the_way_back_is_exact(qk_norm: bool, tie: bool, head_dim: int | None) -> None:
+    config = tiny(qk_norm=qk_norm, tie_embeddings=tie, head_dim=head_dim)
     state = model(config).state_dict()
     hf = to_hf(config, state)
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config(config))).state_dict()

@@ -43,6 +43,7 @@ class ModelConfig(Settings):
     n_layer: int = setting(help="number of blocks", ge=1)
     n_head: int = setting(help="query heads", ge=1)
     n_kv_head: int = setting(help="key/value heads; fewer than n_head is grouped-query attention (arXiv:2305.13245)", ge=1)
+    head_dim: int | None = setting(None, ge=2, help="width of a head; default d_model/n_head [Qwen3-0.6B: 16 heads of 128 at d_model 1024]")
     d_ff: int = setting(help="inner width of SwiGLU (arXiv:2002.05202); 8/3 d_model keeps the size of a 4 d_model MLP", ge=8)
     original_seq_len: int = setting(4096, ge=8, help="context length before any RoPE scaling: the one pretraining uses")
     rope: RopeConfig = RopeConfig()
@@ -75,8 +76,8 @@ class ModelConfig(Settings):
     checkpoint_every: int = setting(1, ge=1, help="apply checkpointing to every k-th block")
 
     @property
-    def head_dim(self) -> int:
-        return self.d_model // self.n_head
+    def head_width(self) -> int:
+        return self.head_dim if self.head_dim is not None else self.d_model // self.n_head
 
     @property
     def max_seq_len(self) -> int:
@@ -89,10 +90,12 @@ class ModelConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.d_model % self.n_head:
-            raise ValueError(f"d_model {self.d_model} is not divisible by n_head {self.n_head}; choose n_head among its divisors")
-        if self.head_dim % 2:
-            raise ValueError(f"head width d_model/n_head = {self.head_dim} is odd; RoPE needs an even width")
+        if self.head_dim is None and self.d_model % self.n_head:
+            problem = f"d_model {self.d_model} is not divisible by n_head {self.n_head}"
+            raise ValueError(f"{problem}; choose n_head among its divisors, or set head_dim")
+        if self.head_width % 2:
+            which = "d_model/n_head" if self.head_dim is None else "head_dim"
+            raise ValueError(f"head width {which} = {self.head_width} is odd; RoPE needs an even width")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}; choose n_kv_head among its divisors")
         return self
@@ -339,6 +342,8 @@ class RunConfig(Settings):
         model, train = self.model, self.train
         widths = {
             "model.d_model": model.d_model,
+            "model.n_head x head width": model.n_head * model.head_width,
+            "(model.n_head + 2 n_kv_head) x head width": (model.n_head + 2 * model.n_kv_head) * model.head_width,
             "model.d_ff": model.d_ff,
             "model.vocab_size": model.vocab_size,
             "train.seq_len": train.seq_len,

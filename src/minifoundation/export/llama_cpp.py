@@ -96,8 +96,8 @@ def write_gguf(config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Toke
     writer.add_feed_forward_length(config.d_ff)
     writer.add_head_count(config.n_head)
     writer.add_head_count_kv(config.n_kv_head)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
+    writer.add_key_length(config.head_width)
+    writer.add_value_length(config.head_width)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     _add_rope(writer, config)
     _add_tokenizer(writer, tokenizer, config.vocab_size)
@@ -117,9 +117,9 @@ def _add_rope(writer: Any, config: ModelConfig) -> None:
     import gguf
 
     rope = config.rope
-    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_dimension_count(config.head_width)
     raised = rope.scaling in ("ntk", "theta")
-    writer.add_rope_freq_base(raised_theta(rope, config.head_dim, config.original_seq_len) if raised else rope.theta)
+    writer.add_rope_freq_base(raised_theta(rope, config.head_width, config.original_seq_len) if raised else rope.theta)
     match rope.scaling:
         case "linear":
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -194,7 +194,7 @@ def _tensors(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, npt.
     for name, value in to_hf(config, state).items():
         tensor = value.detach().float().cpu()
         if not config.qk_norm and ("q_proj" in name or "k_proj" in name):
-            tensor = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+            tensor = tensor.unflatten(0, (-1, 2, config.head_width // 2)).transpose(1, 2).flatten(0, 2)
         theirs = names.get_name(name, try_suffixes=(".weight",))
         assert theirs is not None, name
         found[theirs] = tensor.contiguous().numpy()

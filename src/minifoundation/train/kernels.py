@@ -155,7 +155,7 @@ def _milliseconds(kernel: Backend, config: RunConfig, machine: Machine) -> float
     dtype, device = runtime.compute_dtype(train.precision, machine), machine.device
     shape = (train.batch_size, train.seq_len)
     heads = (model.n_head, model.n_kv_head, model.n_kv_head)
-    q, k, v = (torch.randn(*shape, n, model.head_dim, device=device, dtype=dtype).requires_grad_() for n in heads)
+    q, k, v = (torch.randn(*shape, n, model.head_width, device=device, dtype=dtype).requires_grad_() for n in heads)
     d_out = torch.randn_like(q)
     mask = rows_for(kernel, torch.empty(shape, device=device))
     if config.data.mask_documents:
@@ -181,7 +181,7 @@ def _situation(config: RunConfig, machine: Machine) -> _Situation:
     """Return what decides which kernels can run."""
     return {
         "dtype": runtime.compute_dtype(config.train.precision, machine),
-        "head_dim": config.model.head_dim,
+        "head_dim": config.model.head_width,
         "capability": machine.capability,
         "masked": config.data.mask_documents,
     }
