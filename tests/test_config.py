@@ -120,6 +120,23 @@ def test_none_is_off_only_where_a_setting_can_be_off() -> None:
         ),
         ({"data": {"min_tokens": 1}}, "data.min_tokens: must be at least 2, auto or none; correct it"),
         ({"model": {"rope": {"scaling": "yarn", "beta_fast": 1}}}, "model.rope: beta_fast 1 must be larger than beta_slow 1; correct it"),
+        (
+            {"model": {"rope": {"scaling": "llama3", "high_freq_factor": 1}}},
+            "model.rope: high_freq_factor 1 must be larger than low_freq_factor 1; correct it",
+        ),
+        (
+            {"model": {"rope": {"scaling": "yarn", "max_seq_len": 512}}},
+            "model.rope: max_seq_len 512 with scaling yarn, of which the factor says it; leave it out",
+        ),
+        (
+            {"model": {"rope": {"scaling": "llama3", "max_seq_len": 96}}},
+            "model: rope.max_seq_len 96 is shorter than original_seq_len 128; leave it out, or correct one of them",
+        ),
+        (
+            {"model": {"rope": {"scaling": "llama3", "factor": 32, "max_seq_len": 192}}, "train": {"seq_len": 256}},
+            "a.yaml: train.seq_len 256 is longer than the model's 192 (model.rope.max_seq_len); "
+            "shorten it, or extend the model with longft",
+        ),
         ({"train": {"tokens": "many"}}, "train.tokens: 'many' is not valid; input should be a valid integer"),
         ({"train": {"tokens": 0}}, "train.tokens: 0 is not valid; input should be greater than or equal to 1"),
         ({"train": {"lr": float("nan")}}, "train.lr: nan is not valid; input should be a finite number"),

@@ -32,6 +32,14 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "none": {"rope_type": "default", "rope_theta": 5e5},
     "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
     "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32, "beta_fast": 16.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 32.0,
+        "original_max_position_embeddings": 16,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
 }
 
 
@@ -72,10 +80,12 @@ def test_many_files_are_read_like_one(tmp_path: Path) -> None:
     assert reading.state_of(config, tmp_path).keys() == Transformer(config).state_dict().keys()
 
 
-@pytest.mark.parametrize("scaling", ["none", "linear", "ntk", "yarn"])
+@pytest.mark.parametrize("scaling", ["none", "linear", "ntk", "yarn", "llama3"])
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_an_export_is_read_back_with_its_settings(scaling: str, qk_norm: bool, tmp_path: Path) -> None:
     rope = RopeConfig.model_validate({"scaling": scaling, "factor": 1 if scaling == "none" else 4, "theta": 2e4})
+    if scaling == "llama3" and qk_norm:
+        rope = RopeConfig(scaling="llama3", factor=8, theta=2e4, low_freq_factor=0.5, high_freq_factor=3, max_seq_len=128)
     sizes = {"vocab_size": 96, "d_model": 32, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_ff": 48, "original_seq_len": 32}
     more = {"qk_norm": qk_norm, "tie_embeddings": not qk_norm, "norm_eps": 1e-6, "head_dim": 16 if qk_norm else None}
     config = ModelConfig.model_validate(sizes | {"rope": rope} | more)

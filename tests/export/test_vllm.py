@@ -16,7 +16,7 @@ pytest.importorskip("vllm")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scaling", ["none", "linear", "ntk", "yarn"])
+@pytest.mark.parametrize("scaling", ["none", "linear", "ntk", "yarn", "llama3"])
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_vllm_reads_the_architecture_and_turns_by_the_same_angles(scaling: str, qk_norm: bool, tmp_path: Path) -> None:
     from vllm.config import VllmConfig, set_current_vllm_config

@@ -15,10 +15,10 @@ class RopeConfig(Settings):
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and its scaling to longer contexts."""
 
     theta: float = setting(10_000.0, gt=1, help="base of the frequencies [RoFormer, Llama 2: 10,000]")
-    scaling: Literal["none", "linear", "ntk", "yarn", "theta"] = setting(
+    scaling: Literal["none", "linear", "ntk", "yarn", "theta", "llama3"] = setting(
         "none",
         help="linear: position interpolation (arXiv:2306.15595); ntk: static NTK-aware base change; yarn: arXiv:2309.00071; "
-        "theta: a larger base, by the rule of arXiv:2310.05209 (docs/long-context.md)",
+        "theta: a larger base, by the rule of arXiv:2310.05209; llama3: that of Llama 3.1 and 3.2 (docs/long-context.md)",
     )
     factor: float = setting(
         1.0,
@@ -27,11 +27,26 @@ class RopeConfig(Settings):
     )
     beta_fast: float = setting(32.0, gt=0, help="YaRN: rotations over the original length above which nothing is scaled")
     beta_slow: float = setting(1.0, gt=0, help="YaRN: rotations below which a frequency is fully interpolated")
+    low_freq_factor: float = setting(
+        1.0, gt=0, help="llama3: rotations over the original length below which a frequency is divided by the factor [Llama 3.1: 1]"
+    )
+    high_freq_factor: float = setting(4.0, gt=0, help="llama3: rotations above which it stays as it is [Llama 3.1: 4]")
+    max_seq_len: int | None = setting(
+        None,
+        ge=8,
+        help="llama3: tokens of context that are reached, where the factor does not say it [Llama 3.1 and 3.2: 131,072 from 8,192, "
+        "by factors of 8 and 32]",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.beta_fast <= self.beta_slow:
             raise ValueError(f"beta_fast {self.beta_fast:g} must be larger than beta_slow {self.beta_slow:g}")
+        if self.high_freq_factor <= self.low_freq_factor:
+            problem = f"high_freq_factor {self.high_freq_factor:g} must be larger than low_freq_factor {self.low_freq_factor:g}"
+            raise ValueError(problem)
+        if self.max_seq_len is not None and self.scaling != "llama3":
+            raise ValueError(f"max_seq_len {self.max_seq_len} with scaling {self.scaling}, of which the factor says it; leave it out")
         return self
 
 
@@ -82,7 +97,8 @@ class ModelConfig(Settings):
     @property
     def max_seq_len(self) -> int:
         """Tokens of context the RoPE settings reach."""
-        return math.floor(self.original_seq_len * self.rope.factor)
+        stated = self.rope.max_seq_len
+        return stated if stated is not None else math.floor(self.original_seq_len * self.rope.factor)
 
     @property
     def weight_std(self) -> float:
@@ -98,6 +114,9 @@ class ModelConfig(Settings):
             raise ValueError(f"head width {which} = {self.head_width} is odd; RoPE needs an even width")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}; choose n_kv_head among its divisors")
+        if self.max_seq_len < self.original_seq_len:
+            problem = f"rope.max_seq_len {self.max_seq_len} is shorter than original_seq_len {self.original_seq_len}"
+            raise ValueError(f"{problem}; leave it out, or correct one of them")
         return self
 
 
@@ -334,9 +353,13 @@ class RunConfig(Settings):
         if self.train.seq_len > self.model.max_seq_len:
             raise ValueError(
                 f"train.seq_len {self.train.seq_len} is longer than the model's {self.model.max_seq_len} "
-                "(model.original_seq_len x model.rope.factor); shorten it, or extend the model with longft"
+                f"({self._reach}); shorten it, or extend the model with longft"
             )
         return self
+
+    @property
+    def _reach(self) -> str:
+        return "model.original_seq_len x model.rope.factor" if self.model.rope.max_seq_len is None else "model.rope.max_seq_len"
 
     def _fits_8_bits(self) -> None:
         model, train = self.model, self.train

@@ -23,7 +23,7 @@ from minifoundation.data.tokenizer import CHUNK_CHARS, SPACE, SentencePiece, Tok
 from minifoundation.errors import UserError
 from minifoundation.export.verify import RANDOM_LAYERS, SEED, Check, Parity, random_state
 from minifoundation.export.weights import to_hf
-from minifoundation.model.rope import raised_theta
+from minifoundation.model.rope import raised_theta, rope_frequencies
 from minifoundation.model.transformer import Transformer
 
 Kind = Literal["f32", "f16", "q8_0"]
@@ -62,6 +62,13 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
             if _cuts(tokenizer) not in PRE_TOKENIZERS:
                 problem = f"llama.cpp has no name for how the tokenizer ({tokenizer.kind}) cuts text"
                 raise UserError("--gguf", problem, "leave --gguf away")
+
+
+def check_model(config: ModelConfig) -> None:
+    """Raise a UserError for a model that llama.cpp would compute otherwise."""
+    if config.qk_norm and config.rope.scaling == "llama3":
+        problem = "model.rope.scaling is llama3, which llama.cpp does not compute in models with QK-norm"
+        raise UserError("--gguf", problem, "leave --gguf away")
 
 
 def _cuts(tokenizer: FastTokenizer) -> tuple[str, ...]:
@@ -107,6 +114,12 @@ def write_gguf(config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Toke
             writer.add_tensor(name, tensor)
         else:
             writer.add_tensor(name, gguf.quantize(tensor, type_of), raw_dtype=type_of)
+    if config.rope.scaling == "llama3":  # llama.cpp has no name for it, and divides the plain frequencies by these
+        plain, scaled = (
+            rope_frequencies(rope, config.head_width, config.original_seq_len)[0]
+            for rope in (config.rope.model_copy(update={"scaling": "none"}), config.rope)
+        )
+        writer.add_tensor("rope_freqs.weight", (plain / scaled).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -109,9 +109,16 @@ def _rope(hf: Any, path: Path) -> dict[str, Any]:
             else:
                 betas = {"beta_fast": rope.get("beta_fast") or 32.0, "beta_slow": rope.get("beta_slow") or 1.0}
                 return {"rope": {"theta": theta, "scaling": "yarn", "factor": factor, **betas}, "original_seq_len": original or length}
+        case "llama3":
+            original = original or length
+            bands = {"low_freq_factor": rope["low_freq_factor"], "high_freq_factor": rope["high_freq_factor"]}
+            reach = {} if length == math.floor(original * factor) else {"max_seq_len": length}
+            return {"rope": {"theta": theta, "scaling": "llama3", "factor": factor, **bands, **reach}, "original_seq_len": original}
         case other:
             fault = f"rope_type {other}"
-    raise UserError(str(path), f"its RoPE has {fault}, which this program does not compute", "default, linear and yarn can be imported")
+    raise UserError(
+        str(path), f"its RoPE has {fault}, which this program does not compute", "default, linear, yarn and llama3 can be imported"
+    )
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

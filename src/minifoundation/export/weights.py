@@ -116,6 +116,15 @@ def _rope_parameters(config: ModelConfig) -> dict[str, Any]:
                 "beta_fast": rope.beta_fast,
                 "beta_slow": rope.beta_slow,
             }
+        case "llama3":
+            return {
+                "rope_type": "llama3",
+                "rope_theta": rope.theta,
+                "factor": rope.factor,
+                "original_max_position_embeddings": config.original_seq_len,
+                "low_freq_factor": rope.low_freq_factor,
+                "high_freq_factor": rope.high_freq_factor,
+            }
 
 
 def token_ids(special: Special) -> dict[str, int | None]:
