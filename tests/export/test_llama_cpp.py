@@ -133,7 +133,7 @@ def test_a_tokenizer_that_llama_cpp_reads_otherwise_is_refused(tmp_path: Path) -
 
 def test_llama3_scaling_is_in_factors_of_the_frequencies_and_refused_where_they_are_not_read(pieces: SentencePiece, tmp_path: Path) -> None:
     config = tiny(rope=RopeConfig(scaling="llama3", factor=4, max_seq_len=128))
-    llama_cpp.check_model(config)
+    llama_cpp.check_model(config, ["f16"])
     llama_cpp.write_gguf(config, weights(config), pieces, tmp_path / "model.gguf", "q8_0")
     fields, tensors = read(tmp_path / "model.gguf")
     assert fields["llama.context_length"] == 128 and "llama.rope.scaling.type" not in fields
@@ -142,7 +142,14 @@ def test_llama3_scaling_is_in_factors_of_the_frequencies_and_refused_where_they_
     expected = 1 / (1 / 4 + (1 - 1 / 4) * np.clip((turns - 1) / 3, 0, 1))
     assert np.allclose(factors, expected, rtol=1e-5) and factors[0] == 1 and factors[-1] == 4 and 1 < factors[2] < 4
     with pytest.raises(UserError, match=r"model.rope.scaling is llama3, which llama.cpp does not compute in models with QK-norm; leave"):
-        llama_cpp.check_model(config.model_copy(update={"qk_norm": True}))
+        llama_cpp.check_model(config.model_copy(update={"qk_norm": True}), ["f16"])
+
+
+def test_widths_that_a_file_in_8_bits_cannot_hold_are_refused() -> None:
+    llama_cpp.check_model(tiny(head_dim=12), ["f16"])
+    llama_cpp.check_model(tiny(head_dim=24), ["f16", "q8_0"])
+    with pytest.raises(UserError, match=r"q8_0 keeps numbers in blocks of 32, of which model.n_head x head width 48 is no multiple; take"):
+        llama_cpp.check_model(tiny(head_dim=12), ["f16", "q8_0"])
 
 
 def compared(config: ModelConfig, tokenizer: Tokenizer, folder: Path, kind: llama_cpp.Kind = "f16") -> list[str]:

@@ -7,7 +7,7 @@ compared in float32 and with random weights (as in ``verify``), closely; the fil
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -31,6 +31,7 @@ Kind = Literal["f32", "f16", "q8_0"]
 TOLERANCES = {"f32": 1e-3, "f16": 1e-4, "q8_0": 3e-2}
 """In float32: the largest difference of a logit, in standard deviations of the logits. Otherwise: the mean over the places of the
 Kullback-Leibler divergence of the next token, in nats; products of 8 bits move single logits far (docs/exports.md)."""
+Q8_0_BLOCK = 32
 ROW = 256
 STEPS = 8
 """Tokens at the end of a row that are given one by one, from the cache of keys and values."""
@@ -64,11 +65,20 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
                 raise UserError("--gguf", problem, "leave --gguf away")
 
 
-def check_model(config: ModelConfig) -> None:
-    """Raise a UserError for a model that llama.cpp would compute otherwise."""
+def check_model(config: ModelConfig, kinds: Iterable[Kind]) -> None:
+    """Raise a UserError for a model that llama.cpp would compute otherwise, or that a file of one of ``kinds`` cannot hold."""
     if config.qk_norm and config.rope.scaling == "llama3":
         problem = "model.rope.scaling is llama3, which llama.cpp does not compute in models with QK-norm"
         raise UserError("--gguf", problem, "leave --gguf away")
+    widths = {
+        "model.d_model": config.d_model,
+        "model.n_head x head width": config.n_head * config.head_width,
+        "model.d_ff": config.d_ff,
+    }
+    for name, width in widths.items():
+        if "q8_0" in kinds and width % Q8_0_BLOCK:
+            problem = f"q8_0 keeps numbers in blocks of {Q8_0_BLOCK}, of which {name} {width} is no multiple"
+            raise UserError("--gguf", problem, "take f16")
 
 
 def _cuts(tokenizer: FastTokenizer) -> tuple[str, ...]:
