@@ -61,6 +61,16 @@ def test_several_processes_make_the_bytes_of_one(size: int, options: list[str], 
     assert printed.count("the end of the corpus") == 1 and made(tmp_path) == alone
 
 
+def test_processes_that_nobody_watches_make_them_too(options: list[str], alone: dict[str, bytes], tmp_path: Path) -> None:
+    """Without torchrun, as under srun: the first process holds the table, and must not leave before the others."""
+    variables = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = ({**variables, "RANK": rank, "LOCAL_RANK": rank} for rank in "01")
+    processes = [started([], [*options, *places(tmp_path)], "prepare", **each) for each in ranks]
+    printed = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert made(tmp_path) == alone and "Traceback" not in "".join(printed)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_is_started_again_and_goes_on(rank: int, options: list[str], alone: dict[str, bytes], tmp_path: Path) -> None:
     process = started(torchrun(2, "--max_restarts", "1"), [*options, *places(tmp_path)], "prepare")

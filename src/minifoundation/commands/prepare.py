@@ -99,6 +99,7 @@ def _together(options: PrepareOptions, chosen: PrepareConfig) -> None:
             if not world.is_first:
                 helper.serve(leave)
             world.agreed(make)
+            world.wait()  # the first process may hold the table itself
 
 
 def _share(folder: Path, world: World) -> None:
