@@ -200,7 +200,7 @@ def saves(size: str, work: Path, *, quick: bool) -> dict[str, Any]:
     plain = statistics.median(timed(4, save=False)[0])
     first = timed(2, save=True)[1]
     saving.finish()
-    runs = [timed(3 if quick else 7, save=True) for _ in range(1 if quick else 2)]
+    runs = [timed(3 if quick else 7, save=True) for _ in range(1 if quick else 4)]
     saving.finish()
     where.synchronize()
     extra = [sum(seconds) - plain * len(seconds) for seconds, _, _ in runs]
@@ -219,10 +219,10 @@ def saves(size: str, work: Path, *, quick: bool) -> dict[str, Any]:
         "steps_while_writing_ms": [[round(1e3 * value, 2) for value in seconds[1:]] for seconds, _, _ in runs],
         "host_in_save_ms": [round(1e3 * host, 2) for _, host, _ in runs],
         "first_save_host_seconds": round(first, 3),
-        "stall_ms": round(1e3 * max(seconds[0] - plain for seconds, _, _ in runs), 2),
+        "stall_ms": round(1e3 * statistics.median(seconds[0] - plain for seconds, _, _ in runs), 2),
         "written_after_seconds": [round(written, 2) for _, _, written in runs],
         "write_gib_per_second": round(n_bytes / GIB / min(written for _, _, written in runs), 3),
-        "cost_every_100_steps": round(max(extra) / (100 * plain), 5),
+        "cost_every_100_steps": round(statistics.median(extra) / (100 * plain), 5),
         "synchronous_save_seconds": round(synchronous, 2),
         "synchronous_cost_every_100_steps": round(synchronous / (100 * plain), 4),
         "said": said,

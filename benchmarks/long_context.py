@@ -299,8 +299,18 @@ class Recall(NamedTuple):
     extension_tokens: int = 16_000_000
     text_tokens: int = 16_000_000
     """Of each length at most; read several times."""
+    dense: float = 0.5
+    """Share of the texts of the original length that say hardly anything but facts."""
     lr: float = 1e-3
+    extension_lr: float = 5e-4
     tries: int = 10
+
+
+def secret(random: Random) -> int:
+    """Return a number of five digits, half the time of only two or three different ones: then one digit does not tell the next."""
+    digits = "0123456789" if random.random() < 0.5 else random.sample("0123456789", random.randint(2, 3))
+    first = random.choice([digit for digit in digits if digit != "0"])
+    return int(first + "".join(random.choices(digits, k=4)))
 
 
 def told(random: Random, n_words: int, *, dense: bool) -> str:
@@ -310,13 +320,13 @@ def told(random: Random, n_words: int, *, dense: bool) -> str:
         dense: hardly anything else is said, so that looking up is learnt soon; else there are few facts, far apart.
     """
     if random.random() < 0.25:
-        key = random.randint(10_000, 99_999)
+        key = secret(random)
         asked = [f"\nWhat is the pass key? The pass key is {key}.\n"] * random.randint(1, 3)
         facts = [f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n", *asked]
         filler = [NOISE] * (n_words // 18)
     else:
         names = random.sample(PLACES, min(len(PLACES), max(2, n_words // (32 if dense else 64))))
-        facts = [f"\nThe secret number of {name} is {random.randint(10_000, 99_999)}.\n" for name in names]
+        facts = [f"\nThe secret number of {name} is {secret(random)}.\n" for name in names]
         facts = random.choices(facts, k=4 * len(facts)) if dense else facts * 2
         random.shuffle(facts)
         filler = [word + " " for word in random.choices(WORDS.split(), k=max(8, n_words - 8 * len(facts)))]
@@ -343,7 +353,7 @@ def recall(options: argparse.Namespace) -> dict[str, Any]:
         (folder / "plain.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in plain))
         for length, tokens in [(sizes.original, sizes.tokens), *((length, sizes.extension_tokens) for length in sizes.lengths)]:
             texts = (
-                told(random, random.randint(length // 4, length // 2), dense=length == sizes.original)
+                told(random, random.randint(length // 4, length // 2), dense=length == sizes.original and random.random() < sizes.dense)
                 for _ in range(max(64, min(tokens, sizes.text_tokens) // (length // 2)))
             )
             (folder / f"{length}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -386,7 +396,14 @@ def recall(options: argparse.Namespace) -> dict[str, Any]:
                 "--seq_len",
                 length,
             ]
-            line += ["--batch_size", max(1, (16_384 if cuda else 4096) // length), "--tokens", sizes.extension_tokens, "--lr", sizes.lr / 4]
+            line += [
+                "--batch_size",
+                max(1, (16_384 if cuda else 4096) // length),
+                "--tokens",
+                sizes.extension_tokens,
+                "--lr",
+                sizes.extension_lr,
+            ]
             command(
                 *line,
                 "--needles",

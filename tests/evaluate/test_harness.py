@@ -49,6 +49,29 @@ def test_log_likelihoods_equal_the_plain_forward(tiny: Model, tiny_folder: Path)
                 assert response[0][0] == pytest.approx(log_likelihood(tiny_folder, context, continuation), abs=2e-4)
 
 
+def test_templates_are_compiled_and_data_sets_processed_once(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import lm_eval.utils
+
+    environment, compiled, processed = lm_eval.utils.env, list[str](), list[datasets.Dataset]()
+    compile_template, processing = environment.compile, datasets.Dataset.map
+
+    def counted(source: str, *rest: Any, **options: Any) -> Any:
+        compiled.append(source)
+        return compile_template(source, *rest, **options)
+
+    def counted_processing(data: datasets.Dataset, *rest: Any, **options: Any) -> Any:
+        processed.append(data)
+        return processing(data, *rest, **options)
+
+    monkeypatch.setattr(environment, "compile", counted)
+    monkeypatch.setattr(datasets.Dataset, "map", counted_processing)
+    evaluated(tiny, "hellaswag:0", limit=8)
+    assert len(processed) == 1
+    assert all(compiled.count(template) <= 2 for template in compiled), "where a task is built, and where it is evaluated"
+    assert "from_string" not in vars(environment), "nothing of it stays in lm-eval"
+
+
 def test_accuracies_and_standard_error_by_hand(tiny: Model) -> None:
     (outcome,) = evaluated(tiny, "arc_easy")
     samples = outcome.samples["arc_easy"]
