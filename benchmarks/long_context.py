@@ -295,14 +295,13 @@ class Recall(NamedTuple):
     d_model: int = 256
     n_layer: int = 4
     vocabulary: int = 512
-    tokens: int = 64_000_000
-    extension_tokens: int = 16_000_000
+    tokens: int = 48_000_000
+    extension_tokens: int = 32_000_000
     text_tokens: int = 16_000_000
     """Of each length at most; read several times."""
-    dense: float = 0.5
-    """Share of the texts of the original length that say hardly anything but facts."""
     lr: float = 1e-3
-    extension_lr: float = 5e-4
+    extension_lr: float = 1e-3
+    scaling: str = "yarn"
     tries: int = 10
 
 
@@ -313,11 +312,11 @@ def secret(random: Random) -> int:
     return int(first + "".join(random.choices(digits, k=4)))
 
 
-def told(random: Random, n_words: int, *, dense: bool) -> str:
+def told(random: Random, n_words: int) -> str:
     """Return a text of about ``n_words`` words in which facts are told and, anywhere after that, told again: sentences of the needles.
 
-    Args:
-        dense: hardly anything else is said, so that looking up is learnt soon; else there are few facts, far apart.
+    How many there are differs by orders of magnitude: where hardly anything else is said looking up is learnt soon, and only a lone fact
+    among all the words of a row is what a needle will be.
     """
     if random.random() < 0.25:
         key = secret(random)
@@ -325,11 +324,12 @@ def told(random: Random, n_words: int, *, dense: bool) -> str:
         facts = [f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n", *asked]
         filler = [NOISE] * (n_words // 18)
     else:
-        names = random.sample(PLACES, min(len(PLACES), max(2, n_words // (32 if dense else 64))))
-        facts = [f"\nThe secret number of {name} is {secret(random)}.\n" for name in names]
-        facts = random.choices(facts, k=4 * len(facts)) if dense else facts * 2
+        count = round(2 * max(1.0, n_words / 20) ** random.random())
+        names = random.sample(PLACES, random.randint(1, min(len(PLACES), count // 2)))
+        once = [f"\nThe secret number of {name} is {secret(random)}.\n" for name in names]
+        facts = [*once, *once, *random.choices(once, k=count - 2 * len(once))]
         random.shuffle(facts)
-        filler = [word + " " for word in random.choices(WORDS.split(), k=max(8, n_words - 8 * len(facts)))]
+        filler = [word + " " for word in random.choices(WORDS.split(), k=max(8, n_words - 8 * count))]
     places = sorted(random.randint(0, len(filler)) for _ in facts)
     parts, at = [], 0
     for place, fact in zip(places, facts, strict=True):
@@ -353,7 +353,7 @@ def recall(options: argparse.Namespace) -> dict[str, Any]:
         (folder / "plain.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in plain))
         for length, tokens in [(sizes.original, sizes.tokens), *((length, sizes.extension_tokens) for length in sizes.lengths)]:
             texts = (
-                told(random, random.randint(length // 4, length // 2), dense=length == sizes.original and random.random() < sizes.dense)
+                told(random, random.randint(length // 4, 3 * length // 4))
                 for _ in range(max(64, min(tokens, sizes.text_tokens) // (length // 2)))
             )
             (folder / f"{length}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
