@@ -12,6 +12,8 @@ import torch
 
 from minifoundation import cli
 from minifoundation.checkpoint import load_checkpoint
+from minifoundation.commands.longft import reaching
+from minifoundation.config import ModelConfig, RopeConfig
 from minifoundation.data.prepare import shards_folder
 from minifoundation.data.shards import Shards
 from minifoundation.data.tokenizer import Tokenizer
@@ -98,6 +100,15 @@ def test_scaling_by_name_counts_from_the_original_length(pretrained: Path) -> No
     rope = load_checkpoint(pretrained / "second" / "final.pth").config.model.rope
     assert (rope.scaling, rope.factor, rope.theta) == ("theta", 8.0, 10_000.0)
     assert extend(pretrained, "none", "--model.rope.scaling", "none", *quick) == 0
+
+
+def test_a_factor_that_is_no_ratio_of_lengths_grows_as_the_length_does() -> None:
+    sizes = {"d_model": 64, "n_layer": 1, "n_head": 4, "n_kv_head": 2, "d_ff": 96, "original_seq_len": 8192}
+    llama = ModelConfig.model_validate(sizes | {"rope": RopeConfig(scaling="llama3", factor=32, max_seq_len=131_072)})
+    assert reaching(262_144, llama) == {"factor": 64.0, "max_seq_len": 262_144}
+    assert reaching(131_072, llama) == {"factor": 32.0, "max_seq_len": 131_072}
+    ours = ModelConfig.model_validate(sizes | {"rope": RopeConfig(scaling="llama3", factor=4)})
+    assert reaching(65_536, ours) == {"factor": 8}
 
 
 def test_moments_begin_anew_or_go_on(pretrained: Path) -> None:

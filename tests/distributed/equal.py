@@ -29,7 +29,7 @@ from minifoundation.train.step import StepStats, held_out_loss, settle, train_st
 STEPS, ROWS, LENGTH = 20, 4, 16
 EOS = 7
 """A token that ends a document where attention stays within them: one in a hundred."""
-MODEL = {"d_model": 24, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_ff": 40, "vocab_size": 104, "original_seq_len": LENGTH}
+MODEL = {"d_model": 24, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "head_dim": 8, "d_ff": 40, "vocab_size": 104, "original_seq_len": LENGTH}
 
 
 def settings(*, model: dict[str, Any] | None = None, mask_documents: bool = False, **train: Any) -> RunConfig:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from minifoundation.checkpoint import fault, load_checkpoint
-from tests.distributed.processes import losses, of_rank, settings, started, torchrun, train, until, workers
+from tests.distributed.processes import free_port, losses, node, of_rank, settings, started, torchrun, train, until, workers
 
 pytestmark = pytest.mark.slow
 
@@ -127,18 +127,6 @@ def test_a_killed_process_is_started_again_and_the_run_is_the_same_bit_for_bit(t
     assert len(json.loads((run / "run.json").read_text())["starts"]) == 2
     assert losses(run) == losses(tmp_path / "whole")
     weights_close(tmp_path / "whole", run, 0.0)
-
-
-def free_port() -> int:
-    with socket.socket() as here:
-        here.bind(("127.0.0.1", 0))
-        return int(here.getsockname()[1])
-
-
-def node(port: int, number: int, *more: str) -> list[str]:
-    """Return the launcher of one of two nodes of two processes each, that meet on the loopback device."""
-    endpoint = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "test", "--local_addr", "127.0.0.1"]
-    return torchrun(2, "--nnodes", "2", "--rdzv_conf", f"is_host={int(number == 0)}", *endpoint, *more)
 
 
 REPLACED = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}

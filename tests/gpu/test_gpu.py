@@ -225,11 +225,20 @@ def test_training_in_half_precision_follows_fp32_on_the_cpu() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"qk_norm": True}, {"tie_embeddings": False}, {"attention": "cudnn"}, {"attention": "flex"}, {"attention": "flash4"}],
+    [
+        {"qk_norm": True},
+        {"qk_norm": True, "head_dim": 128},
+        {"head_dim": 32, "attention": "flex"},
+        {"tie_embeddings": False},
+        {"attention": "cudnn"},
+        {"attention": "flex"},
+        {"attention": "flash4"},
+    ],
     ids=str,
 )
 def test_every_layout_of_the_model_trains_like_fp32_on_the_cpu(changes: dict[str, Any]) -> None:
-    _, warning = resolve(changes.get("attention", "auto"), "cuda", head_dim=64, capability=torch.cuda.get_device_capability())
+    head_dim = changes.get("head_dim", 64)
+    _, warning = resolve(changes.get("attention", "auto"), "cuda", head_dim=head_dim, capability=torch.cuda.get_device_capability())
     if warning:
         pytest.skip(warning)
     exact = losses("cpu", torch.float32, compile=False, **changes)
@@ -416,12 +425,14 @@ def test_a_run_with_8_bit_moments_is_resumed(tmp_path: Path, monkeypatch: pytest
     assert path is not None and load_checkpoint(path).progress["step"] == 20
 
 
-def test_a_run_in_8_bits_follows_bf16(tmp_path: Path) -> None:
+@pytest.mark.parametrize("head_dim", [None, 128])
+def test_a_run_in_8_bits_follows_bf16(tmp_path: Path, head_dim: int | None) -> None:
     if obstacle := runtime.fp8_obstacle(runtime.machine()):
         pytest.skip(obstacle)
     bits = {}
     for precision in ("bf16", "fp8"):
-        path = run(run_config(tmp_path / precision, train={"precision": precision, "eval_every": 20}), resume=None, dry_run=False)
+        settings = run_config(tmp_path / precision, train={"precision": precision, "eval_every": 20}, model={"head_dim": head_dim})
+        path = run(settings, resume=None, dry_run=False)
         assert path is not None
         found = load_checkpoint(path)
         bits[precision] = found.progress["held_out_bits_per_byte"]

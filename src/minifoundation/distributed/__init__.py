@@ -4,7 +4,7 @@ from minifoundation.distributed.context import Context, sharing_rows
 from minifoundation.distributed.split import Parallel, Split, local_gradients, spread
 from minifoundation.distributed.start import is_first_process, join
 from minifoundation.distributed.tensors import is_split, local, part_of, whole
-from minifoundation.distributed.watch import Watch
+from minifoundation.distributed.watch import Watch, leave
 from minifoundation.distributed.world import World
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "is_first_process",
     "is_split",
     "join",
+    "leave",
     "local",
     "local_gradients",
     "part_of",

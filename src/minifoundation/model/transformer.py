@@ -71,7 +71,7 @@ class Block(nn.Module):
         copies: bool = True,
     ) -> None:
         super().__init__()
-        D, h = config.d_model, config.head_dim
+        D, h = config.d_model, config.head_width
         half = copies and not fp8
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, h
         self.dropout = config.dropout
@@ -80,7 +80,7 @@ class Block(nn.Module):
         self.qkv = Matrix(D, (config.n_head + 2 * config.n_kv_head) * h, dtype, small=fp8, half=half)
         self.q_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
-        self.out = Matrix(D, D, dtype, small=fp8, half=half)
+        self.out = Matrix(config.n_head * h, D, dtype, small=fp8, half=half)
         self.mlp_norm = RMSNorm(D, config.norm_eps)
         self.gate_up = Matrix(D, 2 * config.d_ff, dtype, small=fp8, half=half, interleaved=in_epilogue)
         self.in_epilogue = in_epilogue
@@ -267,7 +267,7 @@ class Transformer(nn.Module):
         )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else Matrix(config.d_model, config.vocab_size, dtype, small=fp8, half=copies)
-        frequencies, self.gain = rope_frequencies(config.rope, config.head_dim, config.original_seq_len)
+        frequencies, self.gain = rope_frequencies(config.rope, config.head_width, config.original_seq_len)
         self.register_buffer("frequencies", frequencies, persistent=False)
         self._copies: Copies | None = None
         self.matrices = [module for module in self.modules() if isinstance(module, Matrix)]
@@ -357,7 +357,7 @@ class Transformer(nn.Module):
             asked: instead of the model's.
         """
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-        head_dim = self.config.head_dim
+        head_dim = self.config.head_width
         asked = self.config.attention if asked == "auto" else asked
         return resolve(
             asked, device.type, dtype=self.dtype, head_dim=head_dim, capability=capability, masked=masked, chunked=self.context is not None
@@ -378,7 +378,7 @@ class Transformer(nn.Module):
             residual = name.endswith((".out.weight", ".down.weight"))
             matrices.append((weight, self.config.weight_std / (2 * self.config.n_layer) ** 0.5 if residual else self.config.weight_std))
         draw_normals(matrices, seed)
-        self.frequencies.copy_(rope_frequencies(self.config.rope, self.config.head_dim, self.config.original_seq_len)[0])
+        self.frequencies.copy_(rope_frequencies(self.config.rope, self.config.head_width, self.config.original_seq_len)[0])
 
     def compile_blocks(self) -> None:
         """Compile each block and the final norm in place; blocks share one graph, and the names in the state dict stay as they are.

@@ -167,7 +167,7 @@ def _milliseconds(kernel: Backend, config: RunConfig, machine: Machine, context:
     shape = (train.batch_size, train.seq_len)
     here = (train.batch_size, train.seq_len // (1 if context is None else context.size))
     heads = ((here, model.n_head), (shape, model.n_kv_head), (shape, model.n_kv_head))
-    q, k, v = (torch.randn(*tokens, n, model.head_dim, device=device, dtype=dtype).requires_grad_() for tokens, n in heads)
+    q, k, v = (torch.randn(*tokens, n, model.head_width, device=device, dtype=dtype).requires_grad_() for tokens, n in heads)
     d_out = torch.randn_like(q)
     mask = rows_for(kernel, torch.empty(here, device=device), context)
     if config.data.mask_documents:
@@ -194,7 +194,7 @@ def _situation(config: RunConfig, machine: Machine) -> _Situation:
     """Return what decides which kernels can run."""
     return {
         "dtype": runtime.compute_dtype(config.train.precision, machine),
-        "head_dim": config.model.head_dim,
+        "head_dim": config.model.head_width,
         "capability": machine.capability,
         "masked": config.data.mask_documents,
         "chunked": config.train.context_parallel > 1,

@@ -111,7 +111,7 @@ def describe(config: RunConfig, plan: Plan, machine: Machine, world_size: int) -
     """Return the plan as lines for a person."""
     train, model = config.train, config.model
     flops = plan.flops_per_token * plan.tokens
-    heads = f"{model.n_head}/{model.n_kv_head} heads"
+    heads = f"{model.n_head}/{model.n_kv_head} heads" + (f" of {model.head_dim}" if model.head_dim is not None else "")
     shape = f"{model.n_layer} blocks x {model.d_model}, {heads}, d_ff {model.d_ff}, vocabulary {model.vocab_size:,}"
     step = f"{train.batch_size} rows x {train.grad_accum} micro-batches x {train.seq_len} tokens x {sharers(config, world_size)}"
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.memory.items() if size)

@@ -187,7 +187,7 @@ def _supported(config: RunConfig, machine: Machine, say: Printer) -> RunConfig:
         config.model.attention,
         machine.device.type,
         dtype=dtype,
-        head_dim=config.model.head_dim,
+        head_dim=config.model.head_width,
         capability=machine.capability,
         masked=config.data.mask_documents,
         chunked=config.train.context_parallel > 1,
