@@ -158,7 +158,7 @@ def fuzzed_settings(count: int) -> Outcomes:
         assert config.build(RunConfig, config.yaml_values(yaml, Path("fuzz.yaml")), "fuzz") == built
         if built.train.batch_size != "auto":
             try:
-                plan(built, 1)
+                plan(built, built.train.context_parallel)  # as few processes as can be
             except UserError as error:
                 return told(error)
         return "accepted"

@@ -125,7 +125,7 @@ def attention(options: argparse.Namespace) -> dict[str, Any]:
         times = milliseconds(kernels, run, device)
         shape = run.model
         # Two products forward and five backward (scores are made again), each 2 x T/2 x T x heads x width.
-        flops = 7 * row.seq_len**2 * shape.n_head * shape.head_dim
+        flops = 7 * row.seq_len**2 * shape.n_head * shape.head_width
         name = f"{row.model} {row.seq_len // 1024}k"
         found[name] = {kernel: {"ms": round(ms, 3), "tflops": round(flops / ms / 1e9, 1)} for kernel, ms in times.items()}
         print(f"{name}: {found[name]}", flush=True)
@@ -292,7 +292,7 @@ class Recall(NamedTuple):
     original: int = 256
     lengths: tuple[int, ...] = (1024, 4096)
     """To which it is extended, one after the other."""
-    d_model: int = 256
+    d_model: int = 384
     n_layer: int = 4
     vocabulary: int = 512
     tokens: int = 48_000_000

@@ -2,11 +2,13 @@
 
     python -m benchmarks.scaling                  all GPUs, about six minutes, the most important rows first
     python -m benchmarks.scaling --only '1B'      rows whose name matches; --list prints the names
+    python -m benchmarks.scaling --only 64k --steps 2 --keep   rows of 65,536 tokens, each read by all GPUs together, against one GPU
     python -m benchmarks.scaling --paper          from the kept rows: what 8, 64 and 512 GPUs would give, and where that comes from
     python -m benchmarks.scaling --quick          two processes and a tiny model on a CPU
 
 Each row is ``train/trial.py`` on random tokens, started by torchrun as a user would: medians after three steps. Its efficiency is its
-tokens/s by those of one GPU at the same rows, times the GPUs. The curve is ``pretrain`` on a small text with ``tokens_per_step``: once on
+tokens/s by those of one GPU at the same rows, times the GPUs; where a row is read together both train on the same rows, and how far their
+losses are apart is told. The curve is ``pretrain`` on a small text with ``tokens_per_step``: once on
 one GPU, and once on all with a process killed on the way, which torchrun starts again.
 """
 
@@ -47,6 +49,10 @@ class Row(NamedTuple):
     tokens_per_step: int | None = None
     batch_size: int = 8
     swiglu: str = "auto"
+    seq_len: int = 4096
+    together: bool = False
+    """All GPUs read a row together (context parallelism)."""
+    checkpointing: str = "none"
 
     def name(self, gpus: int) -> str:
         """Return how the row is called on ``gpus`` GPUs."""
@@ -55,11 +61,14 @@ class Row(NamedTuple):
         parts += [self.precision] if self.precision != "bf16" else []
         parts += [f"{self.reduce} gradients"] if self.reduce != "fp32" else []
         parts += [f"{self.swiglu} SwiGLU"] if self.swiglu != "auto" else []
+        parts += [f"of {self.seq_len // 1024}k"] if self.seq_len != 4096 else []
+        parts += [f"recomputing all but {self.checkpointing}"] if self.checkpointing != "none" else []
+        parts += ["together"] if self.together else []
         return " ".join(parts)
 
     def alone(self) -> Row:
         """Return the row of one GPU that this one is measured by."""
-        return self._replace(parallel="none", reduce="fp32")
+        return self._replace(parallel="none", reduce="fp32", together=False)
 
     def like(self) -> str:
         """Return the name of that row."""
@@ -77,16 +86,26 @@ THEN = [
     Row("1B", "fsdp", reduce="bf16"),
     Row("0.5B", "fsdp", swiglu="own"),
 ]
-SMALL = [Row("tiny", "ddp", batch_size=2, precision="fp32"), Row("tiny", "fsdp", batch_size=2, tokens_per_step=512, precision="fp32")]
+LONG = [
+    Row("0.5B", "ddp", batch_size=1, seq_len=2**16, together=True),
+    Row("1B", "ddp", batch_size=1, seq_len=2**16, together=True),
+    Row("1B", "ddp", batch_size=1, seq_len=2**17, together=True, checkpointing="attention"),
+]
+SMALL = [
+    Row("tiny", "ddp", batch_size=2, precision="fp32"),
+    Row("tiny", "fsdp", batch_size=2, tokens_per_step=512, precision="fp32"),
+    Row("tiny", "ddp", batch_size=1, seq_len=1024, precision="fp32", together=True),
+]
 CONFIGS = {"0.5B": "model_0p5b", "1B": "model_1b"}
 
 
-def settings(row: Row) -> dict[str, Any]:
-    """Return the settings of ``row`` as YAML has them."""
+def settings(row: Row, gpus: int) -> dict[str, Any]:
+    """Return the settings of ``row`` on ``gpus`` GPUs as YAML has them."""
     from minifoundation import config
 
     base = {"model": TINY} if row.model == "tiny" else config.read_yaml(ROOT / "configs" / f"{CONFIGS[row.model]}.yaml")
-    seq_len = 64 if row.model == "tiny" else 4096
+    original = TINY["original_seq_len"] if row.model == "tiny" else 4096
+    seq_len = original if row.seq_len == 4096 else row.seq_len
     train: dict[str, Any] = {
         "tokens": 10**12,
         "batch_size": row.batch_size,
@@ -96,19 +115,23 @@ def settings(row: Row) -> dict[str, Any]:
         "parallel": row.parallel,
         "reduce_precision": row.reduce,
         "seq_len": seq_len,
+        "context_parallel": gpus if row.together else 1,
         "compile": row.model != "tiny",
     }
-    return config.merged(base, {"data": {"source": "random tokens"}, "train": train, "model": {"swiglu": row.swiglu}})
+    model: dict[str, Any] = {"swiglu": row.swiglu, "checkpointing": row.checkpointing}
+    if seq_len > original:
+        model["rope"] = {"scaling": "yarn", "factor": seq_len / original}
+    return config.merged(base, {"data": {"source": "random tokens"}, "train": train, "model": model})
 
 
 def work(rows: list[Row], steps: int) -> None:
     """Measure ``rows``, in one of the processes that torchrun has started; the first one prints each as a line of JSON."""
     from minifoundation import config, runtime
     from minifoundation.config import RunConfig
-    from minifoundation.distributed import join
+    from minifoundation.distributed import join, sharing_rows
     from minifoundation.train.meeting import bus_bandwidth, product_seconds
     from minifoundation.train.parallel import accumulated, chosen_split
-    from minifoundation.train.trial import trial
+    from minifoundation.train.trial import WARM_UP, trial
 
     with join() as world:
         machine = runtime.machine(world.local_rank)
@@ -120,11 +143,14 @@ def work(rows: list[Row], steps: int) -> None:
                 told["product_ms_of_each"] = [round(1e3 * seconds, 3) for seconds in world.of_all(product_seconds(machine))]
             _print(told, first=world.is_first)
         for row in rows:
-            run = accumulated(config.build(RunConfig, settings(row), row.name(world.size)), world)
-            split = chosen_split(run, machine, world)
+            run = config.build(RunConfig, settings(row, world.size), row.name(world.size))
+            ours = sharing_rows(world, run.train.context_parallel)
+            run = accumulated(run, ours)
+            split = chosen_split(run, machine, ours)
+            warm_up = WARM_UP if row.seq_len == 4096 else 2  # they are long, and the second is steady by then
             began = time.monotonic()
             try:
-                found = trial(run, machine, steps=steps, profiled=True, world=world, split=split).figures()
+                found = trial(run, machine, steps=steps, warm_up=warm_up, profiled=True, world=ours, split=split).figures()
             except torch.OutOfMemoryError as error:  # of all GPUs alike: they hold the same
                 found = {"failed": str(error).splitlines()[0]}
             machine.forget()
@@ -209,6 +235,10 @@ def summary(row: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[str, 
         found["communication_hidden"] = round(profile.get("hidden_communication_ms", 0.0) / sent, 3) if sent else None
         if alone and "tokens_per_second" in alone:
             found["efficiency"] = row["efficiency"] = round(row["tokens_per_second"] / gpus / alone["tokens_per_second"], 4)
+            if row["together"]:
+                found["losses"], found["losses_of_one_gpu"] = row["losses"], alone["losses"]
+                differences = [abs(a - b) for a, b in zip(row["losses"], alone["losses"], strict=True)]
+                found["largest_difference_of_losses"] = row["largest_difference_of_losses"] = max(differences)
     return found
 
 
@@ -363,7 +393,9 @@ def on_paper(results: list[dict[str, Any]], node: int, network: float) -> list[d
             continue
         if row["tokens_per_step"] or row["precision"] != "bf16" or row["reduce"] != "fp32" or row["swiglu"] != "auto":
             continue
-        model = config.build(RunConfig, settings(Row(row["model"], row["parallel"])), "paper").model
+        if row.get("seq_len", 4096) != 4096:
+            continue
+        model = config.build(RunConfig, settings(Row(row["model"], row["parallel"]), 1), "paper").model
         more = 0.0
         for gpus in (row["gpus"], *(size for size in (8, 64, 512) if size > row["gpus"])):
             rate = rates[row["gpus"]] if gpus <= node else min(network, rates[row["gpus"]])
@@ -415,7 +447,7 @@ def main() -> None:
     most = options.gpus or (torch.cuda.device_count() if on_gpu else 2)
     sizes = [size for size in (1, 2, 4, 8) if size <= most]
     quick = options.quick or not on_gpu
-    stages = [SMALL] if quick else [FIRST, THEN]
+    stages = [SMALL] if quick else [FIRST, THEN, LONG]
     plan: list[tuple[int, list[Row]]] = []
     for rows in stages:
         for size in sizes:

@@ -100,13 +100,19 @@ def test_none_is_off_only_where_a_setting_can_be_off() -> None:
         ({"qqqq": 1}, "qqqq: unknown setting (in a.yaml); --help lists the settings"),
         (
             {"model": {"n_head": 5}},
-            "model: d_model 64 is not divisible by n_head 5; choose n_head among its divisors",
+            "model: d_model 64 is not divisible by n_head 5; choose n_head among its divisors, or set head_dim",
         ),
         (
             {"model": {"n_kv_head": 3}},
             "model: n_head 4 is not divisible by n_kv_head 3; choose n_kv_head among its divisors",
         ),
         ({"model": {"n_head": 64, "n_kv_head": 1}}, "model: head width d_model/n_head = 1 is odd; RoPE needs an even width"),
+        ({"model": {"head_dim": 15}}, "model: head width head_dim = 15 is odd; RoPE needs an even width"),
+        ({"model": {"head_dim": 0}}, "model.head_dim: 0 is not valid; input should be greater than or equal to 2"),
+        (
+            {"train": {"precision": "fp8"}, "model": {"head_dim": 18}},
+            "a.yaml: model.n_head x head width 72 is no multiple of 16, which train.precision fp8 needs; choose one, or take bf16",
+        ),
         (
             {"train": {"seq_len": 256}},
             "a.yaml: train.seq_len 256 is longer than the model's 128 (model.original_seq_len x model.rope.factor); "
@@ -114,6 +120,23 @@ def test_none_is_off_only_where_a_setting_can_be_off() -> None:
         ),
         ({"data": {"min_tokens": 1}}, "data.min_tokens: must be at least 2, auto or none; correct it"),
         ({"model": {"rope": {"scaling": "yarn", "beta_fast": 1}}}, "model.rope: beta_fast 1 must be larger than beta_slow 1; correct it"),
+        (
+            {"model": {"rope": {"scaling": "llama3", "high_freq_factor": 1}}},
+            "model.rope: high_freq_factor 1 must be larger than low_freq_factor 1; correct it",
+        ),
+        (
+            {"model": {"rope": {"scaling": "yarn", "max_seq_len": 512}}},
+            "model.rope: max_seq_len 512 with scaling yarn, of which the factor says it; leave it out",
+        ),
+        (
+            {"model": {"rope": {"scaling": "llama3", "max_seq_len": 96}}},
+            "model: rope.max_seq_len 96 is shorter than original_seq_len 128; leave it out, or correct one of them",
+        ),
+        (
+            {"model": {"rope": {"scaling": "llama3", "factor": 32, "max_seq_len": 192}}, "train": {"seq_len": 256}},
+            "a.yaml: train.seq_len 256 is longer than the model's 192 (model.rope.max_seq_len); "
+            "shorten it, or extend the model with longft",
+        ),
         ({"train": {"tokens": "many"}}, "train.tokens: 'many' is not valid; input should be a valid integer"),
         ({"train": {"tokens": 0}}, "train.tokens: 0 is not valid; input should be greater than or equal to 1"),
         ({"train": {"lr": float("nan")}}, "train.lr: nan is not valid; input should be a finite number"),
@@ -127,6 +150,19 @@ def test_none_is_off_only_where_a_setting_can_be_off() -> None:
         (
             {"train": {"precision": "fp8"}, "model": {"dropout": 0.1}},
             "a.yaml: model.dropout 0.1 cannot be had with train.precision fp8; set it to 0, or take bf16",
+        ),
+        (
+            {"train": {"context_parallel": 3, "seq_len": 128}},
+            "a.yaml: train.seq_len 128 is no multiple of 6, as train.context_parallel 3 needs (two chunks of a row for each process); "
+            "set it to 126",
+        ),
+        (
+            {"train": {"context_parallel": 2, "precision": "fp8", "seq_len": 16}},
+            "a.yaml: train.seq_len 16 is no multiple of 32, as train.context_parallel 2 needs",
+        ),
+        (
+            {"train": {"context_parallel": 2}, "model": {"attention": "cudnn"}},
+            "a.yaml: model.attention cudnn cannot read a row in chunks, as train.context_parallel 2 does; take auto, flash4 or flash",
         ),
         ({"model": 3}, "model: 3 is not valid; input should be a valid dictionary"),
     ],
@@ -264,7 +300,8 @@ def test_derived_sizes() -> None:
     model = ModelConfig(
         d_model=1536, n_layer=1, n_head=24, n_kv_head=8, d_ff=4096, original_seq_len=4096, rope=RopeConfig(scaling="yarn", factor=4)
     )
-    assert (model.head_dim, model.max_seq_len) == (64, 16_384)
+    assert (model.head_width, model.max_seq_len) == (64, 16_384)
+    assert ModelConfig(d_model=1000, n_layer=1, n_head=16, n_kv_head=8, head_dim=128, d_ff=4096).head_width == 128
     assert model.weight_std == pytest.approx(0.3 / 1536**0.5)
     assert DataConfig(source="x").shard_tokens == 2**24
 

@@ -63,7 +63,7 @@ def test_a_documented_line_is_accepted(calls: Calls, monkeypatch: pytest.MonkeyP
         below = {"data": {"source": "text"}}
         if name == "longft" or options.init_from is not None:  # the model comes from the checkpoint
             below = config.merged(below, config.read_yaml(ROOT / "configs" / "model_0p5b.yaml"))
-            below = config.merged(below, {"model": {"rope": {"scaling": "yarn", "factor": 4}}})
+            below = config.merged(below, {"model": {"rope": {"scaling": "yarn", "factor": 32}}})
         from_yaml = config.read_yaml(options.config) if options.config else {}
         config.build(config.RunConfig, config.merged(config.merged(below, from_yaml), values), line)
 

@@ -77,6 +77,19 @@ def test_rows_that_were_given_and_do_not_fit(yaml: Path, monkeypatch: pytest.Mon
     assert "error: train.batch_size: 4 rows of 64 tokens do not fit the memory of CPU" in capsys.readouterr().err
 
 
+def test_one_gpu_alone_is_measured(yaml: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fits several that read a row together is told: longer rows."""
+    monkeypatch.setattr(bench, "trial", lambda *_: pytest.fail("measured"))
+    assert cli.main(["bench", "--config", str(yaml), "--train.context_parallel", "4"]) == 2
+    assert "error: train.context_parallel: 4, and bench measures one GPU; leave it out, or give --fit" in capsys.readouterr().err
+    longest = []
+    for together in ("1", "4"):
+        assert cli.main(["bench", "--config", str(yaml), "--fit", "1", "--train.context_parallel", together]) == 0
+        lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  1 ")]
+        longest.append([int(line[3].replace(",", "")) for line in lines])
+    assert all(2 * one < several for one, several in zip(*longest, strict=True))
+
+
 def test_what_fits_is_told_without_measuring(yaml: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "trial", lambda *_: pytest.fail("measured"))
     assert cli.main(["bench", "--config", str(yaml), "--fit", "24,80", "--seq_len", "1024"]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from tests.export.test_reading import written
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hf")
-    written(folder, "qwen3", vocab_size=504, eos_token_id=0, pad_token_id=1, bos_token_id=None, tie_word_embeddings=True)
+    # As Qwen3-0.6B's, its heads are together wider than the model.
+    written(folder, "qwen3", vocab_size=504, head_dim=32, eos_token_id=0, pad_token_id=1, bos_token_id=None, tie_word_embeddings=True)
     return write_byte_level(folder)
 
 
@@ -131,6 +133,39 @@ def test_its_context_is_extended(folder: Path, tmp_path: Path, capsys: pytest.Ca
     assert cli.main([*line, *training(tmp_path, "--grad_accum", "1")]) == 0
     model = load_checkpoint(tmp_path / "long" / "final.pth").config.model
     assert (model.max_seq_len, model.rope.scaling, model.original_seq_len) == (128, "yarn", 64)
+
+
+@pytest.fixture(scope="module")
+def llama_3_2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as that of Llama 3.2, whose context is 16 times the original by a factor of 32, at 1/128 of its lengths."""
+    folder = tmp_path_factory.mktemp("llama")
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "original_max_position_embeddings": 64}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    sizes: dict[str, Any] = {"vocab_size": 504, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+    written(folder, "llama", **sizes, rope_parameters=rope, eos_token_id=0, pad_token_id=1, bos_token_id=2)
+    return write_byte_level(folder, bos=True)
+
+
+def test_llama_3_2_comes_in_and_goes_out_as_it_was(llama_3_2: Path, tmp_path: Path) -> None:
+    assert cli.main(["import_hf", "--model_path", str(llama_3_2), "--out_dir", str(tmp_path / "in")]) == 0
+    rows = {check["what"]: check["tokens"] for check in json.loads((tmp_path / "in" / "parity.json").read_text())["checks"]}
+    assert rows["row beyond the original length"] == 1024
+    assert cli.main(["export_hf", "--ckpt", str(tmp_path / "in" / "final.pth"), "--out_dir", str(tmp_path / "out"), "--dtype", "fp32"]) == 0
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (llama_3_2, tmp_path / "out"))
+    assert after["rope_parameters"] == before["rope_parameters"] and after["max_position_embeddings"] == 1024
+
+
+@pytest.mark.slow
+def test_llama_3_2_is_extended_by_its_own_scaling(llama_3_2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What configs/longft.yaml says of another one is for models that were not scaled yet."""
+    line = ["longft", "--ckpt_in", str(llama_3_2), "--out_dir", str(tmp_path / "long"), "--seq_len", "1536", *training(tmp_path)]
+    assert cli.main([*line, "--model.rope.scaling", "yarn"]) == 2
+    message = r"model.rope.scaling: yarn here, but .* was trained with llama3, whose frequencies no other scaling goes on from; set it to"
+    assert re.search(message, capsys.readouterr().err)
+    short = ["--batch_size", "1", "--tokens", "1536", "--data.max_document_bytes", "8000", "--proof_documents", "0", "--needles", "0"]
+    assert cli.main([*line, *short]) == 0
+    model = load_checkpoint(tmp_path / "long" / "final.pth").config.model
+    assert (model.rope.scaling, model.rope.factor, model.max_seq_len, model.original_seq_len) == ("llama3", 48.0, 1536, 64)
 
 
 @pytest.mark.slow

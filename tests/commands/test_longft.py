@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,14 @@ import torch
 
 from minifoundation import cli
 from minifoundation.checkpoint import load_checkpoint
+from minifoundation.commands.longft import reaching
+from minifoundation.config import ModelConfig, RopeConfig
+from minifoundation.data.prepare import shards_folder
+from minifoundation.data.shards import Shards
+from minifoundation.data.tokenizer import Tokenizer
+from minifoundation.train.proof import material
+from minifoundation.train.reach import Ids
+from tests.distributed.processes import started, torchrun
 
 PRETRAIN = """
 model: {vocab_size: 512, d_model: 32, n_layer: 2, n_head: 4, n_kv_head: 2, d_ff: 64, original_seq_len: 64}
@@ -60,6 +69,28 @@ def test_the_proof_lies_beside_the_model(pretrained: Path, capsys: pytest.Captur
     assert load_checkpoint(folder / "final.pth").config.model.max_seq_len == 256
 
 
+def test_the_proof_is_held_out_or_what_was_given(pretrained: Path, tmp_path: Path) -> None:
+    config = load_checkpoint(pretrained / "run" / "final.pth").config
+    tokenizer = Tokenizer.load(pretrained / "run" / "tokenizer" / "tokenizer.model")
+    (source,) = config.data.weights
+    shards = Shards.open(shards_folder(source, config.data, tokenizer))
+    train, held_out = ([bytes(shard.tokens()) for shard in split] for split in (shards.train, shards.held_out))
+    width = shards.train[0].dtype
+
+    def within(ids: Ids, split: list[bytes]) -> bool:
+        return any(ids.astype(width).tobytes() in shard for shard in split)
+
+    on = material(config, tokenizer, documents=3, tries=1)
+    for ids in (*on.documents, on.needles.text[1:40]):
+        assert within(ids, held_out) and not within(ids, train)
+
+    texts = [f"{word} " * 200 for word in ("never", "told", "before")]
+    (tmp_path / "given.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    on = material(config, tokenizer, documents=3, tries=1, source=str(tmp_path / "given.jsonl"))
+    assert [ids.tolist() for ids in on.documents] == [ids[:65].tolist() for ids in tokenizer.encode_documents(texts)]
+    assert not within(on.needles.text[:40], train)
+
+
 def test_scaling_by_name_counts_from_the_original_length(pretrained: Path) -> None:
     quick = ("--proof_documents", "0", "--needles", "0")
     assert extend(pretrained, "first", "--model.rope.scaling", "theta", *quick) == 0
@@ -69,6 +100,15 @@ def test_scaling_by_name_counts_from_the_original_length(pretrained: Path) -> No
     rope = load_checkpoint(pretrained / "second" / "final.pth").config.model.rope
     assert (rope.scaling, rope.factor, rope.theta) == ("theta", 8.0, 10_000.0)
     assert extend(pretrained, "none", "--model.rope.scaling", "none", *quick) == 0
+
+
+def test_a_factor_that_is_no_ratio_of_lengths_grows_as_the_length_does() -> None:
+    sizes = {"d_model": 64, "n_layer": 1, "n_head": 4, "n_kv_head": 2, "d_ff": 96, "original_seq_len": 8192}
+    llama = ModelConfig.model_validate(sizes | {"rope": RopeConfig(scaling="llama3", factor=32, max_seq_len=131_072)})
+    assert reaching(262_144, llama) == {"factor": 64.0, "max_seq_len": 262_144}
+    assert reaching(131_072, llama) == {"factor": 32.0, "max_seq_len": 131_072}
+    ours = ModelConfig.model_validate(sizes | {"rope": RopeConfig(scaling="llama3", factor=4)})
+    assert reaching(65_536, ours) == {"factor": 8}
 
 
 def test_moments_begin_anew_or_go_on(pretrained: Path) -> None:
@@ -104,3 +144,22 @@ def test_a_mistake_is_one_line(pretrained: Path, capsys: pytest.CaptureFixture[s
     assert extend(pretrained, "wrong", *options) == 2
     assert re.match(rf"error: {message}", capsys.readouterr().err.splitlines()[-1])
     assert not (pretrained / "wrong" / "final.pth").exists()
+
+
+@pytest.mark.slow
+def test_rows_that_two_processes_read_together_extend_as_one(pretrained: Path) -> None:
+    """The same rows of long and packed documents, the same losses, and the proof by the first process."""
+    given = f"--ckpt_in {pretrained}/run/final.pth --seq_len 256 --batch_size 1 --tokens 2048 --proof_documents 3 --needles 1"
+    for out, launcher, sharing in (("alone", [], []), ("together", torchrun(2), ["--train.context_parallel", "2"])):
+        process = started(launcher, [*given.split(), "--out_dir", f"{pretrained}/{out}", *sharing], "longft")
+        printed, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, printed[-3000:]
+        assert printed.count("proof of ") == 1 and "rows begin with one of" in printed
+        assert ("2 read a row together, 128 tokens each" in printed) is (out == "together")
+    one, two = (table(pretrained / out / "metrics.csv") for out in ("alone", "together"))
+    assert len(one) == 8
+    for column in ("loss", "z_loss", "grad_norm"):
+        assert [float(row[column]) for row in two] == pytest.approx([float(row[column]) for row in one], rel=1e-4, abs=1e-6)
+    assert [row["tokens"] for row in one] == [row["tokens"] for row in two]
+    places = [[float(row["after"]) for row in table(pretrained / out / "loss_by_position.csv")] for out in ("alone", "together")]
+    assert places[1] == pytest.approx(places[0], abs=1e-4)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +24,7 @@ import pytest
 from minifoundation.commands import serve as command
 from minifoundation.config import ServeOptions
 from minifoundation.errors import UserError
+from tests.browser import CHROMIUM, MISSING, page
 
 for name in ("starlette", "httpx", "uvicorn", "fastapi", "openai"):
     pytest.importorskip(name)
@@ -44,10 +46,25 @@ class Engine(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
         self.end_headers()
+        if b"choices" in body:
+            self.complete(json.loads(body))
+            return
         self.wfile.write(b"data: " + body + b"\n\n")
         self.wfile.flush()
         self.let_go.wait(10)
         self.wfile.write(b"data: [DONE]\n\n")
+
+    def complete(self, asked: dict[str, Any]) -> None:
+        """Go on from the last line of the prompt as a server does, a word at a time."""
+        assert (asked["model"], asked["stream"], asked["max_tokens"]) == ('my "<model>"', True, 7)
+        for text in (f" after {asked['prompt'].splitlines()[-1]!r}", " came this."):
+            self.wfile.write(f"data: {json.dumps({'choices': [{'index': 0, 'text': text}]})}\n\n".encode())
+            self.wfile.flush()
+            self.let_go.wait(10)
+        if "fault" in asked["prompt"]:
+            self.wfile.write(b'data: {"error": "it said "no" to that"}\n\n')  # as transformers writes it
+        elif "break" not in asked["prompt"]:
+            self.wfile.write(b'data: {"choices": [{"text": "", "finish_reason": "length"}]}\n\n')
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -107,6 +124,77 @@ def test_answers_come_as_the_engine_gives_them(address: str) -> None:
     refused = httpx.post(f"{address}/v1/completions", json={"prompt": "wrong"})
     assert (refused.status_code, refused.json()) == (400, {"detail": "no such model"})
     assert httpx.get(f"{address}/load_model").status_code == 404, "only completions are passed on"
+
+
+def test_an_engine_that_has_ended_is_said_in_words(address: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import httpx
+
+    async def refused(*_: Any, **__: Any) -> None:
+        raise httpx.ReadError("")
+
+    monkeypatch.setattr(httpx.AsyncClient, "send", refused)
+    with urllib.request.urlopen(address) as answer:
+        assert answer.status == 200, "the page is there all the same"
+    request = urllib.request.Request(f"{address}/v1/completions", b"{}", {"content-type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as failed:
+        urllib.request.urlopen(request)
+    assert failed.value.code == 502
+    assert json.load(failed.value) == {"error": {"message": "The engine does not answer; start serve again."}}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
+@pytest.mark.parametrize("phone", [False, True])
+def test_a_person_writes_with_it_in_a_browser(address: str, phone: bool, tmp_path: Path) -> None:
+    Engine.let_go.clear()
+    with page(tmp_path) as shown:
+        shown.open(address, width=390 if phone else 1200, height=844, phone=phone)
+        inside = "[...document.querySelectorAll('body *')].every((e) => e.getBoundingClientRect().right <= innerWidth)"
+        assert shown.value(f"document.documentElement.scrollWidth <= innerWidth && {inside}"), "nothing lies beside the window"
+        assert shown.value("document.querySelector('#go').getBoundingClientRect().height >= 44"), "large enough for a finger"
+        shown.type("#tokens", "7")
+        shown.type("#text", "choices\nTo be")
+        shown.click("#go")
+        text, said = "document.querySelector('#text').value", "document.querySelector('#said').textContent"
+        shown.until(f"{text}.endsWith(`after 'To be'`)")
+        assert shown.value("document.querySelector('#go').textContent") == "Stop", "the first part is shown before the second is made"
+        Engine.let_go.set()
+        shown.until("document.querySelector('#go').textContent === 'Continue'")
+        assert shown.value(text) == "choices\nTo be after 'To be' came this." and shown.value(said) == ""
+
+        for prompt, words in (
+            ("wrong", "no such model"),
+            ("choices fault", '{"error": "it said "no" to that"}'),
+            ("choices break", "The answer broke off."),
+        ):
+            shown.type("#text", prompt)
+            shown.click("#go")
+            shown.until(f"{said} === {json.dumps(words)}")
+            assert shown.value(text).startswith(prompt), "what was written stays"
+        shown.screenshot(tmp_path / "page.png")
+
+        Engine.let_go.clear()
+        shown.type("#text", "choices on and on")
+        shown.click("#go")
+        shown.until(f"{text}.includes('after')")
+        shown.click("#go")
+        shown.until("document.querySelector('#go').textContent === 'Continue'")
+        assert shown.value(said) == "", "stopped by hand is no error"
+        shown.value("document.querySelector('#tokens').value = ''")
+        shown.click("#go")
+        assert shown.value("document.activeElement.id") == "tokens", "the browser asks for a number"
+    Engine.let_go.set()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
+def test_a_page_whose_server_has_gone_says_so(engine: str, address: str, tmp_path: Path) -> None:
+    with page(tmp_path) as shown:
+        shown.open(address, width=390, height=844, phone=True)
+        shown.call("Network.enable")
+        shown.call("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+        shown.click("#go")
+        shown.until("document.querySelector('#said').textContent === 'The server does not answer; see whether serve still runs.'")
 
 
 def test_bad_input(final: Callable[..., Path], tmp_path: Path) -> None:

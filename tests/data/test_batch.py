@@ -60,3 +60,14 @@ def test_a_moved_batch_keeps_its_documents() -> None:
     assert {moved.tokens.device.type, moved.targets.device.type, moved.cu_seqlens.device.type} == {"meta"}
     assert moved.attended_length == batch.attended_length == (4 + 1) / 3
     assert Batch.of_rows(np.array([[BOS, 5, 6]])).to(torch.device("meta")).cu_seqlens is None
+
+
+@given(ROWS, st.booleans())
+def test_a_part_has_its_tokens_and_what_is_said_of_whole_rows(rows: list[list[int]], masked: bool) -> None:
+    batch = Batch.of_rows(np.array(rows, dtype=np.int64), mask_documents=masked)
+    length = batch.tokens.shape[1]
+    part = batch.part([(length // 2, length), (0, 1)])
+    for whole, mine in ((batch.tokens, part.tokens), (batch.targets, part.targets)):
+        assert mine.tolist() == [[*row[length // 2 :], row[0]] for row in whole.tolist()]
+    assert part.attended_length == batch.attended_length
+    assert part.cu_seqlens is batch.cu_seqlens

@@ -22,24 +22,28 @@ from minifoundation.model.transformer import Transformer
 from minifoundation.train.ema import Average
 from minifoundation.train.kernels import Kernels, transformer_for
 from minifoundation.train.optimizer import adamw, optimizer_state, restore_optimizer
-from minifoundation.train.parallel import spread_over
+from minifoundation.train.parallel import share_of, spread_over
 from minifoundation.train.state import Progress
-from minifoundation.train.step import StepStats, held_out_loss, train_step
+from minifoundation.train.step import StepStats, held_out_loss, settle, train_step
 
 STEPS, ROWS, LENGTH = 20, 4, 16
-MODEL = {"d_model": 24, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_ff": 40, "vocab_size": 104, "original_seq_len": LENGTH}
+EOS = 7
+"""A token that ends a document where attention stays within them: one in a hundred."""
+MODEL = {"d_model": 24, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "head_dim": 8, "d_ff": 40, "vocab_size": 104, "original_seq_len": LENGTH}
 
 
-def settings(**train: Any) -> RunConfig:
+def settings(*, model: dict[str, Any] | None = None, mask_documents: bool = False, **train: Any) -> RunConfig:
     values = {"tokens": 10**6, "seq_len": LENGTH, "grad_accum": 2, "z_loss": 1e-2, "loss_chunk": 7, "ema": 0.9, "grad_clip": 0.3}
-    return config.build(RunConfig, {"model": MODEL, "data": {"source": "x"}, "train": {**values, **train}}, "test")
+    data = {"source": "x", "mask_documents": mask_documents}
+    return config.build(RunConfig, {"model": MODEL | (model or {}), "data": data, "train": {**values, **train}}, "test")
 
 
-def batches(world: World, step: int) -> list[Batch]:
+def batches(world: World, step: int, *, documents: bool = False) -> list[Batch]:
     """Return the micro-batches of a process: together those of the one process that has all rows."""
     rows = torch.randint(0, 100, (2, ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(step))
-    mine = ROWS // world.size
-    return [Batch(part[:, :-1], part[:, 1:]) for part in rows[:, world.rank * mine : (world.rank + 1) * mine]]
+    mine = ROWS // world.dp_size
+    parts = rows[:, world.dp_rank * mine : (world.dp_rank + 1) * mine]
+    return [share_of(Batch.of_rows(part.numpy(), mask_documents=documents, eos=EOS), world) for part in parts]
 
 
 class Trained:
@@ -48,7 +52,7 @@ class Trained:
     def __init__(self, world: World, split: Split, run: RunConfig, state: Checkpoint | None = None) -> None:
         machine = runtime.machine()
         self.world, self.run = world, run
-        self.transformer: Transformer = transformer_for(run, machine, Kernels("math", "own"), split)
+        self.transformer: Transformer = transformer_for(run, machine, Kernels("math", "own"), split, world.context)
         if state is None:
             self.transformer.initialise(1)
         else:
@@ -64,16 +68,20 @@ class Trained:
         return {weight: name for name, weight in self.transformer.named_parameters()}
 
     def steps(self, first: int, last: int, scaler: torch.amp.GradScaler | None = None) -> Iterator[tuple[float, ...]]:
+        scales = self.transformer.scales
         for step in range(first, last):
+            micro = batches(self.world, step, documents=self.run.data.mask_documents)
+            settle(self.model, scales, micro[0], tokens=2 * ROWS * LENGTH, world=self.world)
             stats: StepStats = train_step(
                 self.model,
                 self.optimizer,
                 scaler or torch.amp.GradScaler("cpu", enabled=False),
-                batches(self.world, step),
+                micro,
                 lr=3e-3,
                 grad_clip=0.3,
                 tokens=2 * ROWS * LENGTH,
                 world=self.world,
+                scales=scales,
             )
             self.average.update(step + 1, stats.taken)
             yield tuple(stats.read()[:3])

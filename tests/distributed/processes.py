@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -32,6 +33,18 @@ def torchrun(size: int, *more: str) -> list[str]:
         return []
     local = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--local_addr", "127.0.0.1"]
     return ["-m", "torch.distributed.run", "--nproc_per_node", str(size), *(more if "--rdzv_endpoint" in more else (*local, *more))]
+
+
+def free_port() -> int:
+    with socket.socket() as here:
+        here.bind(("127.0.0.1", 0))
+        return int(here.getsockname()[1])
+
+
+def node(port: int, number: int, *more: str, size: int = 2) -> list[str]:
+    """Return the launcher of one of two nodes of ``size`` processes each, that meet on the loopback device."""
+    endpoint = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "test", "--local_addr", "127.0.0.1"]
+    return torchrun(size, "--nnodes", "2", "--rdzv_conf", f"is_host={int(number == 0)}", *endpoint, *more)
 
 
 def started(launcher: list[str], options: list[str], command: str = "pretrain", **more: str) -> subprocess.Popen[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,27 @@ def test_a_tokenizer_that_llama_cpp_reads_otherwise_is_refused(tmp_path: Path) -
         llama_cpp.check_tokenizer(Tokenizer.load(write_byte_level(tmp_path / "fast", tokenizer=other)))
 
 
+def test_llama3_scaling_is_in_factors_of_the_frequencies_and_refused_where_they_are_not_read(pieces: SentencePiece, tmp_path: Path) -> None:
+    config = tiny(rope=RopeConfig(scaling="llama3", factor=4, max_seq_len=128))
+    llama_cpp.check_model(config, ["f16"])
+    llama_cpp.write_gguf(config, weights(config), pieces, tmp_path / "model.gguf", "q8_0")
+    fields, tensors = read(tmp_path / "model.gguf")
+    assert fields["llama.context_length"] == 128 and "llama.rope.scaling.type" not in fields
+    factors = tensors["rope_freqs.weight"]
+    turns = 64 / (2 * np.pi) * 10_000.0 ** (-np.arange(8) / 8)  # over the original length
+    expected = 1 / (1 / 4 + (1 - 1 / 4) * np.clip((turns - 1) / 3, 0, 1))
+    assert np.allclose(factors, expected, rtol=1e-5) and factors[0] == 1 and factors[-1] == 4 and 1 < factors[2] < 4
+    with pytest.raises(UserError, match=r"model.rope.scaling is llama3, which llama.cpp does not compute in models with QK-norm; leave"):
+        llama_cpp.check_model(config.model_copy(update={"qk_norm": True}), ["f16"])
+
+
+def test_widths_that_a_file_in_8_bits_cannot_hold_are_refused() -> None:
+    llama_cpp.check_model(tiny(head_dim=12), ["f16"])
+    llama_cpp.check_model(tiny(head_dim=24), ["f16", "q8_0"])
+    with pytest.raises(UserError, match=r"q8_0 keeps numbers in blocks of 32, of which model.n_head x head width 48 is no multiple; take"):
+        llama_cpp.check_model(tiny(head_dim=12), ["f16", "q8_0"])
+
+
 def compared(config: ModelConfig, tokenizer: Tokenizer, folder: Path, kind: llama_cpp.Kind = "f16") -> list[str]:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     state = weights(config)
@@ -138,13 +160,14 @@ def compared(config: ModelConfig, tokenizer: Tokenizer, folder: Path, kind: llam
     return llama_cpp.compared(config, state, tokenizer, {kind: path}, TEXTS).failures
 
 
-@pytest.mark.parametrize("scaling", ["none", "linear", "ntk", "yarn"])
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize(
+    ("scaling", "qk_norm"), [*product(["none", "linear", "ntk", "yarn"], [False, True]), ("llama3", False)], ids=lambda value: str(value)
+)
 def test_llama_cpp_computes_what_was_trained(
     scaling: str, qk_norm: bool, pieces: Tokenizer, byte_pieces: FastTokenizer, tmp_path: Path
 ) -> None:
     rope = RopeConfig.model_validate({"scaling": scaling, "factor": 1 if scaling == "none" else 4})
-    config = tiny(rope=rope, qk_norm=qk_norm, tie_embeddings=not qk_norm)
+    config = tiny(rope=rope, qk_norm=qk_norm, tie_embeddings=not qk_norm, head_dim=None if scaling == "none" else 24)
     assert compared(config, byte_pieces if qk_norm else pieces, tmp_path, "q8_0" if scaling == "none" else "f16") == []
 
 
@@ -160,13 +183,15 @@ def no_scaling(config: ModelConfig) -> ModelConfig:
     return config.model_copy(update={"rope": RopeConfig()})
 
 
-@pytest.mark.parametrize("fault", [other_theta, other_epsilon, no_scaling])
+@pytest.mark.parametrize(
+    ("fault", "scaling"), [(other_theta, "yarn"), (other_epsilon, "yarn"), (no_scaling, "yarn"), (no_scaling, "llama3")]
+)
 def test_a_fault_in_the_settings_is_found(
-    fault: Callable[[ModelConfig], ModelConfig], pieces: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: Callable[[ModelConfig], ModelConfig], scaling: str, pieces: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = llama_cpp.write_gguf
     monkeypatch.setattr(llama_cpp, "write_gguf", lambda config, *rest: right(fault(config), *rest))
-    failures = compared(tiny(rope=RopeConfig(scaling="yarn", factor=4)), pieces, tmp_path)
+    failures = compared(tiny(rope=RopeConfig.model_validate({"scaling": scaling, "factor": 4})), pieces, tmp_path)
     assert any("llama.cpp, f32, logits, row with random weights differs" in failure for failure in failures)
 
 

@@ -32,6 +32,14 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "none": {"rope_type": "default", "rope_theta": 5e5},
     "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
     "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32, "beta_fast": 16.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 32.0,
+        "original_max_position_embeddings": 16,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
 }
 
 
@@ -48,9 +56,11 @@ def written(folder: Path, kind: str = "llama", *, shard: str = "5GB", **changes:
 
 @torch.no_grad()
 @pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("llama", False), ("qwen3", True), ("qwen3", False)])
-def test_a_folder_of_transformers_computes_the_same_here(kind: str, tied: bool, scaling: str, tmp_path: Path) -> None:
-    hf = written(tmp_path, kind, tie_word_embeddings=tied, rope_parameters=SCALINGS[scaling], rms_norm_eps=1e-3)
+@pytest.mark.parametrize(
+    ("kind", "tied", "width"), [("llama", True, 16), ("llama", False, 32), ("qwen3", True, 32), ("qwen3", False, 16), ("qwen3", True, 12)]
+)
+def test_a_folder_of_transformers_computes_the_same_here(kind: str, tied: bool, width: int, scaling: str, tmp_path: Path) -> None:
+    hf = written(tmp_path, kind, tie_word_embeddings=tied, rope_parameters=SCALINGS[scaling], rms_norm_eps=1e-3, head_dim=width)
     config = reading.model_config(tmp_path)
     native = Transformer(config)
     native.load_state_dict(reading.state_of(config, tmp_path))
@@ -58,6 +68,7 @@ def test_a_folder_of_transformers_computes_the_same_here(kind: str, tied: bool, 
     theirs = hf(ids).logits
     assert (native.logits(ids) - theirs).abs().max() < 1e-4 * theirs.std()
     assert (config.max_seq_len, config.qk_norm, config.tie_embeddings, config.rope.scaling) == (64, kind == "qwen3", tied, scaling)
+    assert (config.head_width, config.head_dim) == (width, None if width == 16 else width)
 
 
 def test_many_files_are_read_like_one(tmp_path: Path) -> None:
@@ -69,12 +80,15 @@ def test_many_files_are_read_like_one(tmp_path: Path) -> None:
     assert reading.state_of(config, tmp_path).keys() == Transformer(config).state_dict().keys()
 
 
-@pytest.mark.parametrize("scaling", ["none", "linear", "ntk", "yarn"])
+@pytest.mark.parametrize("scaling", ["none", "linear", "ntk", "yarn", "llama3"])
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_an_export_is_read_back_with_its_settings(scaling: str, qk_norm: bool, tmp_path: Path) -> None:
     rope = RopeConfig.model_validate({"scaling": scaling, "factor": 1 if scaling == "none" else 4, "theta": 2e4})
+    if scaling == "llama3" and qk_norm:
+        rope = RopeConfig(scaling="llama3", factor=8, theta=2e4, low_freq_factor=0.5, high_freq_factor=3, max_seq_len=128)
     sizes = {"vocab_size": 96, "d_model": 32, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_ff": 48, "original_seq_len": 32}
-    config = ModelConfig.model_validate(sizes | {"rope": rope, "qk_norm": qk_norm, "tie_embeddings": not qk_norm, "norm_eps": 1e-6})
+    more = {"qk_norm": qk_norm, "tie_embeddings": not qk_norm, "norm_eps": 1e-6, "head_dim": 16 if qk_norm else None}
+    config = ModelConfig.model_validate(sizes | {"rope": rope} | more)
     transformer = Transformer(config)
     transformer.initialise(0)
     write_model(config, transformer.state_dict(), tmp_path, torch.float32, max_shard_bytes=10_000)
@@ -129,7 +143,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
         (in_config(hidden_act="gelu"), "hidden_act is gelu, which this program's model does not have"),
         (in_config(attention_bias=True), "attention_bias is True"),
         (in_config(mlp_bias=True), "mlp_bias is True"),
-        (in_config(head_dim=32), "head_dim is 32"),
+        (in_config(head_dim=32), r"self_attn.o_proj.weight is \(64, 64\), but \(64, 128\) by config.json"),
         (in_config(quantization_config={"quant_method": "fp8"}), "quantization_config is fp8"),
         (in_config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "its RoPE has rope_type dynamic"),
         (

@@ -55,12 +55,13 @@ def test_transformers_4_computes_and_encodes_the_same(old: Path, tmp_path: Path)
     unigram: SentencePiece = train_tokenizer([text], TokenizerConfig(vocab_size=600), tmp_path / "tokenizer.model")
     byte_level = Tokenizer.load(write_byte_level(tmp_path / "fast", bos=True))
     expected = {}
-    for scaling in ("none", "linear", "ntk", "yarn"):
+    for scaling in ("none", "linear", "ntk", "yarn", "llama3"):
         for qk_norm in (False, True):
             rope = {"scaling": scaling, "factor": 1 if scaling == "none" else 4, "beta_fast": 16}
             sizes = {"vocab_size": 640, "d_model": 64, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_ff": 96, "original_seq_len": 64}
             tied, tokenizer = qk_norm == (scaling in ("none", "yarn")), byte_level if qk_norm else unigram
-            config = ModelConfig.model_validate(sizes | {"rope": rope, "qk_norm": qk_norm, "tie_embeddings": tied})
+            more = {"qk_norm": qk_norm, "tie_embeddings": tied, "head_dim": 24 if tied else None}
+            config = ModelConfig.model_validate(sizes | {"rope": rope} | more)
             transformer = Transformer(config)
             transformer.load_state_dict(random_state(transformer.state_dict()))
             folder = tmp_path / f"{scaling}-{qk_norm}"

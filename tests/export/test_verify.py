@@ -30,7 +30,7 @@ def exported(config: ModelConfig, folder: Path, dtype: torch.dtype = torch.bfloa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("scaling", ["none", "linear", "ntk", "yarn", "theta"])
+@pytest.mark.parametrize("scaling", ["none", "linear", "ntk", "yarn", "theta", "llama3"])
 def test_an_export_is_equal(tmp_path: Path, scaling: str, qk_norm: bool, dtype: torch.dtype) -> None:
     rope = RopeConfig.model_validate({"scaling": scaling, "factor": 1 if scaling == "none" else 4})
     config = tiny(rope=rope, qk_norm=qk_norm, tie_embeddings=not qk_norm)

@@ -16,7 +16,7 @@ pytest.importorskip("vllm")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scaling", ["none", "linear", "ntk", "yarn"])
+@pytest.mark.parametrize("scaling", ["none", "linear", "ntk", "yarn", "llama3"])
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_vllm_reads_the_architecture_and_turns_by_the_same_angles(scaling: str, qk_norm: bool, tmp_path: Path) -> None:
     from vllm.config import VllmConfig, set_current_vllm_config
@@ -26,7 +26,7 @@ def test_vllm_reads_the_architecture_and_turns_by_the_same_angles(scaling: str, 
 
     rope = {"scaling": scaling, "factor": 1 if scaling == "none" else 4, "beta_fast": 16}
     sizes = {"vocab_size": 640, "d_model": 64, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_ff": 96, "original_seq_len": 64}
-    config = ModelConfig.model_validate(sizes | {"qk_norm": qk_norm, "rope": rope})
+    config = ModelConfig.model_validate(sizes | {"qk_norm": qk_norm, "rope": rope, "head_dim": 32 if qk_norm else None})
     transformer = Transformer(config)
     transformer.initialise(0)
     write_model(config, transformer.state_dict(), tmp_path, torch.float32)
@@ -35,6 +35,6 @@ def test_vllm_reads_the_architecture_and_turns_by_the_same_angles(scaling: str, 
     settings = {"max_position": read.max_position_embeddings, "rope_parameters": read.rope_parameters, "is_neox_style": True}
     with set_current_vllm_config(VllmConfig()):
         theirs = get_rope(read.head_dim, dtype=torch.float32, **settings).cos_sin_cache
-    frequencies, gain = rope_frequencies(config.rope, config.head_dim, config.original_seq_len)
+    frequencies, gain = rope_frequencies(config.rope, config.head_width, config.original_seq_len)
     ours = torch.cat(rotary_tables(frequencies, gain, config.max_seq_len), dim=-1)
     torch.testing.assert_close(theirs[: len(ours)], ours, atol=1e-6, rtol=0)

@@ -28,8 +28,9 @@ def model(config: ModelConfig) -> Transformer:
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("tie", [False, True])
-def test_names_and_shapes_are_those_of_transformers_and_the_way_back_is_exact(qk_norm: bool, tie: bool) -> None:
-    config = tiny(qk_norm=qk_norm, tie_embeddings=tie)
+@pytest.mark.parametrize("head_dim", [None, 12])
+def test_names_and_shapes_are_those_of_transformers_and_the_way_back_is_exact(qk_norm: bool, tie: bool, head_dim: int | None) -> None:
+    config = tiny(qk_norm=qk_norm, tie_embeddings=tie, head_dim=head_dim)
     state = model(config).state_dict()
     hf = to_hf(config, state)
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config(config))).state_dict()
@@ -101,8 +102,24 @@ def test_yarn_is_written_with_the_original_length() -> None:
     assert written["rope_scaling"]["beta_fast"] == 16
 
 
+def test_llama3_is_written_as_meta_has_it() -> None:
+    """``config.json`` of Llama 3.2 says this of RoPE; a length that follows from the factor is written as well."""
+    rope = RopeConfig(theta=5e5, scaling="llama3", factor=32, max_seq_len=131_072)
+    written = hf_config(tiny(original_seq_len=8192, rope=rope))
+    assert (written["max_position_embeddings"], written["rope_theta"]) == (131_072, 5e5)
+    assert written["rope_scaling"] == {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    }
+    assert written["rope_parameters"] == written["rope_scaling"] | {"rope_theta": 5e5}
+    assert hf_config(tiny(rope=RopeConfig(scaling="llama3", factor=8)))["max_position_embeddings"] == 256
+
+
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
-@pytest.mark.parametrize("scaling", ["none", "linear", "ntk", "yarn", "theta"])
+@pytest.mark.parametrize("scaling", ["none", "linear", "ntk", "yarn", "theta", "llama3"])
 def test_either_spelling_of_rope_is_read_alike(tmp_path: Path, scaling: str, key: str) -> None:
     rope = RopeConfig.model_validate({"scaling": scaling, "factor": 1 if scaling == "none" else 4})
     written = hf_config(tiny(rope=rope))

@@ -17,7 +17,7 @@ from minifoundation.config import ModelConfig, RunConfig, TrainConfig
 from minifoundation.data.batch import Batch
 from minifoundation.distributed import World
 from minifoundation.errors import Stopped
-from minifoundation.model.attention import Backend, attend, documents_for, resolve
+from minifoundation.model.attention import Backend, attend, documents_for, resolve, rows_for
 from minifoundation.model.loss import token_losses
 from minifoundation.model.matrix import weight_gradient
 from minifoundation.model.rope import positions_within
@@ -31,6 +31,7 @@ from minifoundation.train.optimizer import adamw
 from minifoundation.train.run import run
 from minifoundation.train.step import train_step
 from minifoundation.train.trial import trial
+from tests.model.part import Part
 
 # Triton, torch.compile and flash-attn-4 warn about themselves, each version differently; a GPU's tests are about numbers.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -86,6 +87,41 @@ def test_attention_within_documents_is_that_of_the_documents_apart(kernel: Backe
     out = attend(q, k, v, kernel, documents)
     (out * weight).sum().backward()
     exact_q, exact_k, exact_v = (x.flatten(0, 1)[None] for x in (exact[0], *exact[1].split(few, dim=2)))
+    parts = [attend(exact_q[:, a:b], exact_k[:, a:b], exact_v[:, a:b], "math") for a, b in pairwise(ends)]
+    reference = torch.cat(parts, dim=1).view_as(weight)
+    (reference * weight).sum().backward()
+    assert relative(out, reference) < 1e-2
+    for ours, theirs in zip((q, kv), exact, strict=True):
+        assert ours.grad is not None and theirs.grad is not None and relative(ours.grad, theirs.grad) < 1e-2
+
+
+@pytest.mark.parametrize("lengths", [[300, 300], [1, 299, 130, 2, 1, 167], [2] * 300], ids=["rows", "few", "many"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kernel", [b for b in get_args(Backend) if b != "auto"])
+def test_chunks_of_rows_are_as_in_whole_rows(kernel: Backend, masked: bool, lengths: list[int]) -> None:
+    """As three processes read two rows together, one after the other: outputs, and gradients summed over them, against float64."""
+    if not masked and lengths != [300, 300]:
+        pytest.skip("rows have no documents")
+    dtype = torch.float32 if kernel == "efficient" else torch.bfloat16
+    capability = torch.cuda.get_device_capability()
+    warning = resolve(kernel, "cuda", dtype=dtype, head_dim=64, capability=capability, masked=masked, chunked=True)[1]
+    if warning:
+        pytest.skip(warning)
+    q = torch.randn(2, 300, 6, 64, device="cuda", dtype=dtype, requires_grad=True)
+    kv = torch.randn(2, 300, 4, 64, device="cuda", dtype=dtype, requires_grad=True)
+    exact = [x.detach().double().requires_grad_() for x in (q, kv)]
+    weight = torch.randn(2, 300, 6, 64, device="cuda")
+    ends = [0, *accumulate(lengths)]
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32, device="cuda")
+    k, v = kv.split(2, dim=2)
+    out = torch.zeros_like(q)
+    for part in (Part(rank, 3) for rank in range(3)):
+        places = torch.cat([torch.arange(first, end, device="cuda") for first, end in part.chunks(300)])
+        whole = documents_for(kernel, cu_seqlens, positions_within(cu_seqlens, 2, 300), dtype, part)
+        mask = whole if masked else rows_for(kernel, torch.empty(2, 100, device="cuda"), part)
+        out = out.index_add(1, places, attend(q[:, places], k, v, kernel, mask))
+    (out * weight).sum().backward()
+    exact_q, exact_k, exact_v = (x.flatten(0, 1)[None] for x in (exact[0], *exact[1].split(2, dim=2)))
     parts = [attend(exact_q[:, a:b], exact_k[:, a:b], exact_v[:, a:b], "math") for a, b in pairwise(ends)]
     reference = torch.cat(parts, dim=1).view_as(weight)
     (reference * weight).sum().backward()
@@ -189,11 +225,20 @@ def test_training_in_half_precision_follows_fp32_on_the_cpu() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"qk_norm": True}, {"tie_embeddings": False}, {"attention": "cudnn"}, {"attention": "flex"}, {"attention": "flash4"}],
+    [
+        {"qk_norm": True},
+        {"qk_norm": True, "head_dim": 128},
+        {"head_dim": 32, "attention": "flex"},
+        {"tie_embeddings": False},
+        {"attention": "cudnn"},
+        {"attention": "flex"},
+        {"attention": "flash4"},
+    ],
     ids=str,
 )
 def test_every_layout_of_the_model_trains_like_fp32_on_the_cpu(changes: dict[str, Any]) -> None:
-    _, warning = resolve(changes.get("attention", "auto"), "cuda", head_dim=64, capability=torch.cuda.get_device_capability())
+    head_dim = changes.get("head_dim", 64)
+    _, warning = resolve(changes.get("attention", "auto"), "cuda", head_dim=head_dim, capability=torch.cuda.get_device_capability())
     if warning:
         pytest.skip(warning)
     exact = losses("cpu", torch.float32, compile=False, **changes)
@@ -380,12 +425,14 @@ def test_a_run_with_8_bit_moments_is_resumed(tmp_path: Path, monkeypatch: pytest
     assert path is not None and load_checkpoint(path).progress["step"] == 20
 
 
-def test_a_run_in_8_bits_follows_bf16(tmp_path: Path) -> None:
+@pytest.mark.parametrize("head_dim", [None, 128])
+def test_a_run_in_8_bits_follows_bf16(tmp_path: Path, head_dim: int | None) -> None:
     if obstacle := runtime.fp8_obstacle(runtime.machine()):
         pytest.skip(obstacle)
     bits = {}
     for precision in ("bf16", "fp8"):
-        path = run(run_config(tmp_path / precision, train={"precision": precision, "eval_every": 20}), resume=None, dry_run=False)
+        settings = run_config(tmp_path / precision, train={"precision": precision, "eval_every": 20}, model={"head_dim": head_dim})
+        path = run(settings, resume=None, dry_run=False)
         assert path is not None
         found = load_checkpoint(path)
         bits[precision] = found.progress["held_out_bits_per_byte"]

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from minifoundation.model.attention import Backend, attend, candidates, documents_for, resolve, rows_for
+from minifoundation.model.attention import Backend, Chunks, attend, candidates, documents_for, keys_and_values, resolve, rows_for
 from minifoundation.model.kernels import flash4, language
 from minifoundation.model.rope import positions_within
+from tests.model.part import Part
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -183,3 +185,79 @@ def test_resolve_where_flash_attention_4_is_installed(
 ) -> None:
     monkeypatch.setattr(flash4, "INSTALLED", True)
     assert resolve(backend, "cuda", dtype=dtype, head_dim=head_dim, capability=capability, masked=masked) == (kernel, reason)
+
+
+@pytest.mark.filterwarnings("default:flex_attention called without torch.compile")
+@pytest.mark.parametrize("documents", [(), (5, 24, 31, 47)])
+@pytest.mark.parametrize("kernel", ["auto", "math", "flex"])
+def test_chunks_of_rows_are_as_in_whole_rows(kernel: Backend, documents: tuple[int, ...]) -> None:
+    """Outputs, and gradients summed over the parts; against the plain formula, of documents one by one."""
+    B, T, size = 2, 24, 3
+    torch.manual_seed(0)
+    q = torch.randn(B, T, 4, 16, dtype=torch.float64)
+    k, v = torch.randn(2, B, T, 2, 16, dtype=torch.float64)
+    inputs = [x.requires_grad_(kernel != "flex") for x in (q, k, v)]  # uncompiled, flex has no gradients
+    cu_seqlens = torch.tensor(sorted({0, *documents, T, B * T}), dtype=torch.int32)
+    flat = [x.flatten(0, 1)[None] for x in (q, k, v)]
+    expected = torch.cat([written_out(*(x[:, a:b] for x in flat)) for a, b in itertools.pairwise(cu_seqlens.tolist())], 1).view_as(q)
+    out = torch.zeros_like(q)
+    for rank in range(size):
+        part = Part(rank, size)
+        places = torch.cat([torch.arange(first, end) for first, end in part.chunks(T)])
+        mask = (
+            documents_for(kernel, cu_seqlens, positions_within(cu_seqlens, B, T), q.dtype, part)
+            if documents
+            else rows_for(kernel, torch.empty(B, T // size), part)
+        )
+        out = out.index_add(1, places, attend(q[:, places], *keys_and_values(k, v, mask), kernel, mask))
+    torch.testing.assert_close(out, expected)
+    if kernel != "flex":
+        weight = torch.randn_like(out)
+        found, wanted = (torch.autograd.grad((x * weight).sum(), inputs) for x in (out, expected))
+        torch.testing.assert_close(found, wanted)
+
+
+def test_offsets_of_a_chunk_are_those_of_its_documents() -> None:
+    """What FlashAttention's variable-length form is told, carried out by the formula: queries are the last of their document's keys."""
+    B, T, size = 2, 24, 2
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(B, T, n, 8, dtype=torch.float64) for n in (4, 2, 2))
+    cu_seqlens = torch.tensor([0, 3, 6, 7, 20, 24, 30, 47, 48], dtype=torch.int32)
+    positions = positions_within(cu_seqlens, B, T)
+    whole = attend(q, k, v, "math", documents_for("math", cu_seqlens, positions, q.dtype))
+    for rank in range(size):
+        mask = documents_for("flash", cu_seqlens, positions, q.dtype, Part(rank, size))
+        assert isinstance(mask, Chunks)
+        for first, end, offsets in mask.chunks:
+            assert isinstance(offsets, Tensor) and offsets.dtype == torch.int32
+            queries, keys = q[:, first:end].flatten(0, 1)[None], [x[:, :end].flatten(0, 1)[None] for x in (k, v)]
+            found = []
+            for (a, b), (c, d) in zip(*(itertools.pairwise(row.tolist()) for row in offsets), strict=True):
+                assert b - a <= d - c
+                if b > a:
+                    padded = torch.cat((torch.zeros_like(queries[:, : d - c - (b - a)]), queries[:, a:b]), 1)
+                    found.append(written_out(padded, *(x[:, c:d] for x in keys))[:, -(b - a) :])
+            assert offsets[:, -1].tolist() == [B * (end - first), B * end]
+            torch.testing.assert_close(torch.cat(found, 1)[0], whole[:, first:end].flatten(0, 1))
+
+
+def test_gradients_summed_over_parts_in_half_precision_are_as_exact_as_of_whole_rows() -> None:
+    """Each part rounds what it adds to the gradient of a key or a value: it has to add up to no more than what one kernel rounds."""
+    T = 256
+    torch.manual_seed(0)
+    q, k, v, weight = (torch.randn(1, T, n, 64, dtype=torch.float64) for n in (4, 1, 1, 4))
+
+    def gradients(dtype: torch.dtype, size: int) -> list[Tensor]:
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        total: list[Tensor] = [torch.zeros_like(x) for x in inputs]
+        for part in (Part(rank, size) for rank in range(size)):
+            places = torch.cat([torch.arange(first, end) for first, end in part.chunks(T)])
+            mask = rows_for("auto", torch.empty(1, T // size), part)
+            out = attend(inputs[0][:, places], inputs[1], inputs[2], "auto", mask)
+            parts = torch.autograd.grad((out * weight[:, places].to(dtype)).sum(), inputs)
+            total = [one + more for one, more in zip(total, parts, strict=True)]
+        return total
+
+    exact = gradients(torch.float64, 1)
+    one, eight = ([float((g - e).norm() / e.norm()) for g, e in zip(gradients(BF16, size), exact, strict=True)] for size in (1, 8))
+    assert all(several < 1.25 * alone for several, alone in zip(eight, one, strict=True)), (one, eight)

@@ -14,6 +14,7 @@ from minifoundation.model import attention, fused, transformer
 from minifoundation.model.fp8 import Sites
 from minifoundation.model.kept import Kept
 from minifoundation.model.kernels import gated, swiglu
+from minifoundation.model.size import _saved_by_block
 from minifoundation.model.training import TrainingModel
 from minifoundation.model.transformer import Transformer
 
@@ -70,9 +71,14 @@ class Aside:
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "attention", "offload", "full"])
-@pytest.mark.parametrize(("qk_norm", "masked"), [(False, False), (True, False), (False, True), (True, True)])
-def test_it_is_the_plain_block_in_float64(qk_norm: bool, masked: bool, checkpointing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = ModelConfig.model_validate({**SMALL, "qk_norm": qk_norm, "checkpointing": checkpointing})
+@pytest.mark.parametrize(
+    ("qk_norm", "masked", "head_dim"),
+    [(False, False, 16), (True, False, 16), (False, True, 16), (True, True, 16), (False, True, 24), (True, False, 8)],
+)
+def test_it_is_the_plain_block_in_float64(
+    qk_norm: bool, masked: bool, head_dim: int, checkpointing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ModelConfig.model_validate({**SMALL, "qk_norm": qk_norm, "checkpointing": checkpointing, "head_dim": head_dim})
     model = Transformer(config, dtype=torch.float64).double()
     model.initialise(0)
     plain = result(model, masked=masked)
@@ -82,15 +88,18 @@ def test_it_is_the_plain_block_in_float64(qk_norm: bool, masked: bool, checkpoin
     monkeypatch.setattr(fused, "AT_ONCE", 40)  # three parts, the last one short
     # The plain block turns queries and keys in float32 tables of the same angles.
     assert largest_error(result(by_hand(model, monkeypatch), masked=masked), plain) < 1e-6
-    # Of both blocks the input and what attention mixed, 64 wide, once each.
-    assert copies.away_bytes == copies.back_bytes == (2 * 2 * TOKENS.numel() * 64 * 8 if checkpointing == "offload" else 0)
+    # Of both blocks the input, 64 wide, and what attention mixed, as wide as the heads are together, once each.
+    away = 2 * (64 + 4 * head_dim) * TOKENS.numel() * 8 if checkpointing == "offload" else 0
+    assert copies.away_bytes == copies.back_bytes == away
 
 
-def test_half_precision_is_as_near_as_the_plain_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = Transformer(ModelConfig.model_validate(SMALL))
+@pytest.mark.parametrize("head_dim", [None, 32])
+def test_half_precision_is_as_near_as_the_plain_block(head_dim: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig.model_validate({**SMALL, "head_dim": head_dim})
+    exact = Transformer(config)
     exact.initialise(0)
     expected = result(exact)
-    half = Transformer(ModelConfig.model_validate(SMALL), dtype=torch.bfloat16)
+    half = Transformer(config, dtype=torch.bfloat16)
     half.initialise(0)
     plain = largest_error(result(half), expected)
     assert 0 < largest_error(result(by_hand(half, monkeypatch)), expected) < 1.2 * plain
@@ -127,11 +136,13 @@ def test_gate_and_up_in_turn_change_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert largest_error(result(by_hand(gathered, monkeypatch)), found[0]) < 1e-2
 
 
-def test_8_bits_are_near_and_their_scales_settle() -> None:
-    exact = Transformer(ModelConfig.model_validate(SMALL))
+@pytest.mark.parametrize("head_dim", [None, 32])
+def test_8_bits_are_near_and_their_scales_settle(head_dim: int | None) -> None:
+    config = ModelConfig.model_validate({**SMALL, "head_dim": head_dim})
+    exact = Transformer(config)
     exact.initialise(0)
     expected = result(exact)
-    small = Transformer(ModelConfig.model_validate(SMALL), dtype=torch.bfloat16, fp8=True)
+    small = Transformer(config, dtype=torch.bfloat16, fp8=True)
     small.initialise(0)
     assert small.scales is not None
     scales = []
@@ -175,13 +186,15 @@ class KeepsAll(torch.autograd.Function):
 
 @pytest.mark.parametrize("checkpointing", ["none", "attention"])
 @pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("fp8", [False, True])
-def test_it_keeps_no_more_than_it_reads_again(fp8: bool, qk_norm: bool, checkpointing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("fp8", "head_dim"), [(False, 16), (True, 16), (False, 32), (True, 32)])
+def test_it_keeps_no_more_than_it_reads_again(
+    fp8: bool, head_dim: int, qk_norm: bool, checkpointing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Inputs of both norms and their factors, heads, what attention mixed (once more in 8 bits where products are), the gates.
 
     With QK-norm heads before it and after. Of all this selective checkpointing keeps the block's input and what attention mixed.
     """
-    config = ModelConfig.model_validate({**SMALL, "n_layer": 1, "qk_norm": qk_norm, "checkpointing": checkpointing})
+    config = ModelConfig.model_validate({**SMALL, "n_layer": 1, "head_dim": head_dim, "qk_norm": qk_norm, "checkpointing": checkpointing})
     model = by_hand(Transformer(config, dtype=torch.bfloat16, fp8=fp8), monkeypatch)
     model.initialise(0)
     model(TOKENS)  # makes the copies
@@ -194,20 +207,23 @@ def test_it_keeps_no_more_than_it_reads_again(fp8: bool, qk_norm: bool, checkpoi
             return tensor
 
     x = torch.randn(2, 48, 64).bfloat16().requires_grad_()
-    tables = torch.ones(48, 8), torch.zeros(48, 8)
+    tables = torch.ones(48, head_dim // 2), torch.zeros(48, head_dim // 2)
     sites = Sites() if model.scales is None else model.scales.sites(0, watched=True)
     others = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *tables)}
     monkeypatch.setattr(transformer, "attend", lambda q, k, v, *_: KeepsAll.apply(q, k, v))  # type: ignore[no-untyped-call]
     counted = Counted()
     with torch.autograd.graph.saved_tensors_hooks(counted.pack, counted.unpack):
         model.blocks[0](x, *tables, "math", None, sites, counted)
+    queries, keys = 4 * head_dim, 2 * head_dim
     if checkpointing == "attention":
-        values = 64 + 64 + 2  # and one factor
+        values = 64 + queries + 2  # and one factor
     else:
-        heads = (64 + 2 * 32) + (64 + 32 if qk_norm else 0)
-        values = 64 + 64 + 2 * 96 + heads + 64 + 2 * 2 + (32 if fp8 else 0)
-    # With QK-norm the rotation of a Function's own is by hand no more: it keeps tables of nothing, 8 wide.
-    assert sum(held.values()) == TOKENS.numel() * 2 * values + (2 * 4 * 8 if qk_norm else 0)
+        heads = (queries + 2 * keys) + (queries + keys if qk_norm else 0)
+        values = 64 + 64 + 2 * 96 + heads + queries + 2 * 2 + (queries // 2 if fp8 else 0)
+    # With QK-norm the rotation of a Function's own is by hand no more: it keeps tables of nothing, half a head wide.
+    assert sum(held.values()) == TOKENS.numel() * 2 * values + (2 * 4 * head_dim // 2 if qk_norm else 0)
+    if checkpointing == "none":  # so much is predicted, and what attention keeps of each head beside
+        assert 2 * values + 4 * config.n_head == _saved_by_block(config, 2) + (queries if fp8 else 0)
 
 
 @pytest.mark.parametrize("checkpointing", ["attention", "offload"])
@@ -230,6 +246,45 @@ def test_heads_are_gone_after_the_forward(checkpointing: str, qk_norm: bool, mon
     hidden = model(TOKENS)
     assert len(alive) == 6 and all(storage() is None for storage in alive)
     hidden.sum().backward()
+
+
+class Gathered:
+    """The context of rows that are here as a whole, in the order in which two chunks of them would lie; remembers what it gathers."""
+
+    size = 1
+
+    def __init__(self) -> None:
+        self.alive: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def chunks(self, seq_len: int) -> list[tuple[int, int]]:
+        return [(0, seq_len // 2), (seq_len // 2, seq_len)]
+
+    def gathered(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = torch.stack((k, v)).unbind()
+        self.alive.append(weakref.ref(keys.untyped_storage()))
+        return keys, values
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "attention", "offload", "full"])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_keys_and_values_of_whole_rows_are_gathered_again(checkpointing: str, qk_norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are gone after the forward, and the gradients are those of a model that reads whole rows."""
+    config = ModelConfig.model_validate({**SMALL, "qk_norm": qk_norm, "checkpointing": checkpointing})
+    context = Gathered()
+    model = Transformer(config, dtype=torch.float64, context=context).double()
+    model.initialise(0)
+    plain = Transformer(config, dtype=torch.float64).double()
+    plain.load_state_dict(model.state_dict())
+    for one in (plain, model):
+        monkeypatch.setattr(one, "copies", lambda _device: Aside())
+        by_hand(one, monkeypatch)
+    expected = result(plain)
+    hidden = model(TOKENS)
+    assert len(context.alive) == 2 and all(storage() is None for storage in context.alive)
+    hidden.mul(WEIGHTS).sum().backward()
+    assert len(context.alive) == 4 and all(storage() is None for storage in context.alive)
+    found = {"hidden": hidden.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+    assert largest_error(found, expected) < 1e-12
 
 
 def test_parts_of_a_row_are_the_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,9 @@ def theirs(rope: RopeConfig, head_dim: int, original: int) -> tuple[torch.Tensor
     if rope.scaling == "yarn":
         parameters |= {"rope_type": "yarn", "factor": rope.factor, "original_max_position_embeddings": original}
         parameters |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+    if rope.scaling == "llama3":
+        parameters |= {"rope_type": "llama3", "factor": rope.factor, "original_max_position_embeddings": original}
+        parameters |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
     config = LlamaConfig(
         hidden_size=2 * head_dim, num_attention_heads=2, max_position_embeddings=round(original * rope.factor), rope_parameters=parameters
     )
@@ -39,10 +42,13 @@ def theirs(rope: RopeConfig, head_dim: int, original: int) -> tuple[torch.Tensor
         RopeConfig(scaling="yarn", factor=2.5, beta_fast=20, beta_slow=2),
         RopeConfig(scaling="yarn", factor=1),
         RopeConfig(scaling="yarn", factor=4, theta=2.0),
+        RopeConfig(scaling="llama3", factor=8, theta=500_000.0),
+        RopeConfig(scaling="llama3", factor=32, theta=500_000.0),
+        RopeConfig(scaling="llama3", factor=3, low_freq_factor=0.5, high_freq_factor=9),
     ],
     ids=str,
 )
-@pytest.mark.parametrize(("head_dim", "original"), [(64, 4096), (128, 2048), (16, 64), (8, 8)])
+@pytest.mark.parametrize(("head_dim", "original"), [(64, 4096), (64, 8192), (128, 8192), (128, 2048), (16, 64), (8, 8)])
 def test_frequencies_are_those_of_transformers(rope: RopeConfig, head_dim: int, original: int) -> None:
     frequencies, gain = rope_frequencies(rope, head_dim, original)
     expected, expected_gain = theirs(rope, head_dim, original)

@@ -18,8 +18,13 @@ HALF_BILLION = ModelConfig(d_model=1536, n_layer=16, n_head=24, n_kv_head=8, d_f
 BILLION = ModelConfig(d_model=2048, n_layer=20, n_head=32, n_kv_head=8, d_ff=5504)
 
 
-@pytest.mark.parametrize(("config", "count"), [(HALF_BILLION, 493_929_984), (BILLION, 1_007_765_504)])
-def test_the_two_sizes(config: ModelConfig, count: int) -> None:
+QWEN3 = ModelConfig(
+    vocab_size=151_936, d_model=1024, n_layer=28, n_head=16, n_kv_head=8, head_dim=128, d_ff=3072, qk_norm=True, tie_embeddings=True
+)
+
+
+@pytest.mark.parametrize(("config", "count"), [(HALF_BILLION, 493_929_984), (BILLION, 1_007_765_504), (QWEN3, 596_049_920)])
+def test_the_sizes_that_are_known(config: ModelConfig, count: int) -> None:
     assert n_parameters(config) == count
     with torch.device("meta"):
         assert sum(p.numel() for p in Transformer(config).parameters()) == count
@@ -27,8 +32,10 @@ def test_the_two_sizes(config: ModelConfig, count: int) -> None:
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("tie", [False, True])
-def test_counts_are_those_of_the_model(qk_norm: bool, tie: bool) -> None:
-    config = ModelConfig(vocab_size=96, d_model=32, n_layer=3, n_head=4, n_kv_head=2, d_ff=80, qk_norm=qk_norm, tie_embeddings=tie)
+@pytest.mark.parametrize("head_dim", [None, 24])
+def test_counts_are_those_of_the_model(qk_norm: bool, tie: bool, head_dim: int | None) -> None:
+    sizes = {"vocab_size": 96, "d_model": 32, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "d_ff": 80, "head_dim": head_dim}
+    config = ModelConfig.model_validate(sizes | {"qk_norm": qk_norm, "tie_embeddings": tie})
     weights = dict(Transformer(config).named_parameters())
     assert n_parameters(config) == sum(w.numel() for w in weights.values())
     look_up = 0 if tie else weights["embedding.weight"].numel()
@@ -43,16 +50,18 @@ def test_flops_by_hand() -> None:
     assert flops_per_token(config, 6) == 3 * 2 * (multiply_adds + attention)
 
 
-def test_flops_are_those_torch_counts() -> None:
+@pytest.mark.parametrize("head_dim", [8, 16])
+def test_flops_are_those_torch_counts(head_dim: int) -> None:
     """torch counts attention in full, we count the causal half; forward and backward of one row."""
     T = 16
-    config = ModelConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, n_kv_head=2, d_ff=48, original_seq_len=T, attention="math")
+    sizes = {"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "head_dim": head_dim, "d_ff": 48}
+    config = ModelConfig.model_validate(sizes | {"original_seq_len": T, "attention": "math"})
     model = TrainingModel(Transformer(config), z_loss=0.0, chunk=8)
     model.transformer.initialise(0)
     tokens = torch.zeros(1, T, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model(tokens, tokens).total.backward()
-    attention = 6 * config.n_layer * config.d_model * T
+    attention = 6 * config.n_layer * 4 * head_dim * T
     assert counter.get_total_flops() == T * (flops_per_token(config, T) + attention)
 
 
@@ -166,3 +175,18 @@ def test_selective_checkpointing_of_a_billion_at_64k_is_within_32_gib() -> None:
     (line,) = (line for line in table.splitlines() if line.startswith("| all |"))
     shown = dict(zip(("none", "attention", "offload", "full"), line.split("|")[2:6], strict=True))
     assert {way: float(gib) for way, gib in shown.items()} == {way: round(gib, 1) for way, gib in needed.items()}
+
+
+def test_the_table_of_rows_that_several_read() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "long-context.md").read_text(encoding="utf-8")
+    lines = text.split("| tokens | none, 1 |")[1].split("\n\n")[0].splitlines()[2:]
+    settings = {"batch_size": 1, "grad_accum": 1, "precision": "bf16", "optimizer_states": "fp32", "ema": False, "loss_chunk": 8192}
+    assert len(lines) == 4
+    for line in lines:
+        tokens, *shown = (float(cell.replace(",", "")) for cell in line.strip("|").split("|"))
+        found = [
+            sum(memory_bytes(model, seq_len=int(tokens), context=size, buckets=size > 1, **settings).values()) / 2**30  # type: ignore[arg-type]
+            for model in (BILLION, BILLION.model_copy(update={"checkpointing": "attention"}))
+            for size in (1, 2, 4, 8)
+        ]
+        assert shown == [round(gib, 1) for gib in found]

@@ -22,6 +22,7 @@ SCALINGS = [
     RopeConfig(scaling="ntk", factor=4),
     RopeConfig(scaling="yarn", factor=4),
     RopeConfig(scaling="theta", factor=4),
+    RopeConfig(scaling="llama3", factor=8, low_freq_factor=0.5, high_freq_factor=3, max_seq_len=128),
 ]
 
 

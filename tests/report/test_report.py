@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from minifoundation.cli import main
 from minifoundation.report.evaluations import over_tokens, read_evaluation
 from minifoundation.report.runs import read_run
+from tests.browser import CHROMIUM, MISSING
 from tests.report.made import SCORES, SPIKE, write_contamination, write_evaluation, write_run
 
 PARITY = {"checks": [{"difference": 3e-6}, {"difference": 1e-7}], "tolerance": 1e-4, "compared": "float32 on the CPU"}
@@ -201,11 +201,8 @@ def test_what_is_missing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert line.startswith(f"error: {message.replace('MODEL', str(tmp_path))}") and not (tmp_path / "out").exists()
 
 
-CHROMIUM = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None)
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (Debian: apt-get install chromium)")
+@pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
 @pytest.mark.parametrize("width", [1200, 500])
 def test_a_browser_shows_it_within_its_window(made: Path, tmp_path: Path, width: int) -> None:
     """Headless Chromium lays the page out, asks for nothing else, and reports what it measured in the title."""

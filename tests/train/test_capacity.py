@@ -46,8 +46,11 @@ def test_a_scaled_model_keeps_its_proportions() -> None:
     model = half_billion().model
     assert scaled(model, model.n_kv_head) == model
     twice = scaled(model, 2 * model.n_kv_head)
-    assert (twice.d_model, twice.n_layer, twice.d_ff, twice.head_dim) == (3072, 32, 8192, 64)
-    config.build(config.ModelConfig, twice.model_dump(), "a scaled model is one that can be trained")
+    assert (twice.d_model, twice.n_layer, twice.d_ff, twice.head_width) == (3072, 32, 8192, 64)
+    own = scaled(model.model_copy(update={"head_dim": 128}), 2 * model.n_kv_head)
+    assert (own.d_model, own.n_head, own.head_width) == (3072, 48, 128)
+    for larger in (twice, own):
+        config.build(config.ModelConfig, larger.model_dump(), "a scaled model is one that can be trained")
 
 
 def test_the_table_in_the_docs_is_what_is_predicted() -> None:

@@ -33,6 +33,7 @@ class Case:
     """Which parts are on."""
 
     qk_norm: bool = False
+    head_dim: int | None = None
     z_loss: float = 0.0
     grad_clip: float | None = None
     grad_accum: int = 1
@@ -48,6 +49,7 @@ CASES = {
     "accumulation": Case(grad_accum=4),
     "decay": Case(weight_decay=0.3),
     "cosine": Case(schedule="cosine"),
+    "heads": Case(qk_norm=True, head_dim=16),
     "llama": Case(z_loss=1e-4, grad_clip=1.0, grad_accum=2, weight_decay=0.1, schedule="cosine", steps=200),
     "qwen3": Case(qk_norm=True, z_loss=1e-4, grad_clip=1.0, grad_accum=2, weight_decay=0.1, schedule="cosine", steps=200),
 }
@@ -131,9 +133,8 @@ def plain(case: Case, config: ModelConfig, data: Tensor) -> tuple[list[float], d
 @pytest.mark.parametrize("name", CASES)
 def test_losses_and_weights_are_those_of_the_plain_loop(name: str) -> None:
     case = CASES[name]
-    config = ModelConfig(
-        vocab_size=VOCABULARY, d_model=32, n_layer=2, n_head=4, n_kv_head=2, d_ff=64, original_seq_len=64, qk_norm=case.qk_norm
-    )
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_ff": 64, "original_seq_len": 64}
+    config = ModelConfig.model_validate(sizes | {"qk_norm": case.qk_norm, "head_dim": case.head_dim})
     train = TrainConfig.model_validate(
         {"tokens": 1, "lr": 3e-3, "warmup": 0.05, "schedule": case.schedule, "weight_decay": case.weight_decay, "grad_clip": case.grad_clip}
     )

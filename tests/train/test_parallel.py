@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from minifoundation import config
 from minifoundation.config import REPOSITORY, RunConfig
-from minifoundation.distributed import Split, World
+from minifoundation.distributed import Context, Split, World
 from minifoundation.errors import UserError
 from minifoundation.runtime import Machine
 from minifoundation.train.parallel import accumulated, as_asked, chosen_split
@@ -18,6 +19,8 @@ from minifoundation.train.plan import plan, predicted_memory
 
 GIB = 2**30
 H100 = Machine(torch.device("cuda", 0), "H100", 80 * GIB, 989.4e12)
+MESH: Any = SimpleNamespace(size=lambda: 4, get_local_rank=lambda: 0)
+"""Of four processes that read a row together."""
 NODE, TWO_NODES = World(0, 8, 0, 8), World(0, 16, 0, 8)
 
 
@@ -69,6 +72,38 @@ def test_tokens_per_step_are_the_same_for_any_number_of_processes(size: int, mic
     assert done.train.grad_accum == micro
     assert plan(done, size).tokens_per_step == 2**19
     assert as_asked(done) == asked, "what is kept can be started again on another number"
+
+
+def test_tokens_per_step_of_processes_that_read_rows_together() -> None:
+    done = accumulated(run_config(tokens_per_step=2**19, batch_size=8, context_parallel=4), World(0, 16, context=Context(MESH)))
+    assert done.train.grad_accum == 4 and plan(done, 16).tokens_per_step == 2**19
+    with pytest.raises(UserError, match=r"is no multiple of 98,304 \(batch_size 8 x seq_len 4096 x 3 groups of 4 processes\)"):
+        accumulated(run_config(tokens_per_step=2**19, batch_size=8, context_parallel=4), World(0, 12, context=Context(MESH)))
+
+
+def test_a_part_of_a_row_takes_less_memory() -> None:
+    """All that is kept of its tokens, and less of what is at work; keys and values of the whole row come to that."""
+    for precision, checkpointing in (("bf16", "none"), ("bf16", "attention"), ("bf16", "full"), ("fp32", "none")):
+        runs = [
+            config.build(
+                RunConfig,
+                config.merged(
+                    run_config(precision=precision, context_parallel=size, grad_accum=2).model_dump(),
+                    {"model": {"checkpointing": checkpointing, "original_seq_len": 2**16}, "train": {"seq_len": 2**16}},
+                ),
+                "test",
+            )
+            for size in (1, 2, 4, 8)
+        ]
+        needed = [predicted_memory(run) for run in runs]
+        assert len({parts["weights"] + parts["optimizer"] for parts in needed}) == 1
+        totals = [sum(parts.values()) for parts in needed]
+        assert totals == sorted(totals, reverse=True)
+        if precision == "bf16":
+            assert needed[2]["activations"] == pytest.approx(needed[0]["activations"] / 4, rel=0.01)
+        else:
+            whole = 2**16 * 2 * 8 * 64 * 4  # of each block, a layer's keys and values in float32
+            assert needed[2]["activations"] == pytest.approx(needed[0]["activations"] / 4 + 20 * whole, rel=0.01)
 
 
 def test_tokens_that_cannot_be_shared_evenly() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from minifoundation import config
 from minifoundation.config import REPOSITORY, RunConfig
+from minifoundation.distributed import Split
 from minifoundation.runtime import Machine
 from minifoundation.train.plan import describe, plan
 
@@ -29,6 +30,16 @@ def test_the_mission_line_by_hand() -> None:
 def test_processes_share_a_step() -> None:
     one, eight = (plan(run_config(tokens=10**9, batch_size=2, grad_accum=4), size) for size in (1, 8))
     assert eight.samples_per_step == 8 * one.samples_per_step == 64 and eight.steps == one.steps // 8
+
+
+def test_processes_that_read_a_row_together_share_it() -> None:
+    one, shared = (plan(run_config(tokens=10**9, grad_accum=4, context_parallel=together), 8) for together in (1, 4))
+    assert (one.samples_per_step, shared.samples_per_step) == (32, 8)
+    assert shared.flops_per_token == one.flops_per_token
+    config = run_config(tokens=10**9, grad_accum=4, context_parallel=4)
+    text = describe(config, plan(config, 8, Split("ddp")), H100, 8)
+    assert "(1 rows x 4 micro-batches x 4096 tokens x 2 groups of 4 processes)" in text
+    assert "; 4 read a row together, 1,024 tokens each" in text
 
 
 def test_the_description_names_hours_and_memory() -> None:

@@ -44,6 +44,9 @@ def bench(options: BenchOptions, values: dict[str, Any]) -> None:
     asked = config.build(RunConfig, settings, sources(options))
     if options.fit:
         figures = _what_fits(asked, options.fit)
+    elif asked.train.context_parallel > 1:
+        remedy = "leave it out, or give --fit (benchmarks/scaling.py measures several GPUs)"
+        raise UserError("train.context_parallel", f"{asked.train.context_parallel}, and bench measures one GPU", remedy)
     else:
         parameters = f"{capacity.billions(asked.model) * 1e3:,.1f}M parameters, {asked.train.precision}"
         click.echo(f"{machine.name}, torch {torch.__version__}: {parameters}{', compiled' if asked.train.compile else ''}")
@@ -122,12 +125,12 @@ def _ceilings(run: RunConfig, machine: Machine) -> dict[str, Any]:
 def _attention(run: RunConfig, machine: Machine) -> dict[str, float | None]:
     times = milliseconds(usable_kernels(run, machine), run, machine)
     # Seven products, two of them forward, over the half of T x T that is seen.
-    flops = 7.0 * run.model.n_head * run.model.head_dim * run.train.seq_len**2 * int(run.train.batch_size)
+    flops = 7.0 * run.model.n_head * run.model.head_width * run.train.seq_len**2 * int(run.train.batch_size)
     rows = []
     for kernel, ms in times.items():
         rate = f"{flops / ms / 1e9:,.1f}" if math.isfinite(ms) and not run.data.mask_documents else ""
         rows.append([kernel, f"{ms:,.2f}" if math.isfinite(ms) else "failed", rate])
-    shape = f"{run.train.batch_size} x {run.train.seq_len}, {run.model.n_head}/{run.model.n_kv_head} heads of {run.model.head_dim}"
+    shape = f"{run.train.batch_size} x {run.train.seq_len}, {run.model.n_head}/{run.model.n_kv_head} heads of {run.model.head_width}"
     _table(f"attention of a block, forward and backward, {shape}", ["", "ms", "TFLOP/s"], rows)
     return {k: ms if math.isfinite(ms) else None for k, ms in times.items()}
 

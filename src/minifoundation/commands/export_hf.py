@@ -89,6 +89,7 @@ def _write(checkpoint: Checkpoint, folder: Path, options: ExportOptions) -> veri
     transformer.load_state_dict(state)
     with native_tokenizer(checkpoint) as native, tqdm(total=4 + bool(options.gguf), desc="export", unit="part", leave=False) as bar:
         if options.gguf:
+            llama_cpp.check_model(config, options.gguf)
             llama_cpp.check_installed()
             llama_cpp.check_tokenizer(native)
         bar.set_postfix_str("weights")

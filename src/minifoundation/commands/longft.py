@@ -22,7 +22,8 @@ def longft(options: LongftOptions, values: dict[str, Any]) -> None:
     """Train the model of ``options.ckpt_in`` on longer rows: its settings < YAML (default configs/longft.yaml) < command line.
 
     Raises:
-        UserError: rows shorter than the context there is, or an optimizer asked for that the checkpoint has not.
+        UserError: rows shorter than the context there is, a scaling that does not go on from that of the checkpoint, or an optimizer asked
+            for that the checkpoint has not.
     """
     from minifoundation.commands.import_hf import beginning, settings_of
     from minifoundation.commands.suite import suite_for
@@ -34,6 +35,8 @@ def longft(options: LongftOptions, values: dict[str, Any]) -> None:
     checkpoint = beginning(options.ckpt_in)
     if options.config is None:
         options = options.model_copy(update={"config": DEFAULT_CONFIG})
+        if checkpoint.config.model.rope.scaling == "llama3":
+            values = config.merged({"model": {"rope": {"scaling": "llama3"}}}, values)
     base = settings_of(checkpoint) | {"out_dir": str(Path("outputs") / "longft")}
     settings = layered(options, values, below=base)
     seq_len = config.build(TrainConfig, settings["train"], sources(options), section="train.").seq_len
@@ -41,7 +44,11 @@ def longft(options: LongftOptions, values: dict[str, Any]) -> None:
     if seq_len < model.max_seq_len:
         remedy = f"give --seq_len above {model.max_seq_len}, or go on at the length there is with pretrain"
         raise UserError("train.seq_len", f"{seq_len} is shorter than the {model.max_seq_len} tokens that {options.ckpt_in} reaches", remedy)
-    if "factor" not in layered(options, values, below={}).get("model", {}).get("rope", {}):
+    asked = layered(options, values, below={}).get("model", {}).get("rope", {})
+    if model.rope.scaling == "llama3" and (other := asked.get("scaling", "llama3")) != "llama3":
+        problem = f"{other} here, but {options.ckpt_in} was trained with llama3, whose frequencies no other scaling goes on from"
+        raise UserError("model.rope.scaling", problem, "set it to llama3, whose factor grows as the length does")
+    if "factor" not in asked:
         settings = config.merged(settings, {"model": {"rope": reaching(seq_len, model)}})
     run_config = config.build(RunConfig, settings, f"{options.ckpt_in}, {sources(options)}")
     if options.proof_data is not None:
@@ -57,8 +64,12 @@ def longft(options: LongftOptions, values: dict[str, Any]) -> None:
 def reaching(seq_len: int, model: ModelConfig) -> dict[str, Any]:
     """Return the RoPE settings under which ``model`` reaches ``seq_len``.
 
-    The factor counts from the length of pretraining, also when an extended model is extended again.
+    The factor counts from the length of pretraining, also when an extended model is extended again. That of a model whose llama3 scaling
+    states its length is no ratio of lengths (Llama 3.2: 32 for 16 times the length): it grows as the length does.
     """
+    if model.rope.max_seq_len is not None:
+        times = max(1.0, seq_len / model.rope.max_seq_len)
+        return {"factor": model.rope.factor * times, "max_seq_len": max(seq_len, model.rope.max_seq_len)}
     factor = max(model.rope.factor, math.ceil(seq_len / model.original_seq_len))
     return {"factor": factor} if factor > 1 else {"factor": 1.0, "scaling": "none"}
 

@@ -153,7 +153,8 @@ def app(engine: str, model: str) -> Starlette:
     from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 
-    client = httpx.AsyncClient(base_url=engine, timeout=None)
+    # Each request has a connection of its own: the engine closes one after a fault, and that would fail the request after it.
+    client = httpx.AsyncClient(base_url=engine, timeout=None, limits=httpx.Limits(max_keepalive_connections=0))
     page = PAGE.read_text(encoding="utf-8").replace("{{ model }}", escape(model))
 
     async def shown(_request: Request) -> Response:
@@ -165,7 +166,10 @@ def app(engine: str, model: str) -> Starlette:
     async def passed_on(request: Request) -> Response:
         headers = {"content-type": request.headers.get("content-type", "application/json")}
         call = client.build_request("POST", request.url.path, content=await request.body(), headers=headers)
-        answer = await client.send(call, stream=True)
+        try:
+            answer = await client.send(call, stream=True)
+        except httpx.TransportError:
+            return JSONResponse({"error": {"message": "The engine does not answer; start serve again."}}, 502)
 
         async def body() -> AsyncIterator[bytes]:
             try:

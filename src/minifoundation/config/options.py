@@ -112,7 +112,9 @@ class PrepareOptions(Settings):
     tokens: int | None = setting(None, ge=1, flag="tokens", help="stop after this many training tokens; none reads the whole corpus")
     tokenizer_out: Path = setting(Path("outputs/tokenizer"), flag="tokenizer_out", help="where a newly trained tokenizer is written")
     engine: Literal["local", "ray", "slurm"] = setting(
-        "local", flag="engine", help="where the work is done: processes of this machine, a Ray cluster, or Slurm jobs"
+        "local",
+        flag="engine",
+        help="where the work is done: processes of this machine (under torchrun of all its machines), a Ray cluster, or Slurm jobs",
     )
     slurm: str | None = setting(
         None, flag="slurm", help="what sbatch needs, for --engine slurm: partition=cpu,time=04:00:00 (any long option of sbatch)"

@@ -15,10 +15,10 @@ class RopeConfig(Settings):
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and its scaling to longer contexts."""
 
     theta: float = setting(10_000.0, gt=1, help="base of the frequencies [RoFormer, Llama 2: 10,000]")
-    scaling: Literal["none", "linear", "ntk", "yarn", "theta"] = setting(
+    scaling: Literal["none", "linear", "ntk", "yarn", "theta", "llama3"] = setting(
         "none",
         help="linear: position interpolation (arXiv:2306.15595); ntk: static NTK-aware base change; yarn: arXiv:2309.00071; "
-        "theta: a larger base, by the rule of arXiv:2310.05209 (docs/long-context.md)",
+        "theta: a larger base, by the rule of arXiv:2310.05209; llama3: that of Llama 3.1 and 3.2 (docs/long-context.md)",
     )
     factor: float = setting(
         1.0,
@@ -27,11 +27,26 @@ class RopeConfig(Settings):
     )
     beta_fast: float = setting(32.0, gt=0, help="YaRN: rotations over the original length above which nothing is scaled")
     beta_slow: float = setting(1.0, gt=0, help="YaRN: rotations below which a frequency is fully interpolated")
+    low_freq_factor: float = setting(
+        1.0, gt=0, help="llama3: rotations over the original length below which a frequency is divided by the factor [Llama 3.1: 1]"
+    )
+    high_freq_factor: float = setting(4.0, gt=0, help="llama3: rotations above which it stays as it is [Llama 3.1: 4]")
+    max_seq_len: int | None = setting(
+        None,
+        ge=8,
+        help="llama3: tokens of context that are reached, where the factor does not say it [Llama 3.1 and 3.2: 131,072 from 8,192, "
+        "by factors of 8 and 32]",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.beta_fast <= self.beta_slow:
             raise ValueError(f"beta_fast {self.beta_fast:g} must be larger than beta_slow {self.beta_slow:g}")
+        if self.high_freq_factor <= self.low_freq_factor:
+            problem = f"high_freq_factor {self.high_freq_factor:g} must be larger than low_freq_factor {self.low_freq_factor:g}"
+            raise ValueError(problem)
+        if self.max_seq_len is not None and self.scaling != "llama3":
+            raise ValueError(f"max_seq_len {self.max_seq_len} with scaling {self.scaling}, of which the factor says it; leave it out")
         return self
 
 
@@ -43,6 +58,7 @@ class ModelConfig(Settings):
     n_layer: int = setting(help="number of blocks", ge=1)
     n_head: int = setting(help="query heads", ge=1)
     n_kv_head: int = setting(help="key/value heads; fewer than n_head is grouped-query attention (arXiv:2305.13245)", ge=1)
+    head_dim: int | None = setting(None, ge=2, help="width of a head; default d_model/n_head [Qwen3-0.6B: 16 heads of 128 at d_model 1024]")
     d_ff: int = setting(help="inner width of SwiGLU (arXiv:2002.05202); 8/3 d_model keeps the size of a 4 d_model MLP", ge=8)
     original_seq_len: int = setting(4096, ge=8, help="context length before any RoPE scaling: the one pretraining uses")
     rope: RopeConfig = RopeConfig()
@@ -75,13 +91,14 @@ class ModelConfig(Settings):
     checkpoint_every: int = setting(1, ge=1, help="apply checkpointing to every k-th block")
 
     @property
-    def head_dim(self) -> int:
-        return self.d_model // self.n_head
+    def head_width(self) -> int:
+        return self.head_dim if self.head_dim is not None else self.d_model // self.n_head
 
     @property
     def max_seq_len(self) -> int:
         """Tokens of context the RoPE settings reach."""
-        return math.floor(self.original_seq_len * self.rope.factor)
+        stated = self.rope.max_seq_len
+        return stated if stated is not None else math.floor(self.original_seq_len * self.rope.factor)
 
     @property
     def weight_std(self) -> float:
@@ -89,12 +106,17 @@ class ModelConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.d_model % self.n_head:
-            raise ValueError(f"d_model {self.d_model} is not divisible by n_head {self.n_head}; choose n_head among its divisors")
-        if self.head_dim % 2:
-            raise ValueError(f"head width d_model/n_head = {self.head_dim} is odd; RoPE needs an even width")
+        if self.head_dim is None and self.d_model % self.n_head:
+            problem = f"d_model {self.d_model} is not divisible by n_head {self.n_head}"
+            raise ValueError(f"{problem}; choose n_head among its divisors, or set head_dim")
+        if self.head_width % 2:
+            which = "d_model/n_head" if self.head_dim is None else "head_dim"
+            raise ValueError(f"head width {which} = {self.head_width} is odd; RoPE needs an even width")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}; choose n_kv_head among its divisors")
+        if self.max_seq_len < self.original_seq_len:
+            problem = f"rope.max_seq_len {self.max_seq_len} is shorter than original_seq_len {self.original_seq_len}"
+            raise ValueError(f"{problem}; leave it out, or correct one of them")
         return self
 
 
@@ -230,6 +252,12 @@ class TrainConfig(Settings):
         help="how several processes (torchrun) share the model: ddp has a copy on each, fsdp (FSDP2, arXiv:2304.11277) a part on each, "
         "hsdp a part on each of a node; auto is ddp where a copy fits the memory, else hsdp or fsdp",
     )
+    context_parallel: int = setting(
+        1,
+        ge=1,
+        help="processes that read a row together, each a part of its tokens and what is kept of them (arXiv:2407.21783, section 3.3.2): "
+        "for rows that one device cannot hold, or is too slow with",
+    )
     reduce_precision: Literal["fp32", "bf16"] = setting("fp32", help="dtype in which gradients travel between processes")
     rank_timeout: float = setting(
         45.0,
@@ -328,17 +356,38 @@ class RunConfig(Settings):
     def _consistent(self) -> Self:
         if self.train.precision == "fp8":
             self._fits_8_bits()
+        if self.train.context_parallel > 1:
+            self._shares_rows()
         if self.train.seq_len > self.model.max_seq_len:
             raise ValueError(
                 f"train.seq_len {self.train.seq_len} is longer than the model's {self.model.max_seq_len} "
-                "(model.original_seq_len x model.rope.factor); shorten it, or extend the model with longft"
+                f"({self._reach}); shorten it, or extend the model with longft"
             )
         return self
+
+    @property
+    def _reach(self) -> str:
+        return "model.original_seq_len x model.rope.factor" if self.model.rope.max_seq_len is None else "model.rope.max_seq_len"
+
+    def _shares_rows(self) -> None:
+        processes, seq_len = self.train.context_parallel, self.train.seq_len
+        chunks = 2 * processes * (8 if self.train.precision == "fp8" else 1)
+        if seq_len % chunks:
+            raise ValueError(
+                f"train.seq_len {seq_len} is no multiple of {chunks}, as train.context_parallel {processes} needs "
+                f"(two chunks of a row for each process); set it to {max(1, round(seq_len / chunks)) * chunks}"
+            )
+        if self.model.attention == "cudnn":
+            raise ValueError(
+                f"model.attention cudnn cannot read a row in chunks, as train.context_parallel {processes} does; take auto, flash4 or flash"
+            )
 
     def _fits_8_bits(self) -> None:
         model, train = self.model, self.train
         widths = {
             "model.d_model": model.d_model,
+            "model.n_head x head width": model.n_head * model.head_width,
+            "(model.n_head + 2 n_kv_head) x head width": (model.n_head + 2 * model.n_kv_head) * model.head_width,
             "model.d_ff": model.d_ff,
             "model.vocab_size": model.vocab_size,
             "train.seq_len": train.seq_len,

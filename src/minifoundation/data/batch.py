@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
@@ -27,8 +27,8 @@ class Batch:
     cu_seqlens: Tensor | None = None
     """Where each document begins in the flattened tokens, and their number at the end: (documents + 1,) int32; None when attention
     crosses documents."""
-    attended: int | None = None
-    """Squared lengths of the documents, summed; None when attention crosses documents."""
+    spanned: float | None = None
+    """Mean over the tokens of the length of what attention spans there; None where that is a row of ``tokens``."""
 
     @classmethod
     def of_rows(cls, rows: npt.NDArray[np.int64], *, mask_documents: bool = False, eos: int = EOS) -> Batch:
@@ -43,12 +43,18 @@ class Batch:
         begins = np.ones(tokens.shape, np.bool_)
         begins[:, 1:] = rows[:, :-2] == eos
         cu_seqlens = np.append(np.flatnonzero(begins), begins.size)
-        return cls(tokens, targets, torch.from_numpy(cu_seqlens.astype(np.int32)), int((np.diff(cu_seqlens) ** 2).sum()))
+        spanned = float((np.diff(cu_seqlens) ** 2).sum() / begins.size)
+        return cls(tokens, targets, torch.from_numpy(cu_seqlens.astype(np.int32)), spanned)
 
     @property
     def attended_length(self) -> float:
         """Mean over the tokens of the length of what attention spans there: the row, or the document when it stays within them."""
-        return self.tokens.shape[1] if self.attended is None else self.attended / self.tokens.numel()
+        return self.tokens.shape[1] if self.spanned is None else self.spanned
+
+    def part(self, chunks: Sequence[tuple[int, int]]) -> Batch:
+        """Return the batch of these ``chunks`` of each row, (first, end); documents and lengths stay those of whole rows."""
+        tokens, targets = (torch.cat([x[:, first:end] for first, end in chunks], dim=1) for x in (self.tokens, self.targets))
+        return replace(self, tokens=tokens, targets=targets, spanned=self.attended_length)
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on ``device``; from page-locked memory the copy is not waited for."""

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from minifoundation.data.engines import ATTEMPTS, Engine, Task, portable
+from minifoundation.data.engines import ATTEMPTS, Engine, Task, portable, settle
 from minifoundation.data.pieces import Piece
 from minifoundation.errors import UserError
 
@@ -147,17 +147,7 @@ def _hand_over(future: Future[None], done: Future[None]) -> None:
     elif error is not None:
         lost = f"ray: a piece was lost with its process or machine ({_first_line(error)})"
         error = UserError("--engine", lost, "look into the cluster's logs, then run the same line again")
-    _settle(future, error)
-
-
-def _settle(future: Future[None], error: BaseException | None) -> None:
-    """Give ``future`` its outcome, unless nobody wants it any more."""
-    if not future.set_running_or_notify_cancel():
-        return
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(error)
+    settle(future, error)
 
 
 def _contact(address: str) -> None:
@@ -290,7 +280,7 @@ class _Slurm:
                     self._look()
             except Exception as error:
                 for future in [future for job in self._jobs.values() for future in job.waiting.values()]:
-                    _settle(future, error)
+                    settle(future, error)
                 return
 
     def _look(self) -> None:
@@ -302,7 +292,7 @@ class _Slurm:
                 job.seen = time.monotonic()
             for outcome in job.waiting.keys() & there:
                 job.settled.append(self._folder / outcome)
-                _settle(job.waiting.pop(outcome), pickle.loads(job.settled[-1].read_bytes()))
+                settle(job.waiting.pop(outcome), pickle.loads(job.settled[-1].read_bytes()))
             unwanted = all(future.cancelled() for future in job.waiting.values())
             if unwanted and job.waiting:
                 _cancel([name])
@@ -320,7 +310,7 @@ class _Slurm:
             _, future = job.waiting.popitem()
             problem = "is the log of a Slurm job that ended before its work was done"
             remedy = "read it; --slurm mem=4G,time=02:00:00 asks for more; the same line goes on after what is done"
-            _settle(future, UserError(str(job.log), problem, remedy))
+            settle(future, UserError(str(job.log), problem, remedy))
 
 
 def _queued() -> set[str] | None:

@@ -265,6 +265,16 @@ def portable(error: Exception) -> Exception:
     return error
 
 
+def settle(future: Future[None], error: BaseException | None) -> None:
+    """Give ``future`` its outcome, unless nobody wants it any more."""
+    if not future.set_running_or_notify_cancel():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
+
+
 def _deadly(task: Task, number: int, piece: Piece, death: _Died) -> UserError:
     names = ", ".join(dict.fromkeys(span.file.url for span in piece))
     where = names or f"task {number} of {type(task).__name__}"

@@ -1,12 +1,14 @@
 """These processes: who am I, how many are we, and what we compute together. Alone imports torch.distributed."""
 
+from minifoundation.distributed.context import Context, sharing_rows
 from minifoundation.distributed.split import Parallel, Split, local_gradients, spread
 from minifoundation.distributed.start import is_first_process, join
 from minifoundation.distributed.tensors import is_split, local, part_of, whole
-from minifoundation.distributed.watch import Watch
+from minifoundation.distributed.watch import Watch, leave
 from minifoundation.distributed.world import World
 
 __all__ = [
+    "Context",
     "Parallel",
     "Split",
     "Watch",
@@ -14,9 +16,11 @@ __all__ = [
     "is_first_process",
     "is_split",
     "join",
+    "leave",
     "local",
     "local_gradients",
     "part_of",
+    "sharing_rows",
     "spread",
     "whole",
 ]

@@ -31,8 +31,11 @@ def is_first_process() -> bool:
 
 
 @contextmanager
-def join() -> Iterator[World]:
+def join(*, with_gpu: bool = True) -> Iterator[World]:
     """Yield the World that torchrun's variables describe, or a World of one process without them.
+
+    Args:
+        with_gpu: each process takes a GPU where there are some; without, they only talk.
 
     Raises:
         UserError: more processes than GPUs, or some that do not come.
@@ -41,7 +44,8 @@ def join() -> Iterator[World]:
         yield World()
         return
     local_rank = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
+    with_gpu = with_gpu and torch.cuda.is_available()
+    if with_gpu:
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 "--nproc_per_node", f"{local_rank + 1} processes or more on {torch.cuda.device_count()} GPUs", "start one process a GPU"
@@ -51,7 +55,7 @@ def join() -> Iterator[World]:
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     store, rank, size = _met()
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else None
+    device = torch.device("cuda", local_rank) if with_gpu else None
     dist.init_process_group(
         "nccl" if device else "gloo", store=store, rank=rank, world_size=size, timeout=IN_A_STEP if device else WORDS, device_id=device
     )

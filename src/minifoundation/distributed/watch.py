@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,14 @@ class Beat(NamedTuple):
     turns: int
     """How often it has come round."""
     host: str
+
+
+def leave(line: str, *, say: bool = True) -> NoReturn:
+    """End this process at once, without taking leave of others that may never answer; torchrun ends those."""
+    if say:
+        sys.stderr.write(f"\nerror: {line}\n")
+        sys.stderr.flush()
+    os._exit(FAILED)
 
 
 class Watch:
@@ -157,10 +165,7 @@ class Watch:
 
     def _leave(self, line: str, *, say: bool = True) -> None:
         kept = self._flight_record()
-        if say:
-            sys.stderr.write(f"\nerror: {line}; all processes stop here" + (f" ({kept})" if kept else "") + "\n")
-            sys.stderr.flush()
-        os._exit(FAILED)
+        leave(f"{line}; all processes stop here" + (f" ({kept})" if kept else ""), say=say)
 
     def _flight_record(self) -> str:
         """Write NCCL's last collectives to a file, and return where it is; nothing where there is no NCCL."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
 from minifoundation.errors import UserError
+
+if TYPE_CHECKING:
+    from minifoundation.distributed.context import Context
 
 T = TypeVar("T")
 
@@ -32,10 +35,27 @@ class World:
     """The group that waits and small objects go by; None for one process."""
     store: Any = field(default=None, repr=False, compare=False)
     """torchrun's table of keys and values; None for one process."""
+    context: Context | None = field(default=None, repr=False, compare=False)
+    """The processes that read a row together with this one; None: each has rows of its own."""
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def cp_size(self) -> int:
+        """How many processes read a row together (context parallelism)."""
+        return 1 if self.context is None else self.context.size
+
+    @property
+    def dp_size(self) -> int:
+        """How many have rows of their own (data parallelism): processes, or groups of them that read theirs together."""
+        return self.size // self.cp_size
+
+    @property
+    def dp_rank(self) -> int:
+        """Which of these this process belongs to."""
+        return self.rank // self.cp_size
 
     @property
     def nodes(self) -> int:

@@ -7,7 +7,7 @@ compared in float32 and with random weights (as in ``verify``), closely; the fil
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from minifoundation.data.tokenizer import CHUNK_CHARS, SPACE, SentencePiece, Tok
 from minifoundation.errors import UserError
 from minifoundation.export.verify import RANDOM_LAYERS, SEED, Check, Parity, random_state
 from minifoundation.export.weights import to_hf
-from minifoundation.model.rope import raised_theta
+from minifoundation.model.rope import raised_theta, rope_frequencies
 from minifoundation.model.transformer import Transformer
 
 Kind = Literal["f32", "f16", "q8_0"]
@@ -31,6 +31,7 @@ Kind = Literal["f32", "f16", "q8_0"]
 TOLERANCES = {"f32": 1e-3, "f16": 1e-4, "q8_0": 3e-2}
 """In float32: the largest difference of a logit, in standard deviations of the logits. Otherwise: the mean over the places of the
 Kullback-Leibler divergence of the next token, in nats; products of 8 bits move single logits far (docs/exports.md)."""
+Q8_0_BLOCK = 32
 ROW = 256
 STEPS = 8
 """Tokens at the end of a row that are given one by one, from the cache of keys and values."""
@@ -62,6 +63,22 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
             if _cuts(tokenizer) not in PRE_TOKENIZERS:
                 problem = f"llama.cpp has no name for how the tokenizer ({tokenizer.kind}) cuts text"
                 raise UserError("--gguf", problem, "leave --gguf away")
+
+
+def check_model(config: ModelConfig, kinds: Iterable[Kind]) -> None:
+    """Raise a UserError for a model that llama.cpp would compute otherwise, or that a file of one of ``kinds`` cannot hold."""
+    if config.qk_norm and config.rope.scaling == "llama3":
+        problem = "model.rope.scaling is llama3, which llama.cpp does not compute in models with QK-norm"
+        raise UserError("--gguf", problem, "leave --gguf away")
+    widths = {
+        "model.d_model": config.d_model,
+        "model.n_head x head width": config.n_head * config.head_width,
+        "model.d_ff": config.d_ff,
+    }
+    for name, width in widths.items():
+        if "q8_0" in kinds and width % Q8_0_BLOCK:
+            problem = f"q8_0 keeps numbers in blocks of {Q8_0_BLOCK}, of which {name} {width} is no multiple"
+            raise UserError("--gguf", problem, "take f16")
 
 
 def _cuts(tokenizer: FastTokenizer) -> tuple[str, ...]:
@@ -96,8 +113,8 @@ def write_gguf(config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Toke
     writer.add_feed_forward_length(config.d_ff)
     writer.add_head_count(config.n_head)
     writer.add_head_count_kv(config.n_kv_head)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
+    writer.add_key_length(config.head_width)
+    writer.add_value_length(config.head_width)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     _add_rope(writer, config)
     _add_tokenizer(writer, tokenizer, config.vocab_size)
@@ -107,6 +124,12 @@ def write_gguf(config: ModelConfig, state: Mapping[str, Tensor], tokenizer: Toke
             writer.add_tensor(name, tensor)
         else:
             writer.add_tensor(name, gguf.quantize(tensor, type_of), raw_dtype=type_of)
+    if config.rope.scaling == "llama3":  # llama.cpp has no name for it, and divides the plain frequencies by these
+        plain, scaled = (
+            rope_frequencies(rope, config.head_width, config.original_seq_len)[0]
+            for rope in (config.rope.model_copy(update={"scaling": "none"}), config.rope)
+        )
+        writer.add_tensor("rope_freqs.weight", (plain / scaled).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -117,9 +140,9 @@ def _add_rope(writer: Any, config: ModelConfig) -> None:
     import gguf
 
     rope = config.rope
-    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_dimension_count(config.head_width)
     raised = rope.scaling in ("ntk", "theta")
-    writer.add_rope_freq_base(raised_theta(rope, config.head_dim, config.original_seq_len) if raised else rope.theta)
+    writer.add_rope_freq_base(raised_theta(rope, config.head_width, config.original_seq_len) if raised else rope.theta)
     match rope.scaling:
         case "linear":
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -194,7 +217,7 @@ def _tensors(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, npt.
     for name, value in to_hf(config, state).items():
         tensor = value.detach().float().cpu()
         if not config.qk_norm and ("q_proj" in name or "k_proj" in name):
-            tensor = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+            tensor = tensor.unflatten(0, (-1, 2, config.head_width // 2)).transpose(1, 2).flatten(0, 2)
         theirs = names.get_name(name, try_suffixes=(".weight",))
         assert theirs is not None, name
         found[theirs] = tensor.contiguous().numpy()

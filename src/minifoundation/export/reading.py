@@ -49,6 +49,7 @@ def model_config(folder: Path) -> ModelConfig:
         raise UserError(str(path), f"transformers does not read it ({str(error).splitlines()[0]})", "mend it") from None
     for name, found in _foreign(hf, written):
         raise UserError(str(path), f"{name} is {found}, which this program's model does not have", "take a model without it")
+    width = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     return build(
         ModelConfig,
         {
@@ -57,6 +58,7 @@ def model_config(folder: Path) -> ModelConfig:
             "n_layer": hf.num_hidden_layers,
             "n_head": hf.num_attention_heads,
             "n_kv_head": hf.num_key_value_heads,
+            "head_dim": None if width * hf.num_attention_heads == hf.hidden_size else width,
             "d_ff": hf.intermediate_size,
             "norm_eps": hf.rms_norm_eps,
             "qk_norm": kind == "qwen3",
@@ -70,11 +72,9 @@ def model_config(folder: Path) -> ModelConfig:
 
 def _foreign(hf: Any, written: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Return the settings under which a model is not ours, with their values."""
-    width = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     others = {kind for kind in getattr(hf, "layer_types", None) or () if kind != "full_attention"}
     found = {
         "hidden_act": (hf.hidden_act, hf.hidden_act == "silu"),
-        "head_dim": (width, width * hf.num_attention_heads == hf.hidden_size),
         "attention_bias": (hf.attention_bias, not hf.attention_bias),
         "mlp_bias": (getattr(hf, "mlp_bias", False), not getattr(hf, "mlp_bias", False)),
         "layer_types": (", ".join(sorted(others)), not others),
@@ -109,9 +109,16 @@ def _rope(hf: Any, path: Path) -> dict[str, Any]:
             else:
                 betas = {"beta_fast": rope.get("beta_fast") or 32.0, "beta_slow": rope.get("beta_slow") or 1.0}
                 return {"rope": {"theta": theta, "scaling": "yarn", "factor": factor, **betas}, "original_seq_len": original or length}
+        case "llama3":
+            original = original or length
+            bands = {"low_freq_factor": rope["low_freq_factor"], "high_freq_factor": rope["high_freq_factor"]}
+            reach = {} if length == math.floor(original * factor) else {"max_seq_len": length}
+            return {"rope": {"theta": theta, "scaling": "llama3", "factor": factor, **bands, **reach}, "original_seq_len": original}
         case other:
             fault = f"rope_type {other}"
-    raise UserError(str(path), f"its RoPE has {fault}, which this program does not compute", "default, linear and yarn can be imported")
+    raise UserError(
+        str(path), f"its RoPE has {fault}, which this program does not compute", "default, linear, yarn and llama3 can be imported"
+    )
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

@@ -237,7 +237,7 @@ def _last_logits(native: Transformer, ids: Tensor, kept: int) -> Tensor:
 def _longest(config: ModelConfig, budget: float) -> int:
     """Return the longest row, at most the context, whose forward through the blocks takes ``budget`` multiply-adds."""
     a_token = n_matmul_parameters(config) - config.vocab_size * config.d_model
-    a_pair = config.n_layer * config.d_model  # two products over half of the square
+    a_pair = config.n_layer * config.n_head * config.head_width  # two products over half of the square
     return min(config.max_seq_len, int((math.sqrt(a_token**2 + 4 * a_pair * budget) - a_token) / (2 * a_pair)))
 
 

@@ -31,7 +31,7 @@ def to_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]
 
     The tensors share memory with ``state``.
     """
-    heads = [config.n_head * config.head_dim, config.n_kv_head * config.head_dim, config.n_kv_head * config.head_dim]
+    heads = [config.n_head * config.head_width, config.n_kv_head * config.head_width, config.n_kv_head * config.head_width]
     hf = {"model.embed_tokens.weight": state["embedding.weight"], "model.norm.weight": state["norm.weight"]}
     for i in range(config.n_layer):
         ours, theirs = f"blocks.{i}", f"model.layers.{i}"
@@ -82,7 +82,7 @@ def hf_config(config: ModelConfig, special: Special = SPECIAL) -> dict[str, Any]
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,
         "num_key_value_heads": config.n_kv_head,
-        "head_dim": config.head_dim,
+        "head_dim": config.head_width,
         "hidden_act": "silu",
         "max_position_embeddings": config.max_seq_len,
         "initializer_range": config.weight_std,
@@ -106,7 +106,7 @@ def _rope_parameters(config: ModelConfig) -> dict[str, Any]:
         case "linear":
             return {"rope_type": "linear", "rope_theta": rope.theta, "factor": rope.factor}
         case "ntk" | "theta":  # transformers has only the dynamic variant of ntk, whose base depends on the length; a fixed one is a theta
-            return {"rope_type": "default", "rope_theta": raised_theta(rope, config.head_dim, config.original_seq_len)}
+            return {"rope_type": "default", "rope_theta": raised_theta(rope, config.head_width, config.original_seq_len)}
         case "yarn":
             return {
                 "rope_type": "yarn",
@@ -115,6 +115,15 @@ def _rope_parameters(config: ModelConfig) -> dict[str, Any]:
                 "original_max_position_embeddings": config.original_seq_len,
                 "beta_fast": rope.beta_fast,
                 "beta_slow": rope.beta_slow,
+            }
+        case "llama3":
+            return {
+                "rope_type": "llama3",
+                "rope_theta": rope.theta,
+                "factor": rope.factor,
+                "original_max_position_embeddings": config.original_seq_len,
+                "low_freq_factor": rope.low_freq_factor,
+                "high_freq_factor": rope.high_freq_factor,
             }
 
 

@@ -17,7 +17,8 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, original_seq_len: int) -> 
     """Return the frequencies in radians a token, (h/2,) float32 on the CPU, and the gain on cos and sin.
 
     none: RoFormer (arXiv:2104.09864). linear: position interpolation (arXiv:2306.15595). ntk, theta: a raised base, see
-    ``raised_theta``. yarn: arXiv:2309.00071, NTK-by-parts (section 3.2) with the attention temperature (section 3.4) as a gain.
+    ``raised_theta``. yarn: arXiv:2309.00071, NTK-by-parts (section 3.2) with the attention temperature (section 3.4) as a gain. llama3: by
+    parts too, a ramp over rotations instead of indices (``apply_scaling`` of meta-llama/llama-models).
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     match rope.scaling:
@@ -36,6 +37,11 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, original_seq_len: int) -> 
             extrapolated = 1 - interpolated
             frequencies = 1.0 / (rope.factor * period) * (1 - extrapolated) + 1.0 / period * extrapolated
             return frequencies, yarn_gain(rope.factor)
+        case "llama3":
+            plain = 1.0 / rope.theta**exponent
+            rotations = original_seq_len / (2 * math.pi / plain)
+            kept = ((rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
+            return (1 - kept) * plain / rope.factor + kept * plain, 1.0
 
 
 def raised_theta(rope: RopeConfig, head_dim: int, original_seq_len: int) -> float:

@@ -16,7 +16,7 @@ GATES_AT_ONCE = 16_384
 
 def n_parameters(config: ModelConfig) -> int:
     """Return the number of weights, a tied head counted once."""
-    D, h = config.d_model, config.head_dim
+    D, h = config.d_model, config.head_width
     norms = 2 * D + (2 * h if config.qk_norm else 0)
     heads = 1 if config.tie_embeddings else 2
     return heads * config.vocab_size * D + config.n_layer * (_block_matrices(config) + norms) + D
@@ -28,8 +28,8 @@ def n_matmul_parameters(config: ModelConfig) -> int:
 
 
 def _block_matrices(config: ModelConfig) -> int:
-    D, h = config.d_model, config.head_dim
-    return D * (config.n_head + 2 * config.n_kv_head) * h + D * D + 3 * D * config.d_ff
+    D, h = config.d_model, config.head_width
+    return D * (2 * config.n_head + 2 * config.n_kv_head) * h + 3 * D * config.d_ff
 
 
 def flops_per_token(config: ModelConfig, attended_length: float) -> float:
@@ -43,7 +43,7 @@ def flops_per_token(config: ModelConfig, attended_length: float) -> float:
         attended_length: T, the length of the rows; where attention stays within documents, the mean over the tokens of the length of their
             document (``Batch.attended_length``).
     """
-    return 6.0 * n_matmul_parameters(config) + 6.0 * config.n_layer * config.n_head * config.head_dim * attended_length
+    return 6.0 * n_matmul_parameters(config) + 6.0 * config.n_layer * config.n_head * config.head_width * attended_length
 
 
 def memory_bytes(
@@ -56,6 +56,7 @@ def memory_bytes(
     optimizer_states: str,
     ema: bool,
     loss_chunk: int,
+    context: int = 1,
     shards: int = 1,
     regathers: bool = True,
     buckets: bool = False,
@@ -72,20 +73,29 @@ def memory_bytes(
         optimizer_states: fp32 or int8.
         ema: whether an averaged copy of the weights is kept on the device.
         loss_chunk: tokens whose logits are held at once.
+        context: devices that read a row together: each has as small a part of the tokens.
         shards: parts that weights, gradients and moments are in, on as many devices.
         regathers: gathered weights of a block are given up after its forward.
         buckets: gradients have memory of their own from step to step, which they travel from.
     """
-    parameters, N, V, D = n_parameters(config), batch_size * seq_len, config.vocab_size, config.d_model
+    parameters, N, V, D = n_parameters(config), batch_size * seq_len // context, config.vocab_size, config.d_model
     item = 4 if precision == "fp32" else 2
     kind = config.checkpointing if item == 2 or config.checkpointing != "offload" else "attention"
     checkpointed = 0 if kind == "none" else -(-config.n_layer // config.checkpoint_every)
     fp8 = precision == "fp8"
-    of_block = N * (_saved_by_block(config, item) + (config.n_head * config.head_dim if fp8 else 0))  # what attention mixed, once more
-    kept, again = _checkpointed(config, kind, N, item)
+    of_block = N * (_saved_by_block(config, item) + (config.n_head * config.head_width if fp8 else 0))  # what attention mixed, once more
+    kept, attention, gates = _checkpointed(config, kind, N, item)
+    if context > 1:  # keys and values of whole rows; by hand they are gathered again for the backward
+        gathered = batch_size * seq_len * 2 * config.n_kv_head * config.head_width
+        of_block += 0 if item == 2 else item * gathered
+        # They, their gradients as the kernel gives them and those of the other chunk, and the kernel's sums in float32.
+        attention += gathered * (3 * item + 4)
+    again = max(gates, attention)
     activations = (config.n_layer - checkpointed) * of_block + checkpointed * kept
     # The widest gradients of a block: of gate, up and their product; in half precision the product again.
     workspace = N * item * (4 if item == 2 else 3) * config.d_ff
+    if context > 1:
+        workspace = max(workspace, attention)
     if kind in ("attention", "offload") and item == 2:
         at_work = again if checkpointed == config.n_layer else max(again, workspace)
         made = 0
@@ -126,9 +136,12 @@ def memory_bytes(
     return max(at_loss, at_last_block, at_first_block, key=lambda parts: sum(parts.values()))
 
 
-def _checkpointed(config: ModelConfig, kind: str, tokens: int, item: int) -> tuple[int, int]:
-    """Return the bytes that a checkpointed block keeps, and those that its backward takes beside them where the block is by hand."""
-    D, h, H, K, F = config.d_model, config.head_dim, config.n_head, config.n_kv_head, config.d_ff
+def _checkpointed(config: ModelConfig, kind: str, tokens: int, item: int) -> tuple[int, int, int]:
+    """Return the bytes that a checkpointed block keeps, and those that its backward takes beside them where the block is by hand.
+
+    The latter for attention, and for the gates after it.
+    """
+    D, h, H, K, F = config.d_model, config.head_width, config.n_head, config.n_kv_head, config.d_ff
     large = item * (D + H * h)  # its input, and what attention mixed
     small = 4 * (H + 1)  # logsumexp of attention, a norm
     kept = {"none": 0, "attention": large + small, "offload": small, "full": item * D}[kind]
@@ -138,12 +151,12 @@ def _checkpointed(config: ModelConfig, kind: str, tokens: int, item: int) -> tup
     # Heads again and their gradients, those of mixed and of the residual; sums of the gradients of heads in float32, as FlashAttention has.
     attention = tokens * (item * (2 * (H + 2 * K) * h + H * h + D) + 4 * (H + 2 * K) * h)
     moving = 2 * tokens * large if kind == "offload" else 0  # of the block at work and the one before
-    return tokens * kept, max(gates, attention) + moving
+    return tokens * kept, attention + moving, gates + moving
 
 
 def _saved_by_block(config: ModelConfig, item: int) -> int:
     """Return the bytes a token that a block saves for its backward."""
-    D, h, H, K = config.d_model, config.head_dim, config.n_head, config.n_kv_head
+    D, h, H, K = config.d_model, config.head_width, config.n_head, config.n_kv_head
     # Two inputs of norms; q, k and v as attention reads them and its output; gate and up. Normed values and the product of gate and up are
     # made again in half precision. With QK-norm, heads before it too.
     made_again = 0 if item == 2 else 2 * D + config.d_ff

@@ -6,7 +6,7 @@ Letters: B rows, T tokens a row, D model width, H query heads, K key/value heads
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from minifoundation.config import ModelConfig
-from minifoundation.model.attention import KERNEL_OPERATORS, Backend, Mask, attend, documents_for, resolve, rows_for
+from minifoundation.model.attention import (
+    KERNEL_OPERATORS,
+    Backend,
+    Chunks,
+    Context,
+    Mask,
+    attend,
+    documents_for,
+    keys_and_values,
+    resolve,
+    rows_for,
+)
 from minifoundation.model.fp8 import Scales, Sites
 from minifoundation.model.fused import AfterAttention, AttentionInputs, HeadNorms, Norm, heads_again
 from minifoundation.model.initial import draw_normals
@@ -60,7 +71,7 @@ class Block(nn.Module):
         copies: bool = True,
     ) -> None:
         super().__init__()
-        D, h = config.d_model, config.head_dim
+        D, h = config.d_model, config.head_width
         half = copies and not fp8
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, h
         self.dropout = config.dropout
@@ -69,7 +80,7 @@ class Block(nn.Module):
         self.qkv = Matrix(D, (config.n_head + 2 * config.n_kv_head) * h, dtype, small=fp8, half=half)
         self.q_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
-        self.out = Matrix(D, D, dtype, small=fp8, half=half)
+        self.out = Matrix(config.n_head * h, D, dtype, small=fp8, half=half)
         self.mlp_norm = RMSNorm(D, config.norm_eps)
         self.gate_up = Matrix(D, 2 * config.d_ff, dtype, small=fp8, half=half, interleaved=in_epilogue)
         self.in_epilogue = in_epilogue
@@ -81,7 +92,7 @@ class Block(nn.Module):
         cos: Tensor,
         sin: Tensor,
         kernel: Backend,
-        documents: Mask | None,
+        documents: Mask | Chunks | None,
         sites: Sites | None = None,
         kept: Kept | None = None,
     ) -> Tensor:  # (B, T, D)
@@ -105,11 +116,13 @@ class Block(nn.Module):
         )
         return result
 
-    def branches(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Mask | None) -> Tensor:
+    def branches(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Mask | Chunks | None) -> Tensor:
         x = x + F.dropout(self.attention(self.attention_norm(x), cos, sin, kernel, documents), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
-    def fused(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Mask | None, *, sites: Sites, kept: Kept) -> Tensor:
+    def fused(
+        self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Mask | Chunks | None, *, sites: Sites, kept: Kept
+    ) -> Tensor:
         """Return what ``branches`` does, by the functions of ``model/fused.py``.
 
         Selective checkpointing is done in here, not by torch's, which would make the product after the gates again although no backward
@@ -120,7 +133,9 @@ class Block(nn.Module):
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack) if self.checkpointing == "offload" else nullcontext():
             return self._fused(x, cos, sin, kernel, documents, sites, kept).view_as(x)
 
-    def _fused(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Mask | None, sites: Sites, kept: Kept) -> Tensor:
+    def _fused(
+        self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Mask | Chunks | None, sites: Sites, kept: Kept
+    ) -> Tensor:
         B, T, _ = x.shape
         flat = x.flatten(0, 1)
         again = self.checkpointing in ("attention", "offload")
@@ -138,8 +153,12 @@ class Block(nn.Module):
 
         @torch.no_grad()
         def make() -> Sequence[Tensor]:
-            heads = heads_again(kept.unpack(packed), gain, *rest)
-            return heads if turned_inside else (*heads, *normed(*heads[:2]))
+            q, k, v = heads_again(kept.unpack(packed), gain, *rest)
+            heads = [q, k, v]
+            if not turned_inside:
+                q, k = normed(q, k)
+                heads += [q, k]
+            return (*heads, *keys_and_values(k, v, documents))
 
         q, k, v, flat = AttentionInputs.apply(flat, gain, self.qkv.weight, *rest)  # type: ignore[no-untyped-call]
         made = MadeAgain(make, kept)
@@ -148,8 +167,15 @@ class Block(nn.Module):
             with made.instead_of(*heads) if again else nullcontext():
                 q, k = HeadNorms.apply(q, k, normed, self.q_norm.weight, self.k_norm.weight)  # type: ignore[no-untyped-call]
             heads += [q, k]
-        with made.instead_of(*heads) if again else nullcontext():
-            mixed = attend(q, k, v, kernel, documents).reshape(B * T, -1)
+        keys, values = keys_and_values(k, v, documents)
+        instead: AbstractContextManager[None] = nullcontext()
+        if again:
+            instead = made.instead_of(*heads, keys, values)
+        elif isinstance(documents, Chunks) and self.checkpointing == "none":
+            # Those of whole rows are not kept, but gathered again: the more share a row, the more of what a block keeps they would be.
+            instead = MadeAgain(partial(_gathered, k.detach(), v.detach(), documents), kept).instead_of(keys, values)
+        with instead:
+            mixed = attend(q, keys, values, kernel, documents).reshape(B * T, -1)
         weights = self.out.weight, self.mlp_norm.weight, self.gate_up.weight, self.down.weight
         operands = self.out.operand, self.gate_up.operand, self.down.operand
         result: Tensor = AfterAttention.apply(  # type: ignore[no-untyped-call]
@@ -157,14 +183,14 @@ class Block(nn.Module):
         )
         return result
 
-    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Mask | None) -> Tensor:
+    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, kernel: Backend, documents: Mask | Chunks | None) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2K, h)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=-2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         # Attention keeps what it reads for its backward: a slice would keep all of ``heads`` with it.
-        mixed = attend(q, k, v.contiguous(), kernel, documents)  # (B, T, H, h)
+        mixed = attend(q, *keys_and_values(k, v.contiguous(), documents), kernel, documents)  # (B, T, H, h)
         result: Tensor = self.out(mixed.flatten(-2))
         return result
 
@@ -172,6 +198,11 @@ class Block(nn.Module):
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, T, F) each
         result: Tensor = self.down(F.silu(gate) * up)
         return result
+
+
+@torch.no_grad()
+def _gathered(k: Tensor, v: Tensor, documents: Chunks) -> Sequence[Tensor]:
+    return keys_and_values(k, v, documents)
 
 
 def _keep_attention() -> Any:
@@ -192,6 +223,7 @@ class Transformer(nn.Module):
         rows: the kernel of attention for batches with documents whose rows are one document each; auto: as for the others.
         copies: half precision is had by copies of float32 weights; False where the weights themselves come in ``dtype``, from what gathers
             them before a block is called.
+        context: who reads the rest of each row: tokens are then those of the chunks that are here. None: rows are whole.
     """
 
     frequencies: Tensor
@@ -205,12 +237,14 @@ class Transformer(nn.Module):
         in_epilogue: bool = False,
         rows: Backend = "auto",
         copies: bool = True,
+        context: Context | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
         self.in_epilogue = in_epilogue
         self.rows = rows
+        self.context = context
         self.scales = Scales(config.n_layer) if fp8 else None
         # Looking up rows needs no copy of the matrix; only as a head does it multiply.
         self.embedding = Matrix(
@@ -233,7 +267,7 @@ class Transformer(nn.Module):
         )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else Matrix(config.d_model, config.vocab_size, dtype, small=fp8, half=copies)
-        frequencies, self.gain = rope_frequencies(config.rope, config.head_dim, config.original_seq_len)
+        frequencies, self.gain = rope_frequencies(config.rope, config.head_width, config.original_seq_len)
         self.register_buffer("frequencies", frequencies, persistent=False)
         self._copies: Copies | None = None
         self.matrices = [module for module in self.modules() if isinstance(module, Matrix)]
@@ -258,21 +292,27 @@ class Transformer(nn.Module):
         """Return the hidden states (B, T, D) after the final norm of token ids (B, T).
 
         Args:
-            cu_seqlens: where each document begins in the flattened tokens, each row beginning one, and B * T at the end, (documents + 1,)
-                int32: attention stays within documents and positions restart in each, as if each were a row of its own. None: a row is one.
+            cu_seqlens: where each document begins in the flattened tokens of whole rows, each row beginning one, and B * T at the end,
+                (documents + 1,) int32: attention stays within documents and positions restart in each, as if each were a row of its own.
+                None: a row is one.
         """
         refresh(self.matrices)
         x = F.embedding(tokens, self.embedding.weight).to(self.dtype)
-        cos, sin = rotary_tables(self.frequencies, self.gain, tokens.shape[1])
+        seq_len = tokens.shape[1] * (1 if self.context is None else self.context.size)
+        cos, sin = rotary_tables(self.frequencies, self.gain, seq_len)
         whole = cu_seqlens is not None and len(cu_seqlens) == len(tokens) + 1 and self.by_hand_on(x)  # a graph would be compiled twice
         if whole:
             cu_seqlens = None
         kernel = self.kernel(tokens.device, masked=cu_seqlens is not None, asked=self.rows if whole else "auto")
-        documents = rows_for(kernel, tokens)
-        if cu_seqlens is not None:
-            positions = positions_within(cu_seqlens, *tokens.shape)
-            cos, sin = cos[positions], sin[positions]  # (B, T, h/2)
-            documents = documents_for(kernel, cu_seqlens, positions, self.dtype)
+        documents: Mask | Chunks | None
+        if cu_seqlens is None:
+            cos, sin = self._here(cos), self._here(sin)
+            documents = rows_for(kernel, tokens, self.context)
+        else:
+            positions = positions_within(cu_seqlens, len(tokens), seq_len)
+            here = self._here(positions.T).T
+            cos, sin = cos[here], sin[here]  # (B, T here, h/2)
+            documents = documents_for(kernel, cu_seqlens, positions, self.dtype, self.context)
         if not self.by_hand_on(x):
             for block in self.blocks:
                 x = block(x, cos, sin, kernel, documents)
@@ -287,6 +327,12 @@ class Transformer(nn.Module):
             x = block(x, cos, sin, kernel, documents, sites, kept)
         result: Tensor = Norm.apply(x.flatten(0, 1), self.norm.weight, self.norm.eps)  # type: ignore[no-untyped-call]
         return result.view_as(x)
+
+    def _here(self, values: Tensor) -> Tensor:
+        """Return, of what there is for each token of a row, (T, ...), that of the tokens that are here."""
+        if self.context is None:
+            return values
+        return torch.cat([values[first:end] for first, end in self.context.chunks(len(values))])
 
     def logits(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Return the logits (B, T, V), float32 (float64 when the model computes in it)."""
@@ -311,9 +357,11 @@ class Transformer(nn.Module):
             asked: instead of the model's.
         """
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-        head_dim = self.config.head_dim
+        head_dim = self.config.head_width
         asked = self.config.attention if asked == "auto" else asked
-        return resolve(asked, device.type, dtype=self.dtype, head_dim=head_dim, capability=capability, masked=masked)[0]
+        return resolve(
+            asked, device.type, dtype=self.dtype, head_dim=head_dim, capability=capability, masked=masked, chunked=self.context is not None
+        )[0]
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -330,7 +378,7 @@ class Transformer(nn.Module):
             residual = name.endswith((".out.weight", ".down.weight"))
             matrices.append((weight, self.config.weight_std / (2 * self.config.n_layer) ** 0.5 if residual else self.config.weight_std))
         draw_normals(matrices, seed)
-        self.frequencies.copy_(rope_frequencies(self.config.rope, self.config.head_dim, self.config.original_seq_len)[0])
+        self.frequencies.copy_(rope_frequencies(self.config.rope, self.config.head_width, self.config.original_seq_len)[0])
 
     def compile_blocks(self) -> None:
         """Compile each block and the final norm in place; blocks share one graph, and the names in the state dict stay as they are.

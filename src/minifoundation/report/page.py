@@ -106,7 +106,7 @@ def architecture(settings: RunConfig) -> list[tuple[str, str]]:
     return [
         ("layout", "Qwen3 (QK-norm)" if model.qk_norm else "Llama"),
         ("blocks, width", f"{model.n_layer}, {model.d_model:,}"),
-        ("heads", f"{model.n_head} query, {model.n_kv_head} key-value, {model.head_dim} wide"),
+        ("heads", f"{model.n_head} query, {model.n_kv_head} key-value, {model.head_width} wide"),
         ("MLP", f"SwiGLU, {model.d_ff:,} wide"),
         ("vocabulary", f"{model.vocab_size:,}, {'tied' if model.tie_embeddings else 'untied'}"),
         ("positions", f"RoPE θ = {model.rope.theta:,.0f}{rope}"),

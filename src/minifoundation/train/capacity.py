@@ -39,11 +39,15 @@ def scaled(model: ModelConfig, groups: int) -> ModelConfig:
     sizes = {
         "n_kv_head": groups,
         "n_head": n_head,
-        "d_model": n_head * model.head_dim,
-        "d_ff": max(128, round(model.d_ff * factor / 128) * 128),
+        "d_model": n_head * model.head_width if model.head_dim is None else _rounded(model.d_model * factor),
+        "d_ff": _rounded(model.d_ff * factor),
         "n_layer": max(1, round(model.n_layer * factor)),
     }
     return model.model_copy(update=sizes)
+
+
+def _rounded(width: float) -> int:
+    return max(128, round(width / 128) * 128)
 
 
 def billions(model: ModelConfig) -> float:

@@ -33,8 +33,8 @@ def matrix_products(config: RunConfig, machine: Machine) -> list[Product]:
     model, train = config.model, config.train
     assert isinstance(train.batch_size, int)
     D, F, N = model.d_model, model.d_ff, train.batch_size * train.seq_len
-    heads = (model.n_head + 2 * model.n_kv_head) * model.head_dim
-    shapes = [("qkv", D, heads, N), ("out", D, D, N), ("gate, up", D, 2 * F, N), ("down", F, D, N)]
+    queries, keys = model.n_head * model.head_width, model.n_kv_head * model.head_width
+    shapes = [("qkv", D, queries + 2 * keys, N), ("out", queries, D, N), ("gate, up", D, 2 * F, N), ("down", F, D, N)]
     shapes.append(("head", D, model.vocab_size, min(train.loss_chunk, N)))
     return [_product(name, d_in, d_out, tokens, config, machine) for name, d_in, d_out, tokens in shapes]
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from minifoundation.data.batch import Batch, prefetch
 from minifoundation.data.loader import POLL_SECONDS, micro_batches
 from minifoundation.errors import UserError
+from minifoundation.train.parallel import share_of
 from minifoundation.train.state import Training
 
 SILENT_SECONDS = 1.0
@@ -57,7 +58,8 @@ class Feed:
         split = {"batch_size": train.batch_size, "grad_accum": train.grad_accum}
         starts = list(training.progress.places(training.plan.steps - training.progress.step, training.plan.samples_per_step))
         world = training.world
-        steps = (list(micro_batches(training.loader, start, **split, rank=world.rank, world_size=world.size)) for start in starts)
+        rows = (micro_batches(training.loader, start, **split, rank=world.dp_rank, world_size=world.dp_size) for start in starts)
+        steps = ([share_of(batch, world) for batch in micro] for micro in rows)
         with prefetch(steps, training.machine.device) as batches:
             try:
                 yield self._handed_over(batches)

@@ -12,7 +12,7 @@ import torch
 
 from minifoundation import runtime
 from minifoundation.config import RunConfig
-from minifoundation.distributed import Split, World
+from minifoundation.distributed import Context, Split, World
 from minifoundation.model.attention import Backend, attend, candidates, documents_for, resolve, rows_for
 from minifoundation.model.kernels import gated
 from minifoundation.model.rope import positions_within
@@ -83,8 +83,14 @@ def _quack_obstacle(config: RunConfig, machine: Machine) -> str | None:
     return gated.obstacle(machine.device, runtime.compute_dtype(precision, machine), machine.capability)
 
 
-def transformer_for(config: RunConfig, machine: Machine, kernels: Kernels, split: Split = ONE) -> Transformer:
-    """Return the model of a run on the device, its weights still to be set there: never all of them on the CPU first."""
+def transformer_for(
+    config: RunConfig, machine: Machine, kernels: Kernels, split: Split = ONE, context: Context | None = None
+) -> Transformer:
+    """Return the model of a run on the device, its weights still to be set there: never all of them on the CPU first.
+
+    Args:
+        context: the processes that read a row together; None: the model reads whole rows.
+    """
     model = config.model.model_copy(update={"attention": kernels.attention})
     dtype = runtime.compute_dtype(config.train.precision, machine)
     with torch.device(machine.device):
@@ -95,6 +101,7 @@ def transformer_for(config: RunConfig, machine: Machine, kernels: Kernels, split
             in_epilogue=kernels.swiglu == "quack",
             rows=kernels.rows,
             copies=not split.is_sharded,
+            context=context,
         )
     return transformer.to(machine.device)  # the frequencies of RoPE and the first scales are made on the CPU
 
@@ -121,7 +128,7 @@ def attention_kernel(config: RunConfig, machine: Machine, world: World, recorded
     contenders = [known for known in usable if known not in beaten] or list(usable[:1])
     if len(contenders) == 1:
         return contenders[0], f"attention: {contenders[0]}, the only kernel that can run here{lost}"
-    mine = milliseconds(contenders, config, machine)
+    mine = milliseconds(contenders, config, machine, world.context)
     total = world.total(torch.tensor([mine[known] for known in contenders], dtype=torch.float64, device=machine.device))
     times = {known: float(ms) / world.size for known, ms in zip(contenders, total, strict=True)}
     fastest = min(contenders, key=lambda known: times[known])
@@ -137,31 +144,36 @@ def usable_kernels(config: RunConfig, machine: Machine) -> tuple[Backend, ...]:
     return candidates(machine.device.type, **_situation(config, machine))
 
 
-def milliseconds(kernels: Iterable[Backend], config: RunConfig, machine: Machine) -> dict[Backend, float]:
-    """Return the median time of each kernel's forward and backward at the shape of a micro-batch, in ms; infinite for one that fails."""
+def milliseconds(kernels: Iterable[Backend], config: RunConfig, machine: Machine, context: Context | None = None) -> dict[Backend, float]:
+    """Return the median time of each kernel's forward and backward at the shape of a micro-batch, in ms; infinite for one that fails.
+
+    Args:
+        context: the processes that read a row together: then that is what falls to this one, what is gathered for it left out.
+    """
     times: dict[Backend, float] = {}
     for kernel in kernels:
         try:
-            times[kernel] = _milliseconds(kernel, config, machine)
+            times[kernel] = _milliseconds(kernel, config, machine, context)
         except Exception:  # kernels of five libraries fail in ways of their own, and another one will do
             times[kernel] = math.inf
     machine.forget()
     return times
 
 
-def _milliseconds(kernel: Backend, config: RunConfig, machine: Machine) -> float:
+def _milliseconds(kernel: Backend, config: RunConfig, machine: Machine, context: Context | None) -> float:
     model, train = config.model, config.train
     assert isinstance(train.batch_size, int)
     dtype, device = runtime.compute_dtype(train.precision, machine), machine.device
     shape = (train.batch_size, train.seq_len)
-    heads = (model.n_head, model.n_kv_head, model.n_kv_head)
-    q, k, v = (torch.randn(*shape, n, model.head_dim, device=device, dtype=dtype).requires_grad_() for n in heads)
+    here = (train.batch_size, train.seq_len // (1 if context is None else context.size))
+    heads = ((here, model.n_head), (shape, model.n_kv_head), (shape, model.n_kv_head))
+    q, k, v = (torch.randn(*tokens, n, model.head_width, device=device, dtype=dtype).requires_grad_() for tokens, n in heads)
     d_out = torch.randn_like(q)
-    mask = rows_for(kernel, torch.empty(shape, device=device))
+    mask = rows_for(kernel, torch.empty(here, device=device), context)
     if config.data.mask_documents:
         ends = [row * shape[1] + begin for row in range(shape[0]) for begin in range(0, shape[1], DOCUMENT_TOKENS)]
         cu_seqlens = torch.tensor([*ends, math.prod(shape)], dtype=torch.int32, device=device)
-        mask = documents_for(kernel, cu_seqlens, positions_within(cu_seqlens, *shape), dtype)
+        mask = documents_for(kernel, cu_seqlens, positions_within(cu_seqlens, *shape), dtype, context)
     moments = [Moment(machine)]
     for _ in range(WARM_UP + ROUNDS):
         torch.autograd.grad(attend(q, k, v, kernel, mask), (q, k, v), d_out)
@@ -175,15 +187,17 @@ class _Situation(TypedDict):
     head_dim: int
     capability: tuple[int, int]
     masked: bool
+    chunked: bool
 
 
 def _situation(config: RunConfig, machine: Machine) -> _Situation:
     """Return what decides which kernels can run."""
     return {
         "dtype": runtime.compute_dtype(config.train.precision, machine),
-        "head_dim": config.model.head_dim,
+        "head_dim": config.model.head_width,
         "capability": machine.capability,
         "masked": config.data.mask_documents,
+        "chunked": config.train.context_parallel > 1,
     }
 
 

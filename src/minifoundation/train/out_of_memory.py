@@ -51,7 +51,8 @@ def _does_not_fit(config: RunConfig, machine: Machine, world: World, split: Spli
     if needed <= memory:
         advice = f"with {changes} {needed / GIB:.1f} GiB are predicted: {typed(world, **options, **more)}"
     else:
-        advice = f"even with {changes} {needed / GIB:.1f} GiB are predicted; take shorter rows, a smaller model or a larger GPU"
+        smaller = "take shorter rows, a smaller model or a larger GPU, or have several read a row (train.context_parallel)"
+        advice = f"even with {changes} {needed / GIB:.1f} GiB are predicted; {smaller}"
     rows, do = ("1 row", "does") if train.batch_size == 1 else (f"{train.batch_size} rows", "do")
     problem = f"{rows} of {train.seq_len} tokens {do} not fit the memory of {machine.name} ({peak} of {memory / GIB:.1f} GiB)"
     return UserError("train.batch_size" if train.batch_size != 1 else "train.seq_len", problem, advice)

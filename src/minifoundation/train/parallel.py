@@ -7,11 +7,12 @@ from torch import nn
 
 from minifoundation import runtime
 from minifoundation.config import RunConfig
+from minifoundation.data.batch import Batch
 from minifoundation.distributed import Split, World, spread
 from minifoundation.errors import UserError
 from minifoundation.model.training import TrainingModel
 from minifoundation.runtime import Machine
-from minifoundation.train.plan import USABLE_MEMORY, predicted_memory
+from minifoundation.train.plan import USABLE_MEMORY, predicted_memory, sharers
 
 
 def chosen_split(config: RunConfig, machine: Machine, world: World) -> Split:
@@ -80,15 +81,21 @@ def accumulated(config: RunConfig, world: World) -> RunConfig:
     if train.tokens_per_step is None:
         return config
     rows = 1 if train.batch_size == "auto" else train.batch_size
-    once = rows * train.seq_len * world.size
+    once = rows * train.seq_len * world.dp_size
     if train.tokens_per_step % once:
         near = max(1, round(train.tokens_per_step / once)) * once
         raise UserError(
             "train.tokens_per_step",
-            f"{train.tokens_per_step:,} is no multiple of {once:,} (batch_size {rows} x seq_len {train.seq_len} x {world.size} processes)",
+            f"{train.tokens_per_step:,} is no multiple of {once:,} "
+            f"(batch_size {rows} x seq_len {train.seq_len} x {sharers(config, world.size)})",
             f"set it to {near:,}, or choose another --batch_size or number of processes",
         )
     return config.model_copy(update={"train": train.model_copy(update={"grad_accum": train.tokens_per_step // once})})
+
+
+def share_of(batch: Batch, world: World) -> Batch:
+    """Return what this process reads of ``batch``: all, or where several read a row together its chunks of each."""
+    return batch if world.context is None else batch.part(world.context.chunks(batch.tokens.shape[1]))
 
 
 def as_asked(config: RunConfig) -> RunConfig:

@@ -49,19 +49,23 @@ class Plan:
 def plan(config: RunConfig, world_size: int, split: Split = ALONE) -> Plan:
     """Return the plan of a run; ``batch_size`` must be a number by now (see ``train.finder``), and ``grad_accum`` what is done.
 
+    Args:
+        world_size: processes, a multiple of ``context_parallel``.
+
     Raises:
         UserError: fewer tokens than one step takes.
     """
     train = config.train
     assert isinstance(train.batch_size, int)
-    samples = train.batch_size * train.grad_accum * world_size
+    groups = world_size // train.context_parallel
+    samples = train.batch_size * train.grad_accum * groups
     tokens = samples * train.seq_len
     steps = train.tokens // tokens
     if steps == 0:
         raise UserError(
             "train.tokens",
             f"{train.tokens:,} is less than one step of {tokens:,} (batch_size {train.batch_size} x grad_accum {train.grad_accum} "
-            f"x seq_len {train.seq_len} x {world_size} processes)",
+            f"x seq_len {train.seq_len} x {sharers(config, world_size)})",
             "raise --tokens or lower --grad_accum",
         )
     alone = predicted_memory(config)  # a checkpoint holds all parts
@@ -91,6 +95,7 @@ def predicted_memory(config: RunConfig, split: Split = ALONE) -> dict[str, int]:
         config.model,
         batch_size=train.batch_size,
         seq_len=train.seq_len,
+        context=train.context_parallel,
         grad_accum=train.grad_accum,
         precision=train.precision,
         optimizer_states=train.optimizer_states,
@@ -106,9 +111,9 @@ def describe(config: RunConfig, plan: Plan, machine: Machine, world_size: int) -
     """Return the plan as lines for a person."""
     train, model = config.train, config.model
     flops = plan.flops_per_token * plan.tokens
-    heads = f"{model.n_head}/{model.n_kv_head} heads"
+    heads = f"{model.n_head}/{model.n_kv_head} heads" + (f" of {model.head_dim}" if model.head_dim is not None else "")
     shape = f"{model.n_layer} blocks x {model.d_model}, {heads}, d_ff {model.d_ff}, vocabulary {model.vocab_size:,}"
-    step = f"{train.batch_size} rows x {train.grad_accum} micro-batches x {train.seq_len} tokens x {world_size} processes"
+    step = f"{train.batch_size} rows x {train.grad_accum} micro-batches x {train.seq_len} tokens x {sharers(config, world_size)}"
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.memory.items() if size)
     rows = {
         "model": f"{_millions(plan.parameters)} parameters: {shape}",
@@ -121,11 +126,22 @@ def describe(config: RunConfig, plan: Plan, machine: Machine, world_size: int) -
     if world_size > 1:
         split = "a copy of the model on each" if plan.split.shards == 1 else f"the model in {plan.split.shards} parts"
         rows["parallel"] = f"{plan.split.parallel}, {world_size} processes: {split}; gradients travel in {train.reduce_precision}"
+        if train.context_parallel > 1:
+            rows["parallel"] += f"; {train.context_parallel} read a row together, {train.seq_len // train.context_parallel:,} tokens each"
     peak = machine.peak_flops or PEAK_TFLOPS[USUAL] * 1e12
     seconds = {share: flops / (share * peak * world_size) for share in (0.3, 0.4, 0.5)}
     elsewhere = "" if machine.peak_flops else f" of an {USUAL}; the peak rate of {machine.name} is not known"
     rows["time"] = ", ".join(f"{_duration(s)} at {share:.0%}" for share, s in seconds.items()) + f" MFU{elsewhere}"
     return "\n".join(f"  {name:<8} {text}" for name, text in rows.items())
+
+
+def sharers(config: RunConfig, world_size: int) -> str:
+    """Return how many have rows of their own, in words."""
+    together = config.train.context_parallel
+    if together == 1:
+        return f"{world_size} processes"
+    groups = world_size // together
+    return f"{groups} group{'s' if groups > 1 else ''} of {together} processes"
 
 
 def _duration(seconds: float) -> str:

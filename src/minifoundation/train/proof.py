@@ -65,8 +65,8 @@ def material(config: RunConfig, tokenizer: Tokenizer, *, documents: int, tries: 
         UserError: ``source`` cannot be read.
     """
     shards: list[Shard] = []
-    for source in config.data.weights:
-        shards += Shards.open(shards_folder(source, config.data, tokenizer)).held_out
+    for trained_on in config.data.weights:
+        shards += Shards.open(shards_folder(trained_on, config.data, tokenizer)).held_out
     original, length = config.model.original_seq_len, config.train.seq_len
     read = list(encoded(source, config, tokenizer, length)) if source else list(beginnings(shards, tokenizer.special.eos, length))
     text = _text(read, tokenizer)

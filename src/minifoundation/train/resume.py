@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "train.grad_accum",
     "train.tokens_per_step",
     "train.parallel",
+    "train.context_parallel",
     "train.rank_timeout",
     "train.compile",
     "train.loss_chunk",

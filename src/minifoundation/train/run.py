@@ -17,7 +17,7 @@ from minifoundation.checkpoint import FINAL, Checkpoint, Saver, load_checkpoint,
 from minifoundation.config import RunConfig, changed, to_yaml
 from minifoundation.data.supply import Supply
 from minifoundation.data.tokenizer import Tokenizer
-from minifoundation.distributed import Watch, World, join
+from minifoundation.distributed import Watch, World, join, sharing_rows
 from minifoundation.errors import Stopped
 from minifoundation.lock import LOCK, held
 from minifoundation.model.attention import resolve
@@ -69,6 +69,7 @@ def run(
         say = Printer(world)
         same_run(config, world)
         with world.together():
+            world = sharing_rows(world, config.train.context_parallel)
             asked = accumulated(_supported(config, machine, say), world)
             split = world.agreed(lambda: chosen_split(asked, machine, world))
             config = world.agreed(lambda: with_batch_size(asked, machine, split=split))
@@ -156,7 +157,7 @@ def _gone_back(bad: Bad, config: RunConfig, say: Printer) -> Path | None:
 def _fitting(asked: RunConfig, planned: Plan, machine: Machine, world: World, say: Printer, resumed: Checkpoint | None) -> RunConfig:
     """Return ``asked`` with the batch size that real steps show to fit; a resumed run stays at the rows of its steps."""
     if resumed is not None:
-        asked = asked.model_copy(update={"train": asked.train.model_copy(update={"grad_accum": planned.samples_per_step // world.size})})
+        asked = asked.model_copy(update={"train": asked.train.model_copy(update={"grad_accum": planned.samples_per_step // world.dp_size})})
     split = planned.split
     config = with_batch_size(asked, machine, lambda one: steps_fit(one, machine, world, say, split), split)
     say(f"train.batch_size: auto is {config.train.batch_size} rows x {config.train.grad_accum} micro-batches")
@@ -186,9 +187,10 @@ def _supported(config: RunConfig, machine: Machine, say: Printer) -> RunConfig:
         config.model.attention,
         machine.device.type,
         dtype=dtype,
-        head_dim=config.model.head_dim,
+        head_dim=config.model.head_width,
         capability=machine.capability,
         masked=config.data.mask_documents,
+        chunked=config.train.context_parallel > 1,
     )
     if warning:
         say(f"warning: model.attention: {warning}")
@@ -331,7 +333,7 @@ def _built(
 ) -> Training:
     """Return the model, optimizer and the rest in the state in which the phase begins or goes on."""
     before = resumed or (start.checkpoint if start else None)
-    transformer = transformer_for(config, machine, kernels, planned.split)
+    transformer = transformer_for(config, machine, kernels, planned.split, world.context)
     if before is None:
         transformer.initialise(config.train.seed)
     else:

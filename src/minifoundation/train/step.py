@@ -15,6 +15,7 @@ from minifoundation.distributed import World, local_gradients
 from minifoundation.model.fp8 import SETTLING, Scales
 from minifoundation.train.guard import GOOD, Guard
 from minifoundation.train.optimizer import clip, set_learning_rate, update
+from minifoundation.train.parallel import share_of
 
 
 class Figures(NamedTuple):
@@ -155,14 +156,15 @@ def held_out_loss(
     """
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    rounded_up = -(-len(batches) // world.size) * world.size
-    for first in range(0, len(batches), POLLED * world.size):
+    ways = world.dp_size
+    rounded_up = -(-len(batches) // ways) * ways
+    for first in range(0, len(batches), POLLED * ways):
         if told is not None and float(world.total(torch.tensor(float(told()), device=device))) > 0:
             model.train()
             return None
-        for number in range(first + world.rank, min(first + POLLED * world.size, rounded_up), world.size):
+        for number in range(first + world.dp_rank, min(first + POLLED * ways, rounded_up), ways):
             # Where weights are split all processes go through the model together: one without a batch of its own does the last again.
-            there = batches[min(number, len(batches) - 1)].to(device)
+            there = share_of(batches[min(number, len(batches) - 1)], world).to(device)
             losses = model(there.tokens, there.targets, there.cu_seqlens)
             if number < len(batches):
                 sums += torch.stack([losses.cross_entropy.double(), torch.as_tensor(losses.tokens, dtype=torch.float64, device=device)])

@@ -15,7 +15,7 @@ from minifoundation import runtime
 from minifoundation.config import RunConfig
 from minifoundation.data.batch import Batch, prefetch
 from minifoundation.data.tokenizer import EOS, UNK
-from minifoundation.distributed import Split, World
+from minifoundation.distributed import Context, Split, World
 from minifoundation.model.size import flops_per_token
 from minifoundation.model.training import TrainingModel
 from minifoundation.runtime import Machine, Moment
@@ -25,7 +25,7 @@ from minifoundation.train.guard import Guard
 from minifoundation.train.kernels import DOCUMENT_TOKENS, Kernels, swiglu_kernel, transformer_for
 from minifoundation.train.metrics import model_flops_utilisation
 from minifoundation.train.optimizer import adamw
-from minifoundation.train.parallel import spread_over
+from minifoundation.train.parallel import share_of, spread_over
 from minifoundation.train.plan import ALONE, predicted_memory
 from minifoundation.train.step import StepStats, settle, train_step
 
@@ -104,8 +104,8 @@ def trial(
     machine.forget()
     train = config.train
     assert isinstance(train.batch_size, int)
-    tokens = train.batch_size * train.grad_accum * train.seq_len * world.size
-    alone = random_model(config, machine, split)
+    tokens = train.batch_size * train.grad_accum * train.seq_len * world.dp_size
+    alone = random_model(config, machine, split, world.context)
     model = spread_over(alone, config, machine, world, split)
     optimizer = adamw(alone, train)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=train.precision == "fp16")
@@ -113,7 +113,8 @@ def trial(
     scales, guard = alone.transformer.scales, Guard(train.spike_z, train.spike_window, machine.device)
     stats: list[StepStats] = []
     ends: list[Moment] = []
-    with prefetch(_random_steps(config, world.rank), machine.device) as batches, runtime.collector_held() as collect:
+    mine = ([share_of(batch, world) for batch in micro] for micro in _random_steps(config, world.dp_rank))
+    with prefetch(mine, machine.device) as batches, runtime.collector_held() as collect:
 
         def step() -> None:
             micro = next(batches)
@@ -166,9 +167,10 @@ def trial(
     )
 
 
-def random_model(config: RunConfig, machine: Machine, split: Split = ALONE) -> TrainingModel:
-    """Return the model of ``config`` on the device, with random weights drawn there."""
-    transformer = transformer_for(config, machine, Kernels(config.model.attention, swiglu_kernel(config, machine)[0]), split)
+def random_model(config: RunConfig, machine: Machine, split: Split = ALONE, context: Context | None = None) -> TrainingModel:
+    """Return the model of ``config`` on the device, with random weights drawn there, the same at each call."""
+    transformer = transformer_for(config, machine, Kernels(config.model.attention, swiglu_kernel(config, machine)[0]), split, context)
+    torch.manual_seed(config.train.seed)
     with torch.no_grad():
         for weight in transformer.parameters():
             _ = weight.fill_(1.0) if weight.ndim == 1 else weight.normal_(0.0, 0.02)

@@ -1,6 +1,6 @@
 """FlashAttention-4 (package flash-attn-4, kernels for Hopper and later) as an operator that torch.compile keeps whole.
 
-Letters: B rows, T tokens a row, H query heads, K key/value heads, h head width.
+Letters: B rows, T tokens a row, Q of them with queries, H query heads, K key/value heads, h head width.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ INSTALLED = find_spec("flash_attn") is not None and find_spec("flash_attn.cute")
 
 @torch.library.custom_op("minifoundation::flash4", mutates_args=(), device_types="cuda")
 def flash4(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return causal attention (B, T, H, h) of q (B, T, H, h) over k and v (B, T, K, h), and its log-sum-exp (B, H, T) float32."""
+    """Return causal attention (B, Q, H, h) of q (B, Q, H, h) over k and v (B, T, K, h), and its log-sum-exp (B, H, Q) float32.
+
+    Where there are fewer queries than keys, they are those of the last tokens.
+    """
     from flash_attn.cute.interface import _flash_attn_fwd
 
     out, log_sum_exp, *_ = _flash_attn_fwd(q, k, v, causal=True, return_lse=True)
@@ -34,8 +37,8 @@ def flash4_gradients(q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: 
 
 @flash4.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    B, T, H, _h = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
+    B, Q, H, _h = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, Q), dtype=torch.float32)
 
 
 @flash4_gradients.register_fake

@@ -24,23 +24,24 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @cache
-def within_rows(seq_len: int, device: torch.device) -> BlockMask:
-    """Return which blocks of queries and keys causal attention over rows of ``seq_len`` tokens needs; made once a length."""
-    return create_block_mask(lambda _b, _h, query, key: query >= key, None, None, seq_len, seq_len, device=device)
+def within_rows(first: int, end: int, device: torch.device) -> BlockMask:
+    """Return which blocks causal attention of the tokens from ``first`` to ``end`` of a row over all before ``end`` needs; made once."""
+    return create_block_mask(lambda _b, _h, query, key: first + query >= key, None, None, end - first, end, device=device)
 
 
-def within_documents(positions: Tensor) -> BlockMask:
+def within_documents(positions: Tensor, first: int, end: int) -> BlockMask:
     """Return which blocks causal attention within documents needs, given the positions (B, T) of tokens in their documents.
 
-    A query at position p of its document sees itself and the p tokens before it.
+    Queries are those of the tokens from ``first`` to ``end`` of each row, keys those of all before ``end``. A query at position p of its
+    document sees itself and the p tokens before it.
     """
 
     def seen(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (query - key <= positions[row, query])
+        place = first + query
+        return (place >= key) & (place - key <= positions[row, place])
 
-    n_rows, seq_len = positions.shape
     make = _compiled(create_block_mask) if positions.is_cuda else create_block_mask
-    mask: BlockMask = make(seen, n_rows, None, seq_len, seq_len, device=positions.device)
+    mask: BlockMask = make(seen, len(positions), None, end - first, end, device=positions.device)
     return mask
 
 
