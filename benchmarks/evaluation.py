@@ -201,7 +201,12 @@ def main() -> None:
         "fp32_documents": counted,
         "fp32_batch_sizes_nats": max(row["batch_sizes_nats"] for row in agreed.values()),
     }
-    finish("evaluation_trained" if given.model else "evaluation", figures, results={"agreement": agreed, "seconds": seconds, "hflm_by_rows": probed}, quick=given.quick)
+    finish(
+        "evaluation_trained" if given.model else "evaluation",
+        figures,
+        results={"agreement": agreed, "seconds": seconds, "hflm_by_rows": probed},
+        quick=given.quick,
+    )
 
 
 def read_labels(tasks: str) -> set[str]:
