@@ -103,7 +103,7 @@ def test_shares_of_lengths_are_those_of_the_rows(shards: Shards) -> None:
             whose = {BOS: after, EOS: before}.get(token, token)
             if whose in owner:
                 found[owner[whose]] += 1
-    expected = buckets(long, packed, share)
+    expected = buckets(long, share)
     assert sum(bucket.corpus for bucket in expected) == pytest.approx(1) and sum(bucket.mix for bucket in expected) == pytest.approx(1)
     assert sum(bucket.documents for bucket in expected) == len(documents)
     for bucket in expected:

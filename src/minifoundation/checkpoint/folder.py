@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -70,10 +71,15 @@ class Checkpoint:
         """Return every tensor by section/name."""
         return {f"{section}/{name}": tensor for section in SECTIONS for name, tensor in (getattr(self, section) or {}).items()}
 
+    @cached_property
+    def layout(self) -> Layout:
+        """Of ``tensors``, which are the same ones for as long as there is this checkpoint."""
+        return Layout.of(self.tensors())
+
     def gathered(self) -> Iterator[tuple[str, Tensor]]:
         """Give name and whole of every tensor, in the order in which they are written; every process has to go through all of them."""
         tensors = self.tensors()
-        for entry in Layout.of(tensors).fields:
+        for entry in self.layout.fields:
             yield entry.name, whole(tensors[entry.name])
 
     def in_host_memory(self, *, kept: bool) -> Checkpoint:
@@ -147,9 +153,8 @@ def write_step(state: Mapping[str, Any], layout: Layout, body: Iterable[memoryvi
 def save_step(checkpoint: Checkpoint, out_dir: Path, *, keep: int, keep_every: int | None = None) -> Path:
     """Write ``step_<n>/`` whole or not at all, remove what ``prune`` does, and return the folder."""
     tensors = checkpoint.tensors()
-    layout = Layout.of(tensors)
-    body = (raw(tensors[field.name]) for field in layout.fields)
-    folder = write_step(checkpoint.state(), layout, body, checkpoint.tokenizer_model, out_dir)
+    body = (raw(tensors[field.name]) for field in checkpoint.layout.fields)
+    folder = write_step(checkpoint.state(), checkpoint.layout, body, checkpoint.tokenizer_model, out_dir)
     prune(folder, keep=keep, keep_every=keep_every)
     return folder
 

@@ -83,7 +83,7 @@ class Saver:
             self._say(f"step {step:,}: waited {time.perf_counter() - began:.1f} s for the checkpoint before to be written")
         self.finish()
         try:
-            self._check_space(Layout.of(checkpoint.tensors()).n_bytes)
+            self._check_space(checkpoint.layout.n_bytes)
         except (UserError, OSError) as error:
             self.failed(error)
             return False
@@ -97,7 +97,7 @@ class Saver:
         """
         self._saved = checkpoint.progress["step"]
         tensors = checkpoint.tensors()
-        layout, gathered = Layout.of(tensors), checkpoint.gathered()
+        layout, gathered = checkpoint.layout, checkpoint.gathered()
         arguments = (checkpoint.state(), layout, checkpoint.tokenizer_model)
         copy = self._host_copy(layout, tensors) if self._background else None
         if copy is None:

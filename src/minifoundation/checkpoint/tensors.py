@@ -105,6 +105,11 @@ class HostCopy:
             code = torch.cuda.cudart().cudaHostRegister(self._buffer.data_ptr(), self._buffer.numel(), 0)
             if int(code) != 0:
                 raise MemoryError(f"CUDA cannot lock {layout.n_bytes / 2**30:.1f} GiB of host memory (error {int(code)})")
+        # Made once: the device has nothing to do while the host begins a save.
+        self._places = [
+            self._buffer[end - field.n_bytes : end].view(field.dtype).view(field.shape)
+            for field, end in zip(layout.fields, layout.ends, strict=True)
+        ]
 
     def fill(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copy the tensors of the layout, in its order, by name; on a GPU they only begin, when what has been launched so far is done."""
@@ -117,9 +122,8 @@ class HostCopy:
             self._copied.record()
 
     def _copy(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        for field, end, (name, tensor) in zip(self.layout.fields, self.layout.ends, tensors, strict=True):
+        for field, place, (name, tensor) in zip(self.layout.fields, self._places, tensors, strict=True):
             assert name == field.name
-            place = self._buffer[end - field.n_bytes : end].view(field.dtype).view(field.shape)
             place.copy_(tensor, non_blocking=True)
 
     def hold(self) -> None:

@@ -167,7 +167,7 @@ class Bucket:
     """Share of the tokens that the phase reads."""
 
 
-def buckets(long: LongRows, packed: PackedRows, share: float) -> list[Bucket]:
+def buckets(long: LongRows, share: float) -> list[Bucket]:
     """Return the lengths of documents, in powers of two up to that of a row, where ``share`` of the rows begin with long ones.
 
     Fill is counted as spread over the short documents by their lengths.

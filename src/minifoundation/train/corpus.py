@@ -171,7 +171,7 @@ def by_lengths(windows: Loader, config: RunConfig, planned: Plan, say: Say) -> L
                 raise UserError("data.min_tokens", problem, "lower it, or raise data.search_tokens to look further")
             say(f"warning: {problem}; rows are windows of {seq_len:,} tokens cut from documents one after the other (data.search_tokens)")
             return windows
-        for line in _lengths(source, long, packed, least, share, rows * weight):
+        for line in _lengths(source, long, least, share, rows * weight):
             say(line)
         sources |= {part_of(source, "long"): long}
         weights |= {part_of(source, "long"): round(weight * share, 9)}
@@ -181,14 +181,14 @@ def by_lengths(windows: Loader, config: RunConfig, planned: Plan, say: Say) -> L
     return Loader(sources, weights, mask_documents=data.mask_documents)
 
 
-def _lengths(source: str, long: LongRows, packed: PackedRows, least: int, share: float, rows: float) -> list[str]:
+def _lengths(source: str, long: LongRows, least: int, share: float, rows: float) -> list[str]:
     """Return lines for a person: the share of each length in what was searched and in what is trained on."""
     times = share * rows / long.samples_per_epoch
     lines = [
         f"  lengths  {source}: {share:.0%} of the rows begin with one of {long.samples_per_epoch:,} pieces of documents of {least:,} "
         f"tokens and more (read {times:.2g} times); the rest is short documents, packed"
     ]
-    for bucket in buckets(long, packed, share):
+    for bucket in buckets(long, share):
         if bucket.documents:
             most = "and more" if bucket.longest is None else f"to {bucket.longest:,}"
             lines.append(
