@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from minifoundation.config import ContaminationOptions
 from minifoundation.data import survey
+from minifoundation.data.ledger import Entry
+from minifoundation.data.samples import Order
 from minifoundation.data.shards import Shard, Shards
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.errors import UserError
@@ -116,14 +118,18 @@ def _text(options: ContaminationOptions) -> tuple[list[Shard], Vocabulary, Path]
             path.write_bytes(checkpoint.tokenizer_model)
             tokenizer = Tokenizer.load(path)
         found: dict[Path, Shard] = {}
-        for entry in checkpoint.ledger:
-            every = Shards.open(Path(entry["folder"])).train
-            touched = [every[(entry["first_shard"] + i) % len(every)] for i in range(min(entry["shards"], len(every)))]
-            found |= {shard.path: shard for shard in touched}
+        for entry in (Entry(**kept) for kept in checkpoint.ledger):
+            shards = Shards.open(Path(entry.folder))
+            order = Order(shards, entry.seq_len, entry.first_shard)
+            if order.sha256(entry.shards) != entry.shards_sha256:
+                raise UserError(entry.folder, f"its shards are not those that {options.ckpt} has read", "give --shards and --tokenizer")
+            found |= {shard.path: shard for shard in (shards.train[number] for number in order.turns[: entry.shards])}
         place = options.ckpt.parent / "contamination.json"
     elif options.shards is not None and options.tokenizer is not None:
         tokenizer = Tokenizer.load(options.tokenizer)
         opened = [Shards.open(folder) for folder in survey.folders(options.shards)]
+        for one in opened:
+            survey.check_tokenizer(one, tokenizer)
         found = {shard.path: shard for shards in opened for shard in shards.train}
         place = options.shards / "contamination.json"
     else:
