@@ -115,7 +115,8 @@ def read_file(path: Path) -> Any:
 
     try:
         if path.suffix == ".jsonl":
-            return datasets.Dataset.from_list([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+            with path.open(encoding="utf-8") as file:  # str.splitlines would cut at U+2028 and U+0085 too
+                return datasets.Dataset.from_list([json.loads(line) for line in file])
         return datasets.Dataset.from_list(parquet.read_table(path).to_pylist())
     except (OSError, ValueError) as error:
         raise UserError(str(path), f"cannot be read ({first_line(error)})", "replace the file") from None
