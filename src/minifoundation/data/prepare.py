@@ -90,7 +90,8 @@ def rebuilt_files(source: str, config: DataConfig, tokenizer: Tokenizer, *, engi
     """
     preparation = _Preparation(source, config, tokenizer, engine)
     folder = preparation.folder
-    manifest_of(folder)
+    if not manifest_of(folder).pairs:
+        raise UserError(str(folder), "holds no token shards yet", "make them with minifoundation prepare")
     with held(folder):
         manifest = manifest_of(folder)
         damaged = [[folder / record.file for record in pair.records if not intact(folder, record)] for pair in manifest.pairs]
