@@ -112,6 +112,22 @@ def test_scores_on_clean_and_dirty_items_apart(
     assert shown in capsys.readouterr().out and (tmp_path / "found.json").exists()
 
 
+def test_a_mean_over_subjects_stays_one_without_the_dirty_items() -> None:
+    from minifoundation.evaluate.contamination import Split, separated
+
+    subjects = {"small": [1.0, 1.0], "large": [0.0, 0.0, 0.0, 0.0, 1.0, 0.0]}
+    items = [
+        {"task": task, "doc_hash": f"{task}{i}", "score": score} for task, scores in subjects.items() for i, score in enumerate(scores)
+    ]
+    row = {"dirty": {"13": ["large4"]}, "short": {"13": 0}}
+    assert separated(items, row, 13, aggregate="macro").clean == Split(0.5, 0.0, 7)
+    assert separated(items, row, 13, aggregate="micro").clean.score == pytest.approx(2 / 7)
+    everything = separated(items, {"dirty": {"13": []}, "short": {"13": 0}}, 13, aggregate="macro").clean
+    assert everything.score == pytest.approx((1 + 1 / 6) / 2) and everything.stderr == pytest.approx(
+        np.std(subjects["large"], ddof=1) / 6**0.5 / 2
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -137,9 +153,7 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path: Path, tokenizer_model
     assert capsys.readouterr().err.endswith(f"error: --tokenizer: {other} is not the one {folder} was made with; give that one\n")
 
 
-def test_a_checkpoint_names_the_shards_that_it_has_read(
-    tmp_path: Path, tokenizer_model: bytes, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_names_the_shards_that_it_has_read(tmp_path: Path, tokenizer_model: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     from minifoundation.checkpoint import Checkpoint, save_final
     from minifoundation.config import DataConfig, ModelConfig, RunConfig, TrainConfig
     from minifoundation.data.samples import Order

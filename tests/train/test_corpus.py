@@ -219,12 +219,13 @@ def test_rows_that_the_place_in_the_data_does_not_count_are_refused(settings: Ma
     data = {**SHARDS, "source": None, "mix": {str(corpus): 3, str(small): 1}}
     trained(settings(data=data))
     (settings().out_dir / "final.pth").unlink()
-    other, train = {
+    changes: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "weights": ({"mix": {str(corpus): 1, str(small): 1}}, {}),
         "sources": ({"mix": {str(corpus): 3, str(small): 1, str(third): 1}}, {}),
         "source": ({"mix": None, "source": str(third)}, {}),
         "seq_len": ({}, {"seq_len": 16}),
-    }[changed]
+    }
+    other, train = changes[changed]
     config = settings(data={**data, **other}, train=train)
     with pytest.raises(UserError, match=r"data: the checkpoint stands at sample 32, which counts other rows with these settings"):
         run(config, resume="auto", dry_run=False, allowed=("data.mix", "data.source", "train.seq_len"))

@@ -163,7 +163,7 @@ def _print_scores(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
         if row is None or not items:
             continue
         for n in SIZES:
-            parts = separated(items, row, n)
+            parts = separated(items, row, n, aggregate=result["row"]["aggregate"])
             shown = [
                 f"{kind} {'-' if part.score is None else f'{100 * part.score:.1f}'} ({part.n:,})"
                 for kind, part in (("clean", parts.clean), ("dirty", parts.dirty))

@@ -249,7 +249,7 @@ def _same_shards(read: Entry, shards: Shards) -> None:
 
 
 def _same_rows(resumed: Checkpoint, loader: Loader) -> None:
-    """Refuse settings under which the place of the checkpoint, one number, would count other rows: some would be read again, others never."""
+    """Refuse settings under which the place of the checkpoint, one number, counts other rows: some would be read twice, others never."""
     place = resumed.progress["sample"]
     read = [Entry(**kept) for kept in resumed.ledger[-len(loader.sources) :]]
     now = entries(loader.sources, loader.mixture, place, resumed.progress["phase"])
@@ -257,8 +257,8 @@ def _same_rows(resumed: Checkpoint, loader: Loader) -> None:
         raise UserError(
             "data",
             f"the checkpoint stands at sample {place:,}, which counts other rows with these settings",
-            "let data.source, data.mix and train.seq_len (beside data.min_tokens also data.long_share, data.long_repeats, data.search_tokens "
-            "and train.tokens) be what they were, or begin another phase: longft, or pretrain --init_from",
+            "let data.source, data.mix and train.seq_len (beside data.min_tokens also data.long_share, data.long_repeats, "
+            "data.search_tokens and train.tokens) be what they were, or begin another phase: longft, or pretrain --init_from",
         )
 
 
