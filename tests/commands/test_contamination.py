@@ -133,6 +133,7 @@ def test_a_mean_over_subjects_stays_one_without_the_dirty_items() -> None:
     [
         ([], "contamination: no text to look in; give --ckpt, or --shards with --tokenizer"),
         (["--ckpt", "none.pth"], "none.pth: no such checkpoint"),
+        (["--ckpt", "none.pth", "--shards", "nowhere"], "--shards: nowhere is given, and --ckpt none.pth too; give one of them"),
         (["--shards", "nowhere", "--tokenizer", "nowhere.model"], "nowhere.model"),
     ],
 )

@@ -32,6 +32,17 @@ def test_a_text_may_hold_any_character(tmp_path: Path) -> None:
     assert mirror.read_file(tmp_path / "test.jsonl")["text"][:] == texts
 
 
+def test_what_is_pulled_besides_does_not_make_a_damaged_file_right(made: Path) -> None:
+    mirror.seal(made)
+    write_items(made / "org/name/default", "test", [{"text": "damaged"}])
+    write_items(made / "org/other/default", "test", [{"text": "pulled"}])
+    assert mirror.seal(made, [made / "org/other/default/test.jsonl"]) == 3
+    assert mirror.faults(made, mirror.read_manifest(made) or {}) == ["org/name/default/test.jsonl: changed"]
+    (made / "manifest.json").unlink()
+    assert mirror.seal(made, [made / "org/other/default/test.jsonl"]) == 3
+    assert mirror.faults(made, mirror.read_manifest(made) or {}) == [], "without a manifest all is taken as it lies there"
+
+
 def test_a_changed_file_a_missing_and_a_foreign_one_are_named(made: Path) -> None:
     mirror.seal(made)
     write_items(made / "org/name/default", "test", [{"text": "edited"}])

@@ -276,6 +276,11 @@ def test_long_documents_are_read_more_often_and_it_is_said(settings: Make, tmp_p
     again = trained(halfway, resume="auto")
     assert steady(halfway) == steady(config) and entries(again) == entries(checkpoint)
 
+    (halfway.out_dir / "final.pth").unlink()
+    fewer = longer(settings, tmp_path, "other", long_share=0.8, search_tokens=10_000)
+    with pytest.raises(UserError, match="data: the checkpoint stands at sample 32, which counts other rows"):  # fewer documents are known
+        run(fewer, resume="auto", dry_run=False, allowed=("data.search_tokens",))
+
 
 @pytest.mark.parametrize(("repeats", "share", "read"), [(0.01, 0.9, "as often as all"), (0.1, 0.9, "0.1"), (100, 0.5, "0.5 of the rows")])
 def test_long_documents_are_read_no_more_and_no_less_than_they_should(

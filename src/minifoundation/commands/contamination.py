@@ -109,6 +109,8 @@ def _read(shard: Shard) -> Seen:
 
 def _text(options: ContaminationOptions) -> tuple[list[Shard], Vocabulary, Path]:
     """Return the shards that were trained on, what their tokens are, and where the result goes by default."""
+    if options.ckpt is not None and options.shards is not None:
+        raise UserError("--shards", f"{options.shards} is given, and --ckpt {options.ckpt} too", "give one of them")
     if options.ckpt is not None:
         from minifoundation.checkpoint import load_checkpoint
 
