@@ -112,14 +112,73 @@ def test_scores_on_clean_and_dirty_items_apart(
     assert shown in capsys.readouterr().out and (tmp_path / "found.json").exists()
 
 
+def test_a_mean_over_subjects_stays_one_without_the_dirty_items() -> None:
+    from minifoundation.evaluate.contamination import Split, separated
+
+    subjects = {"small": [1.0, 1.0], "large": [0.0, 0.0, 0.0, 0.0, 1.0, 0.0]}
+    items = [
+        {"task": task, "doc_hash": f"{task}{i}", "score": score} for task, scores in subjects.items() for i, score in enumerate(scores)
+    ]
+    row = {"dirty": {"13": ["large4"]}, "short": {"13": 0}}
+    assert separated(items, row, 13, aggregate="macro").clean == Split(0.5, 0.0, 7)
+    assert separated(items, row, 13, aggregate="micro").clean.score == pytest.approx(2 / 7)
+    everything = separated(items, {"dirty": {"13": []}, "short": {"13": 0}}, 13, aggregate="macro").clean
+    assert everything.score == pytest.approx((1 + 1 / 6) / 2) and everything.stderr == pytest.approx(
+        np.std(subjects["large"], ddof=1) / 6**0.5 / 2
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ([], "contamination: no text to look in; give --ckpt, or --shards with --tokenizer"),
         (["--ckpt", "none.pth"], "none.pth: no such checkpoint"),
+        (["--ckpt", "none.pth", "--shards", "nowhere"], "--shards: nowhere is given, and --ckpt none.pth too; give one of them"),
         (["--shards", "nowhere", "--tokenizer", "nowhere.model"], "nowhere.model"),
     ],
 )
 def test_what_is_missing_is_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["contamination", "--tasks", "arc_easy", "--data_dir", str(BUNDLED), *options]) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_shards_of_another_tokenizer_are_refused(tmp_path: Path, tokenizer_model: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their ids would be read as other words, of which no item has any."""
+    from minifoundation.config import TokenizerConfig
+    from minifoundation.data.tokenizer import train_tokenizer
+
+    folder = shards(tmp_path / "shards", tokenizer_model, [WORDS[:500], WORDS[500:900]])
+    other = train_tokenizer([WORDS[:40_000]], TokenizerConfig(vocab_size=600), tmp_path / "other.model").path
+    line = ["contamination", "--shards", str(folder), "--tokenizer", str(other), "--tasks", "arc_easy", "--data_dir", str(BUNDLED)]
+    assert main(line) == 2
+    assert capsys.readouterr().err.endswith(f"error: --tokenizer: {other} is not the one {folder} was made with; give that one\n")
+
+
+def test_a_checkpoint_names_the_shards_that_it_has_read(tmp_path: Path, tokenizer_model: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    from minifoundation.checkpoint import Checkpoint, save_final
+    from minifoundation.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+    from minifoundation.data.samples import Order
+    from minifoundation.data.shards import Shards, manifest_of, write_manifest
+
+    bundled = [json.loads(line) for line in (BUNDLED / "allenai/ai2_arc/ARC-Easy/test.jsonl").read_text().split("\n") if line]
+    leak = next(item for item in bundled if len(item["question"].split()) > 20)
+    folder = shards(tmp_path / "shards", tokenizer_model, [WORDS[:500], str(leak["question"])])  # the leak is all of the second shard
+    sizes = {"vocab_size": 512, "d_model": 32, "n_layer": 1, "n_head": 2, "n_kv_head": 1, "d_ff": 32, "original_seq_len": 8}
+    settings = RunConfig(model=ModelConfig.model_validate(sizes), data=DataConfig(source="text"), train=TrainConfig(tokens=8, seq_len=8))
+    opened = Shards.open(folder)
+    entry = {"phase": "pretrain", "source": "text", "share": 1.0, "folder": str(folder), "corpus": {}, "samples": 1, "seq_len": 8}
+    entry |= {"tokenizer_sha256": opened.manifest.tokenizer_sha256, "shards": 1, "epochs": None}
+
+    def found(first_shard: int) -> tuple[int, int]:
+        read = entry | {"first_shard": first_shard, "shards_sha256": Order(opened, 8, first_shard).sha256(1)}
+        save_final(Checkpoint(settings, {}, tokenizer_model, {"phase": "pretrain", "step": 1}, [read]), tmp_path)
+        line = ["contamination", "--ckpt", str(tmp_path / "final.pth"), "--tasks", "arc_easy", "--data_dir", str(BUNDLED)]
+        code = main([*line, "--out", str(tmp_path / "found.json")])
+        row = json.loads((tmp_path / "found.json").read_text())["benchmarks"][0]
+        return code, len(row["dirty"]["13"])
+
+    assert found(0) == (0, 0) and found(1) == (0, 1)
+    manifest = manifest_of(folder)
+    write_manifest(folder, manifest.model_copy(update={"pairs": manifest.pairs[::-1]}))
+    assert found(1)[0] == 2
+    assert f"{folder}: its shards are not those that {tmp_path / 'final.pth'} has read" in capsys.readouterr().err

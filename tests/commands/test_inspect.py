@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from minifoundation import cli
 from minifoundation.config import DataConfig, TokenizerConfig
 from minifoundation.data import survey
 from minifoundation.data.encode import is_held_out
-from minifoundation.data.prepare import prepare_shards, tokenizer_for
+from minifoundation.data.prepare import prepare_shards, rebuilt_files, shards_folder, tokenizer_for
 from minifoundation.data.rows import all_documents
-from minifoundation.data.shards import Shards
+from minifoundation.data.shards import Shards, write_manifest
 from minifoundation.data.tokenizer import EOS, Tokenizer
+from minifoundation.errors import UserError
 
 VERSE = Path(__file__).parents[2] / "examples" / "shakespeare.txt"
 
@@ -68,6 +70,24 @@ def test_several_folders_are_shown_with_their_shares(
     for one in (shards, other):
         assert f"{one.folder}: " in shown and (tmp_path / f"lengths-{one.folder.name}.png").is_file()
         assert re.search(rf"^ +{one.train_tokens / total:.2%}  {one.folder.name}$", shown, re.MULTILINE)
+
+
+def test_a_folder_without_a_shard_yet_holds_nothing(
+    made: tuple[DataConfig, Tokenizer, Shards], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """As ``prepare`` leaves it when it is stopped before the first shard is full."""
+    config, tokenizer, shards = made
+    write_manifest(tmp_path, shards.manifest.model_copy(update={"pairs": (), "complete": False}))
+    line = ["inspect", "--shards", str(tmp_path), "--tokenizer", str(tokenizer.path), "--plot", str(tmp_path / "lengths.png"), "--verify"]
+    assert cli.main(line) == 0
+    assert "train     nothing" in capsys.readouterr().out and not (tmp_path / "lengths.png").exists()
+
+    begun = shards_folder(str(tmp_path), config, tokenizer)
+    begun.mkdir(parents=True)
+    write_manifest(begun, shards.manifest.model_copy(update={"pairs": (), "complete": False}))
+    with pytest.raises(UserError, match="holds no token shards yet; make them with minifoundation prepare"):
+        rebuilt_files(str(tmp_path), config, tokenizer)
+    shutil.rmtree(begun)
 
 
 def test_faults_are_one_line(made: tuple[DataConfig, Tokenizer, Shards], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

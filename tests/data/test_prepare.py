@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minifoundation.config import DataConfig, TokenizerConfig
+from minifoundation.config import DataConfig, QualityFilter, TokenizerConfig
 from minifoundation.data import encode, prepare
 from minifoundation.data.encode import is_held_out
 from minifoundation.data.engines import in_process
 from minifoundation.data.prepare import rebuilt_files, shards_folder, tokenizer_for
-from minifoundation.data.rows import documents
+from minifoundation.data.rows import Bad, documents
 from minifoundation.data.shards import Shards, ShardWriter, read_manifest
 from minifoundation.data.sources import Corpus, File
 from minifoundation.data.tokenizer import BOS, EOS, Tokenizer, train_tokenizer
@@ -99,6 +99,20 @@ def test_held_out_documents_over_the_cap_are_dropped_and_never_trained_on(data: 
     assert set(texts_in(tokenizer, shards.train)) == set(texts) - set(held_out)
 
 
+def test_a_tokenizer_is_trained_on_what_is_trained_on(data: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out documents are told by their text as a filter leaves it."""
+
+    def last_word_off(text: str) -> str | Bad:
+        return text.rpartition(" ")[0] or Bad("one word")
+
+    monkeypatch.setattr("minifoundation.data.filters.quality_filter", lambda _: last_word_off)
+    cases: tuple[tuple[QualityFilter, ...], ...] = ((), ("c4",))
+    for filters in cases:
+        config = data.model_copy(update={"filters": filters, "shards_dir": data.shards_dir / str(len(filters))})
+        seen = list(prepare._sample(str(config.source), config, 10**9))
+        assert seen == list(texts_in(tokenizer, prepared(config, tokenizer).train)) and len(seen) > 300
+
+
 def test_a_corpus_that_is_held_out_as_a_whole_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     text = next(f"text {n}" for n in range(100) if is_held_out(f"text {n}".encode(), 0.1))
     (tmp_path / "a.txt").write_text(text)
@@ -112,6 +126,18 @@ def test_a_corpus_smaller_than_a_shard_is_one_shard(data: DataConfig, tokenizer:
     shards = prepared(large, tokenizer, 10)
     assert shards.complete
     assert (len(shards.train), len(shards.held_out)) == (1, 1 if held_out else 0)
+
+
+def test_a_file_url_is_the_path(data: DataConfig, corpus: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Its folder is that of the path, and a change of the text is seen although there are enough shards."""
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus, copy)
+    url = f"file://{copy}"
+    made = prepared(data.model_copy(update={"source": url}), tokenizer, 6000)
+    assert made.folder == shards_folder(str(copy), data, tokenizer)
+    change_text(copy)
+    with pytest.raises(UserError, match=f"data.source: {url} has changed since"):
+        prepared(data.model_copy(update={"source": url}), tokenizer, 6000)
 
 
 def change_text(corpus: Path) -> None:

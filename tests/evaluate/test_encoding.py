@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pytest
+from lm_eval.api.instance import Instance
 
 from minifoundation.evaluate.encoding import KEPT, encoded_pairs
 
@@ -20,6 +22,15 @@ def test_ids_are_those_of_lm_eval(tiny: Model, tmp_path: Path) -> None:
         for pair, encoded in zip(PAIRS, found, strict=True):
             context, continuation = tiny._encode_pair(*pair)
             assert (encoded.context.tolist(), encoded.continuation.tolist()) == (context, continuation), pair
+
+
+def test_texts_that_stand_alone_have_ids_too(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks such as BLiMP compare whole sentences: no request has a context."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    texts = ("The cat sleeps.", "The cat sleep.")
+    found = tiny.loglikelihood([Instance("loglikelihood", {}, ("", text), place) for place, text in enumerate(texts)], disable_tqdm=True)
+    after_bos = [(("", ""), [tiny.prefix_token_id], tiny.tok_encode(text, add_special_tokens=False)) for text in texts]
+    assert found == tiny._loglikelihood_tokens(after_bos, disable_tqdm=True)
 
 
 def test_the_second_time_nothing_is_encoded(tmp_path: Path) -> None:

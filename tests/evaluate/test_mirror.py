@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,23 @@ def test_a_whole_mirror_is_as_its_manifest_says(made: Path) -> None:
     assert hashes is not None and sorted(hashes) == ["org/name/default/test.jsonl", "org/name/default/train.jsonl"]
     assert mirror.faults(made, hashes) == []
     assert mirror.read_dataset(made, "org/name", None)["test"]["text"][:] == ["test"]
+
+
+def test_a_text_may_hold_any_character(tmp_path: Path) -> None:
+    texts = [f"one{character}two" for character in "\n\r\x0b\x0c\x1c\x85\u2028\u2029"]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    assert mirror.read_file(tmp_path / "test.jsonl")["text"][:] == texts
+
+
+def test_what_is_pulled_besides_does_not_make_a_damaged_file_right(made: Path) -> None:
+    mirror.seal(made)
+    write_items(made / "org/name/default", "test", [{"text": "damaged"}])
+    write_items(made / "org/other/default", "test", [{"text": "pulled"}])
+    assert mirror.seal(made, [made / "org/other/default/test.jsonl"]) == 3
+    assert mirror.faults(made, mirror.read_manifest(made) or {}) == ["org/name/default/test.jsonl: changed"]
+    (made / "manifest.json").unlink()
+    assert mirror.seal(made, [made / "org/other/default/test.jsonl"]) == 3
+    assert mirror.faults(made, mirror.read_manifest(made) or {}) == [], "without a manifest all is taken as it lies there"
 
 
 def test_a_changed_file_a_missing_and_a_foreign_one_are_named(made: Path) -> None:

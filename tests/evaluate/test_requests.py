@@ -26,6 +26,24 @@ def test_a_file_names_tasks_with_comments_and_changes(tmp_path: Path) -> None:
     assert (mmlu.row.aggregate, mmlu.limit) == ("micro", 0)
 
 
+@pytest.mark.parametrize(
+    ("tasks", "label", "measure"),
+    [
+        ("mmlu", "mmlu", "letters, macro"),
+        ("mmlu aggregate=micro", "mmlu aggregate=micro", "letters"),
+        ("mmlu metric=acc_norm", "mmlu metric=acc_norm", "acc_norm, macro"),
+        ("mmlu metric=acc_norm aggregate=micro", "mmlu metric=acc_norm aggregate=micro", "acc_norm"),
+        ("mmlu_pro aggregate=macro", "mmlu_pro aggregate=macro", "chain of thought, macro"),
+        ("sciq", "sciq", "as lm-eval"),
+        ("sciq:5 metric=acc", "sciq:5 metric=acc", "acc"),
+    ],
+)
+def test_what_is_asked_for_differently_is_called_so(tasks: str, label: str, measure: str) -> None:
+    """The measure says whether a published figure compares, the label which results are already there."""
+    (request,) = read_tasks(tasks)
+    assert (request.label, request.row.measure) == (label, measure)
+
+
 def test_names_separated_by_commas() -> None:
     assert [request.label for request in read_tasks("piqa, arc_challenge:0 metric=acc")] == ["piqa", "arc_challenge:0 metric=acc"]
 

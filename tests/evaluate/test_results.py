@@ -26,6 +26,12 @@ def test_what_is_written_reads_back(tmp_path: Path) -> None:
     assert read_items(tmp_path / "eval", "piqa") == [ITEM] and read_items(tmp_path / "eval", "mmlu") == []
 
 
+def test_an_answer_may_hold_any_character(tmp_path: Path) -> None:
+    answers = [ITEM | {"written": f"one{character}two", "doc_id": ord(character)} for character in "\n\r\x0b\x0c\x1c\x85\u2028\u2029"]
+    folder_for(tmp_path / "eval", FACTS, []).write([outcome("piqa", items=answers)], complete=True)
+    assert read_items(tmp_path / "eval", "piqa") == answers
+
+
 def test_finished_results_are_not_overwritten(tmp_path: Path) -> None:
     wanted = tmp_path / "eval"
     for expected in ("eval", "eval-2", "eval-3"):

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
 
+from minifoundation.errors import UserError
 from minifoundation.evaluate.likelihood import parted
 from minifoundation.evaluate.model import Model, Share
+from minifoundation.evaluate.requests import read_tasks
 from tests.distributed.processes import started, torchrun
 from tests.evaluate.tiny import BUNDLED, loaded, write_tiny_model
 
@@ -91,6 +93,29 @@ def test_a_fault_of_one_is_one_of_all(models: list[Model], monkeypatch: pytest.M
         return str(caught.value)
 
     assert at_once(models, told) == ["MemoryError: no more"] * SIZE
+
+
+def test_a_benchmark_that_one_cannot_read_is_run_by_none(folder: Path, models: list[Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that passed it over would answer the requests of the next one to those that wait for this one's."""
+    from minifoundation.evaluate import harness
+
+    def loads(rank: int) -> str:
+        if rank == 1:
+            raise UserError("data set piqa", "is not reachable", "connect to the internet")
+        return f"tasks of {rank}"
+
+    def told(model: Model) -> str:
+        with pytest.raises(UserError) as caught:
+            model.together(lambda: loads(model.share.rank))
+        return str(caught.value)
+
+    assert at_once(models, told) == ["data set piqa: is not reachable; connect to the internet"] * SIZE
+    assert at_once(models, lambda model: model.together(lambda: model.share.rank)) == [0, 1, 2]
+
+    alone, requests = loaded(folder), read_tasks("piqa")
+    monkeypatch.setattr(alone, "together", lambda _: loads(1))
+    ((outcome,),) = harness.run(alone, harness.task_manager(requests), requests, limit=1, data_dir=BUNDLED, code=False)
+    assert outcome.not_run == "data set piqa: is not reachable; connect to the internet"
 
 
 def test_parts_have_about_as_many_tokens_and_keep_neighbours_together() -> None:

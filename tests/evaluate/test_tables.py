@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from minifoundation.config import EvalOptions
 from minifoundation.evaluate.baselines import Baselines
 from minifoundation.evaluate.protocols import ROWS
 from minifoundation.evaluate.requests import Request
 from minifoundation.evaluate.results import Outcome
-from minifoundation.evaluate.tables import report, table
+from minifoundation.evaluate.tables import again, report, table
 from tests.evaluate.made import FACTS, outcome
 
 
@@ -46,3 +47,15 @@ def test_the_report_says_what_was_read_and_how() -> None:
     assert "| piqa" in text and "TinyLlama-1.1B-3T" in text and "compare these scores with nothing" not in text
     text = report([outcome("piqa")], FACTS | {"settings": {"limit": 5}, "sandbox": "a box"}, Baselines.load())
     assert "Only the first 5 documents" in text and "ran under: a box" in text
+
+
+def test_the_line_that_measures_again_has_all_that_decides_the_scores() -> None:
+    given = {"model_path": "runs/step_00000010", "tasks": "arc_easy,sciq metric=acc", "limit": 5, "dtype": "fp32", "ema": True}
+    given |= {"data_dir": "my mirror", "allow_code_exec": True}
+    line = again({"settings": EvalOptions.model_validate(given).model_dump(mode="json")})
+    assert line == (
+        "python -m src.cli eval --model_path runs/step_00000010 --tasks 'arc_easy,sciq metric=acc' --limit 5 --dtype fp32 "
+        "--data_dir 'my mirror' --ema --allow_code_exec"
+    )
+    usual = EvalOptions(model_path="here", tasks="quick").model_dump(mode="json")
+    assert again({"settings": usual}) == "python -m src.cli eval --model_path here --tasks quick --limit 0"

@@ -179,6 +179,22 @@ def test_a_spike_is_what_stands_out() -> None:
     assert spikes([value - (0.5 if i == 150 else 0) for i, value in enumerate(smooth)]) == []
 
 
+def test_a_step_without_a_loss_is_no_spike_and_hides_none(tmp_path: Path) -> None:
+    """A step that was skipped since its loss was not finite has none in metrics.csv."""
+    from minifoundation.report.plots import curve
+
+    path = write_run(tmp_path / "run") / "metrics.csv"
+    header, *rows = path.read_text().splitlines()
+    place = header.split(",").index("loss")
+    for number in (SPIKE - 20, SPIKE - 2, SPIKE + 5):
+        cells = rows[number].split(",")
+        rows[number] = ",".join([*cells[:place], "nan", *cells[place + 1 :]])
+    path.write_text("\n".join([header, *rows]) + "\n")
+    run = read_run(tmp_path / "run")
+    assert run.spikes == [10 * (SPIKE + 1)]
+    assert "#dc2626" in str(curve([run], "loss", "Training loss", "nats"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

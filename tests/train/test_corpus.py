@@ -210,6 +210,27 @@ def test_shards_that_the_checkpoint_has_not_read_are_refused(settings: Make) -> 
         run(config, resume="auto", dry_run=False)
 
 
+@pytest.mark.parametrize("changed", ["weights", "sources", "source", "seq_len"])
+def test_rows_that_the_place_in_the_data_does_not_count_are_refused(settings: Make, corpus: Path, tmp_path: Path, changed: str) -> None:
+    """Though the change is allowed: samples would be read again, and others never."""
+    small, third = tmp_path / "small.txt", tmp_path / "third.txt"
+    for path in (small, third):
+        path.write_bytes((corpus / "verse.txt").read_bytes()[:9_000])
+    data = {**SHARDS, "source": None, "mix": {str(corpus): 3, str(small): 1}}
+    trained(settings(data=data))
+    (settings().out_dir / "final.pth").unlink()
+    changes: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "weights": ({"mix": {str(corpus): 1, str(small): 1}}, {}),
+        "sources": ({"mix": {str(corpus): 3, str(small): 1, str(third): 1}}, {}),
+        "source": ({"mix": None, "source": str(third)}, {}),
+        "seq_len": ({}, {"seq_len": 16}),
+    }
+    other, train = changes[changed]
+    config = settings(data={**data, **other}, train=train)
+    with pytest.raises(UserError, match=r"data: the checkpoint stands at sample 32, which counts other rows with these settings"):
+        run(config, resume="auto", dry_run=False, allowed=("data.mix", "data.source", "train.seq_len"))
+
+
 def test_the_figure_on_held_out_text_does_not_depend_on_what_other_runs_have_made(settings: Make) -> None:
     """The same run again, when a longer one has made more shards in the same folder."""
     short = settings("short", data=SHARDS, train={"eval_tokens": 100_000})
@@ -254,6 +275,11 @@ def test_long_documents_are_read_more_often_and_it_is_said(settings: Make, tmp_p
         shutil.rmtree(folder)
     again = trained(halfway, resume="auto")
     assert steady(halfway) == steady(config) and entries(again) == entries(checkpoint)
+
+    (halfway.out_dir / "final.pth").unlink()
+    fewer = longer(settings, tmp_path, "other", long_share=0.8, search_tokens=10_000)
+    with pytest.raises(UserError, match="data: the checkpoint stands at sample 32, which counts other rows"):  # fewer documents are known
+        run(fewer, resume="auto", dry_run=False, allowed=("data.search_tokens",))
 
 
 @pytest.mark.parametrize(("repeats", "share", "read"), [(0.01, 0.9, "as often as all"), (0.1, 0.9, "0.1"), (100, 0.5, "0.5 of the rows")])

@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from minifoundation.config import ContaminationOptions
 from minifoundation.data import survey
+from minifoundation.data.ledger import Entry
+from minifoundation.data.samples import Order
 from minifoundation.data.shards import Shard, Shards
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.errors import UserError
@@ -107,6 +109,8 @@ def _read(shard: Shard) -> Seen:
 
 def _text(options: ContaminationOptions) -> tuple[list[Shard], Vocabulary, Path]:
     """Return the shards that were trained on, what their tokens are, and where the result goes by default."""
+    if options.ckpt is not None and options.shards is not None:
+        raise UserError("--shards", f"{options.shards} is given, and --ckpt {options.ckpt} too", "give one of them")
     if options.ckpt is not None:
         from minifoundation.checkpoint import load_checkpoint
 
@@ -116,14 +120,18 @@ def _text(options: ContaminationOptions) -> tuple[list[Shard], Vocabulary, Path]
             path.write_bytes(checkpoint.tokenizer_model)
             tokenizer = Tokenizer.load(path)
         found: dict[Path, Shard] = {}
-        for entry in checkpoint.ledger:
-            every = Shards.open(Path(entry["folder"])).train
-            touched = [every[(entry["first_shard"] + i) % len(every)] for i in range(min(entry["shards"], len(every)))]
-            found |= {shard.path: shard for shard in touched}
+        for entry in (Entry(**kept) for kept in checkpoint.ledger):
+            shards = Shards.open(Path(entry.folder))
+            order = Order(shards, entry.seq_len, entry.first_shard)
+            if order.sha256(entry.shards) != entry.shards_sha256:
+                raise UserError(entry.folder, f"its shards are not those that {options.ckpt} has read", "give --shards and --tokenizer")
+            found |= {shard.path: shard for shard in (shards.train[number] for number in order.turns[: entry.shards])}
         place = options.ckpt.parent / "contamination.json"
     elif options.shards is not None and options.tokenizer is not None:
         tokenizer = Tokenizer.load(options.tokenizer)
         opened = [Shards.open(folder) for folder in survey.folders(options.shards)]
+        for one in opened:
+            survey.check_tokenizer(one, tokenizer)
         found = {shard.path: shard for shards in opened for shard in shards.train}
         place = options.shards / "contamination.json"
     else:
@@ -157,7 +165,7 @@ def _print_scores(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
         if row is None or not items:
             continue
         for n in SIZES:
-            parts = separated(items, row, n)
+            parts = separated(items, row, n, aggregate=result["row"]["aggregate"])
             shown = [
                 f"{kind} {'-' if part.score is None else f'{100 * part.score:.1f}'} ({part.n:,})"
                 for kind, part in (("clean", parts.clean), ("dirty", parts.dirty))

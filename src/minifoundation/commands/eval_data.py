@@ -36,7 +36,8 @@ def pull(options: PullOptions) -> None:
                 part.replace(file)
                 written[path, name, split] = file
     if written:
-        print(f"{options.data_dir}: {len(written)} files written, {mirror.seal(options.data_dir)} in {mirror.MANIFEST}")
+        sealed = mirror.seal(options.data_dir, list(written.values()))
+        print(f"{options.data_dir}: {len(written)} files written, {sealed} in {mirror.MANIFEST}")
     if failed:
         raise UserError("eval-data pull", f"{len(failed)} tasks have no data: {failed[0]}", "mend it and type the same line again")
 

@@ -55,7 +55,7 @@ def _shards(options: InspectOptions, shards: Shards) -> None:
     if options.tokenizer is not None:
         for place, text in survey.samples(shards, Tokenizer.load(options.tokenizer), options.samples):
             click.echo(f"\n--- {place}\n{text if len(text) <= SHOWN else text[: SHOWN // 2] + ' [...] ' + text[-SHOWN // 2 :]}")
-    if options.plot is not None:
+    if options.plot is not None and splits["train"].tokens:
         plot = options.plot
         if shards.folder != options.shards:  # one of several
             plot = plot.with_name(f"{plot.stem}-{shards.folder.name}{plot.suffix}")
@@ -109,7 +109,8 @@ def _entry(entry: Entry, number: int) -> None:
     if number == 0:
         click.echo(f"  {'read in':<9} {'share':>7} {'tokens':>16} {'epochs':>9}  source")
     epochs = "under 1" if entry.epochs is None else f"{entry.epochs:.2f}"
-    click.echo(f"  {entry.phase:<9} {entry.share:7.2%} {entry.tokens:16,} {epochs:>9}  {entry.source}")
+    part = f" ({entry.part} documents)" if entry.part else ""
+    click.echo(f"  {entry.phase:<9} {entry.share:7.2%} {entry.tokens:16,} {epochs:>9}  {entry.source}{part}")
     last = f"{entry.shards} from number {entry.first_shard} on, sha256 {entry.shards_sha256[:12]}"
     click.echo(f"  {'':<9} {entry.samples:,} samples; shards of {entry.folder}: {last}")
     corpus = ", ".join(f"{name} {value}" for name, value in entry.corpus.items())

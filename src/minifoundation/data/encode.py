@@ -227,10 +227,11 @@ def kept_documents(piece: Piece, config: DataConfig, skipped: Counter[str]) -> I
         UserError: the piece cannot be read to its end.
     """
     texts = documents(piece, config, skipped)
-    return _filtered(texts, config, skipped) if config.filters else texts
+    return filtered(texts, config, skipped) if config.filters else texts
 
 
-def _filtered(texts: Iterator[str], config: DataConfig, skipped: Counter[str]) -> Iterator[str]:
+def filtered(texts: Iterator[str], config: DataConfig, skipped: Counter[str]) -> Iterator[str]:
+    """Yield the documents that pass ``data.filters``, as these leave them; what is left out is counted in ``skipped`` by reason."""
     from minifoundation.data.filters import quality_filter
 
     passed = quality_filter(config.filters)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from minifoundation.config import DataConfig, TokenizerConfig
 from minifoundation.data.assemble import blocks, manifests
-from minifoundation.data.encode import BLOCK_BYTES, WORK, Encoding, is_held_out
+from minifoundation.data.encode import BLOCK_BYTES, WORK, Encoding, filtered, is_held_out
 from minifoundation.data.engines import Engine, cores, in_process, local
 from minifoundation.data.pieces import pieces
 from minifoundation.data.rows import all_documents
@@ -90,7 +91,8 @@ def rebuilt_files(source: str, config: DataConfig, tokenizer: Tokenizer, *, engi
     """
     preparation = _Preparation(source, config, tokenizer, engine)
     folder = preparation.folder
-    manifest_of(folder)
+    if not manifest_of(folder).pairs:
+        raise UserError(str(folder), "holds no token shards yet", "make them with minifoundation prepare")
     with held(folder):
         manifest = manifest_of(folder)
         damaged = [[folder / record.file for record in pair.records if not intact(folder, record)] for pair in manifest.pairs]
@@ -102,7 +104,7 @@ def rebuilt_files(source: str, config: DataConfig, tokenizer: Tokenizer, *, engi
 
 def shards_folder(source: str, config: DataConfig, tokenizer: Tokenizer) -> Path:
     """Return the folder for this corpus and tokenizer: a readable name and a hash of both."""
-    name = source if _is_remote(source) else str(Path(source).expanduser().resolve())
+    name = source if _is_remote(source) else str(Path(source.removeprefix("file://")).expanduser().resolve())
     key = json.dumps([name, config.text_column, tokenizer.sha256])
     slug = re.sub(r"[^a-z0-9]+", "-", Path(name).name.lower()).strip("-")[:40] or "corpus"
     return config.shards_dir / f"{slug}-{hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:8]}"
@@ -139,7 +141,9 @@ def tokenizer_for(tokenizer: TokenizerConfig, data: DataConfig, out: Path) -> To
 
 def _sample(source: str, config: DataConfig, size: int) -> Iterator[str]:
     """Yield the beginning of the source's training documents, ``size`` bytes of text."""
-    for text in all_documents(source, config):
+    texts = all_documents(source, config)
+    # A filter may edit a document, and the edited one is what is held out or not.
+    for text in filtered(texts, config, Counter()) if config.filters else texts:
         raw = text.encode()
         if is_held_out(raw, config.held_out):
             continue
@@ -150,7 +154,7 @@ def _sample(source: str, config: DataConfig, size: int) -> Iterator[str]:
 
 
 def _is_remote(source: str) -> bool:
-    return hub_corpus(source) is not None or "://" in source
+    return hub_corpus(source) is not None or ("://" in source and not source.startswith("file://"))
 
 
 @dataclass(frozen=True)

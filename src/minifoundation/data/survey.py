@@ -55,15 +55,20 @@ def check(shards: Shards) -> None:
                 raise UserError(str(shards.folder / record.file), "is not what was written (sha256)", REMEDY)
 
 
+def check_tokenizer(shards: Shards, tokenizer: Tokenizer) -> None:
+    """Raise UserError when the shards were made with another tokenizer: their ids would be read as other text."""
+    if tokenizer.sha256 != shards.manifest.tokenizer_sha256:
+        raise UserError("--tokenizer", f"{tokenizer.path} is not the one {shards.folder} was made with", "give that one")
+
+
 def samples(shards: Shards, tokenizer: Tokenizer, count: int) -> Iterator[tuple[str, str]]:
-    """Yield (place, text) of ``count`` documents spread over the training shards, bos and eos spelled out.
+    """Yield (place, text) of ``count`` documents spread over the training shards, bos and eos spelled out; none where there is no shard.
 
     Raises:
         UserError: the shards were made with another tokenizer.
     """
-    if tokenizer.sha256 != shards.manifest.tokenizer_sha256:
-        raise UserError("--tokenizer", f"{tokenizer.path} is not the one {shards.folder} was made with", "give that one")
-    for number in range(count):
+    check_tokenizer(shards, tokenizer)
+    for number in range(count if shards.train else 0):
         shard = shards.train[number * len(shards.train) // count]
         tokens = shard.tokens()
         starts = np.append(starts_of(shard, shards.manifest.eos), shard.n_tokens)

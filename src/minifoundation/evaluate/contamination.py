@@ -100,20 +100,26 @@ def read_findings(path: Path) -> dict[str, Any]:
     return content
 
 
-def separated(items: Sequence[dict[str, Any]], row: dict[str, Any], n: int) -> Separated:
+def separated(items: Sequence[dict[str, Any]], row: dict[str, Any], n: int, *, aggregate: str) -> Separated:
     """Return the score on clean and on dirty items.
 
     Args:
         items: of an outcome, as ``eval`` keeps them.
         row: of the benchmark, from ``findings``.
+        aggregate: of the outcome: ``macro`` is the mean over its tasks, else that over items.
     """
     hashes = set(row["dirty"][str(n)])
-    dirty = [float(item["score"]) for item in items if item["doc_hash"] in hashes]
-    clean = [float(item["score"]) for item in items if item["doc_hash"] not in hashes]
-    return Separated(len(dirty) / max(1, len(items)), _split(clean), _split(dirty), row["short"][str(n)])
+    dirty = [item for item in items if item["doc_hash"] in hashes]
+    clean = [item for item in items if item["doc_hash"] not in hashes]
+    return Separated(len(dirty) / max(1, len(items)), _split(clean, aggregate), _split(dirty, aggregate), row["short"][str(n)])
 
 
-def _split(scores: Sequence[float]) -> Split:
-    if not scores:
+def _split(items: Sequence[dict[str, Any]], aggregate: str) -> Split:
+    if not items:
         return Split(None, None, 0)
-    return Split(fmean(scores), stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None, len(scores))
+    scores: dict[str, list[float]] = {}
+    for item in items:
+        scores.setdefault(item["task"] if aggregate == "macro" else "", []).append(float(item["score"]))
+    errors = [stdev(part) / math.sqrt(len(part)) if len(part) > 1 else math.nan for part in scores.values()]
+    error = math.sqrt(sum(error**2 for error in errors)) / len(errors)
+    return Split(fmean(map(fmean, scores.values())), None if math.isnan(error) else error, len(items))

@@ -50,6 +50,8 @@ def encoded_pairs(pairs: Sequence[tuple[str, str]], encode: Encode, *, identity:
         identity: of ``encode``; part of the name under which the ids are kept.
         folder: where to keep them; None keeps nothing.
     """
+    if not pairs:  # of a benchmark whose texts stand alone, such as BLiMP
+        return []
     moved = []
     for context, continuation in pairs:
         bare = context.rstrip()

@@ -166,7 +166,7 @@ def _run_one(model: Evaluated, manager: TaskManager, request: Request, *, limit:
     if row.lengths and not lengths:
         raise UserError(row.name, f"needs a context of {LENGTHS[0]}, the model reads {model.max_length}", "extend it with longft")
     meta = {"tokenizer": str(model.source.folder), "max_seq_lengths": lengths} if row.lengths else {}
-    loaded = loaded_tasks(manager, request, data_dir=data_dir, meta=meta)
+    loaded = model.together(lambda: loaded_tasks(manager, request, data_dir=data_dir, meta=meta))
     tasks = loaded["tasks"]
     if not row.runs_code and any(getattr(task, "UNSAFE_CODE", False) or task.config.unsafe_code for task in tasks.values()):
         raise UserError(row.name, "would run programs outside the sandbox", "use humaneval or mbpp")

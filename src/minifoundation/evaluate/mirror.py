@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,15 @@ def read_manifest(data_dir: Path) -> dict[str, str] | None:
     return hashes
 
 
-def seal(data_dir: Path) -> int:
-    """Write the manifest of a mirror as it lies there, and return the number of its files."""
-    hashes = {str(path.relative_to(data_dir)): _sha256(path) for path in files(data_dir)}
+def seal(data_dir: Path, written: Sequence[Path] | None = None) -> int:
+    """Write the manifest of a mirror as it lies there, and return the number of its files.
+
+    Args:
+        written: where there is a manifest already, only these are entered, since by what it says of the others damage is seen.
+    """
+    known = read_manifest(data_dir) if written is not None else None
+    there = files(data_dir) if written is None or known is None else written
+    hashes = dict(sorted(((known or {}) | {str(path.relative_to(data_dir)): _sha256(path) for path in there}).items()))
     part = data_dir / f"{MANIFEST}.part"
     part.write_text(json.dumps({"format": 1, "sha256": hashes}, indent=1) + "\n", encoding="utf-8")
     part.replace(data_dir / MANIFEST)
@@ -115,7 +122,8 @@ def read_file(path: Path) -> Any:
 
     try:
         if path.suffix == ".jsonl":
-            return datasets.Dataset.from_list([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+            with path.open(encoding="utf-8") as file:  # str.splitlines would cut at U+2028 and U+0085 too
+                return datasets.Dataset.from_list([json.loads(line) for line in file])
         return datasets.Dataset.from_list(parquet.read_table(path).to_pylist())
     except (OSError, ValueError) as error:
         raise UserError(str(path), f"cannot be read ({first_line(error)})", "replace the file") from None

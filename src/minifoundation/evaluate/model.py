@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from minifoundation.evaluate.likelihood import BRANCHING, Network, Score, Span, 
 from minifoundation.evaluate.mirror import first_line, go_offline_unless_reachable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+T = TypeVar("T")
 REMEDY = "write one with export_hf, or give a checkpoint, or the hub name of a model as org/name"
 
 
@@ -39,6 +40,9 @@ class Evaluated(Protocol):
 
     @property
     def source(self) -> Source: ...
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Return what ``work`` returns here, or raise on every process what it raised on one."""
 
     def facts(self) -> dict[str, Any]:
         """Return what ``results.json`` says of the model."""
@@ -171,6 +175,17 @@ class Model(HFLM):
             if isinstance(one, Exception):
                 raise one
         return found
+
+    def together(self, work: Callable[[], T]) -> T:
+        """As ``Evaluated.together``: a process that went on alone would answer other requests than those that wait for it."""
+        done: list[T] = []
+
+        def mine() -> list[Any]:
+            done.append(work())
+            return []
+
+        self._of_all(mine)
+        return done[0]
 
     def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
         return self._rows_to_generate

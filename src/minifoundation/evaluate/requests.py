@@ -22,6 +22,8 @@ SUITES = {
     "code": CONFIGS / "tasks" / "code.txt",
     "long": CONFIGS / "tasks" / "long.txt",
 }
+MACRO = ", macro"
+"""Ends the measure of a row whose aggregate is macro."""
 GRAMMAR = "write name, name:shots, and after it metric=, aggregate=micro or macro, limit=: hellaswag:0 metric=acc limit=1000"
 
 
@@ -41,7 +43,7 @@ class Request:
     @property
     def label(self) -> str:
         """The line that asks for this, without the limit."""
-        usual = ROWS.get(self.row.name, self.row)
+        usual = _usual(self.row.name)
         parts = [self.row.name if self.shots == usual.shots else f"{self.row.name}:{self.shots}"]
         parts += [f"metric={self.row.metric}"] if self.row.metric != usual.metric else []
         parts += [f"aggregate={self.row.aggregate}"] if self.row.aggregate != usual.aggregate else []
@@ -90,10 +92,15 @@ def _of_file(path: Path) -> Iterator[Request]:
             yield _request(entry, f"{path}:{number}")
 
 
+def _usual(name: str) -> Row:
+    """Return the row of a benchmark as it is measured when nothing else is asked for."""
+    return ROWS.get(name) or Row(name, (), None, None, "as lm-eval", None)
+
+
 def _request(entry: str, where: str) -> Request:
     first, *changes = entry.split()
     name, colon, shots = first.partition(":")
-    row = ROWS.get(name) or Row(name, (), None, None, "as lm-eval", None)
+    row = _usual(name)
     if colon and not shots.isdigit():
         raise UserError(where, f"{first!r} does not end in a number of shots", f"write {name}:5, or {name} alone")
     request = Request(row, int(shots) if colon else row.shots)
@@ -102,9 +109,11 @@ def _request(entry: str, where: str) -> Request:
         match key, value:
             case "metric", _ if value and not row.lengths:
                 if value != row.metric:
-                    request = replace(request, row=replace(request.row, metric=value, measure=value))
+                    measure = value + MACRO * (request.row.aggregate == "macro")
+                    request = replace(request, row=replace(request.row, metric=value, measure=measure))
             case "aggregate", "micro" | "macro":
-                request = replace(request, row=replace(request.row, aggregate=value))
+                measure = request.row.measure.removesuffix(MACRO) + MACRO * (value == "macro")
+                request = replace(request, row=replace(request.row, aggregate=value, measure=measure))
             case "limit", _ if value.isdigit() and int(value) > 0:
                 request = replace(request, limit=int(value))
             case _:

@@ -130,7 +130,10 @@ def read_results(folder: Path) -> dict[str, Any]:
 def read_items(folder: Path, label: str) -> list[dict[str, Any]]:
     """Return the documents of an outcome as they were scored; none where they were not kept."""
     path = folder / "items" / f"{file_name(label)}.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as file:  # str.splitlines would cut at U+2028 and U+0085 too, which an answer may hold
+        return [json.loads(line) for line in file]
 
 
 def file_name(label: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,8 +92,14 @@ def computed(model: dict[str, Any]) -> str:
 def again(facts: dict[str, Any]) -> str:
     """Return the command that measures the same once more."""
     settings = facts["settings"]
-    line = f"python -m src.cli eval --model_path {settings['model_path']} --tasks {settings['tasks']} --limit {settings['limit']}"
-    return line + (f" --engine {settings['engine']}" if settings.get("engine", "transformers") != "transformers" else "")
+    words = ["python", "-m", "src.cli", "eval"]
+    for name in ("model_path", "tasks", "limit"):
+        words += [f"--{name}", str(settings[name])]
+    for name, usual in (("dtype", "auto"), ("engine", "transformers"), ("data_dir", None)):
+        if (value := settings.get(name, usual)) != usual:
+            words += [f"--{name}", value]
+    words += [f"--{name}" for name in ("ema", "allow_code_exec") if settings.get(name)]
+    return shlex.join(words)
 
 
 def _percent(share: float | None, digits: int = 1) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from minifoundation.errors import UserError
 from minifoundation.evaluate.mirror import first_line
-from minifoundation.evaluate.model import DTYPES, Source, cut_prompts, default_device, source_of
+from minifoundation.evaluate.model import DTYPES, Source, T, cut_prompts, default_device, source_of
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported, here and in the processes that it starts
 
@@ -63,6 +64,10 @@ class VllmModel(VLLM):
         self.truncated += cut_prompts(prompts, room, self.max_length)
         written: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
         return written
+
+    def together(self, work: Callable[[], T]) -> T:
+        """As ``Evaluated.together``; there is one process."""
+        return work()
 
     def facts(self) -> dict[str, Any]:
         """Return what identifies the model: sizes, dtype, and the hash of every file that decides its answers."""

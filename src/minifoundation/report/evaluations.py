@@ -69,7 +69,8 @@ def lines(evaluation: Evaluation, baselines: Baselines, columns: Sequence[str], 
         best = [next((one for one in baselines.of(outcome) if one.model == model), None) for model in columns]
         figures = tuple((f"{one.score:.1f}", one.mark(outcome)) if one else None for one in best)
         row, items = found.get(outcome.request.row.name), read_items(evaluation.folder, outcome.label)
-        apart = {n: separated(items, row, n) for n in SIZES} if row is not None and items else {}
+        aggregate = outcome.request.row.aggregate
+        apart = {n: separated(items, row, n, aggregate=aggregate) for n in SIZES} if row is not None and items else {}
         made.append(Line(outcome, figures if outcome.score is not None else tuple(None for _ in best), apart))
     return made
 

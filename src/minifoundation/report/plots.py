@@ -82,18 +82,18 @@ def curve(runs: Sequence[Run], column: str, title: str, unit: str, *, log: bool 
         values = np.array(run.column(column))
         shown = ~np.isnan(values)
         if shown.any():
-            series.append((run, (np.array(run.columns["tokens"]) + before)[shown], values[shown]))
+            series.append((run, (np.array(run.columns["tokens"]) + before)[shown], values[shown], shown))
         before += run.tokens
     if not series:
         return None
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
         axes = figure.subplots()
-        for colour, (run, tokens, values) in zip(PHASES * len(series), series, strict=False):
+        for colour, (run, tokens, values, shown) in zip(PHASES * len(series), series, strict=False):
             few = len(values) < 30
             axes.plot(tokens, values, color=colour, linewidth=1.4, marker="o" if few else None, markersize=3, label=run.folder.name)
             if column == "loss" and run.spikes:
-                steps = np.isin(run.columns["step"], run.spikes)
+                steps = np.isin(run.columns["step"], run.spikes)[shown]
                 axes.plot(tokens[steps], values[steps], "x", color="#dc2626", markersize=5, label="spike")
         axes.set_title(title)
         axes.set_xlabel("training tokens")

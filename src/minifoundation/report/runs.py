@@ -68,7 +68,9 @@ def spikes(losses: Sequence[float]) -> list[int]:
     """Return the places of losses more than 8 median absolute deviations, and 0.1 nats, above the median of the ``WINDOW`` before."""
     found = []
     for place in range(WINDOW, len(losses)):
-        before = losses[place - WINDOW : place]
+        before = [loss for loss in losses[place - WINDOW : place] if math.isfinite(loss)]  # a step that was skipped may have none
+        if not before:
+            continue
         middle = median(before)
         spread = median(abs(value - middle) for value in before)
         if losses[place] - middle > max(0.1, 8 * spread):
