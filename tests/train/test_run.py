@@ -16,9 +16,9 @@ import torch
 
 from minifoundation import runtime
 from minifoundation.checkpoint import TENSORS, Checkpoint, load_checkpoint
-from minifoundation.config import RunConfig
+from minifoundation.config import RunConfig, TrainConfig
 from minifoundation.errors import Stopped, UserError
-from minifoundation.train import loop, step
+from minifoundation.train import finder, loop, step
 from minifoundation.train.run import run
 from minifoundation.train.state import Start
 
@@ -295,3 +295,17 @@ def test_auto_splits_the_rows_of_a_step_and_trains_the_same(settings: Make) -> N
     expected = trained(settings("given", train={"batch_size": 4, "grad_accum": 1}))
     assert all(torch.equal(found.model[name], expected.model[name]) for name in expected.model)
     assert found.kernels == {"attention": "auto", "swiglu": "own", "rows": "auto"} or torch.cuda.is_available()
+
+
+def test_auto_goes_on_with_the_rows_of_the_run(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where more would fit by now, on another card or because a prediction was too high the first time."""
+    made = settings(train={"batch_size": "auto"})
+    config = made.model_copy(update={"train": TrainConfig.model_validate(made.train.model_dump(exclude={"grad_accum"}))})
+    monkeypatch.setattr(finder, "MOST_ROWS", 4)
+    expected = trained(config)
+    assert (expected.config.train.batch_size, expected.progress["samples_per_step"]) == (4, 4)
+    (config.out_dir / "final.pth").unlink()
+    monkeypatch.setattr(finder, "MOST_ROWS", 16)
+    found = trained(config, resume="auto")
+    assert found.progress == expected.progress
+    assert all(torch.equal(value, found.model[name]) for name, value in expected.model.items())
