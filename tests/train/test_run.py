@@ -17,6 +17,7 @@ import torch
 from minifoundation import runtime
 from minifoundation.checkpoint import TENSORS, Checkpoint, load_checkpoint
 from minifoundation.config import RunConfig, TrainConfig
+from minifoundation.distributed import World
 from minifoundation.errors import Stopped, UserError
 from minifoundation.train import finder, loop, step
 from minifoundation.train.run import run
@@ -309,3 +310,14 @@ def test_auto_goes_on_with_the_rows_of_the_run(settings: Make, monkeypatch: pyte
     found = trained(config, resume="auto")
     assert found.progress == expected.progress
     assert all(torch.equal(value, found.model[name]) for name, value in expected.model.items())
+
+
+def test_what_fits_is_told_by_the_smallest_device(settings: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Processes that each went by their own would take different numbers of rows."""
+    config = settings(train={"batch_size": "auto", "grad_accum": 64, "tokens": 10**6})
+    shown = []
+    for devices in ((2**36,), (2**36, 2**22)):
+        monkeypatch.setattr(World, "of_all", lambda _, value, devices=devices: devices if isinstance(value, int) else [value])
+        run(config, resume=None, dry_run=True)
+        shown += re.findall(r"\((\d+) rows x", capsys.readouterr().out)
+    assert shown[0] == "64" and int(shown[1]) < 64

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -66,6 +67,8 @@ def run(
     """
     with join() as world, stop_on_signals(config.train.max_hours) as stop:
         machine = runtime.machine(world.local_rank)
+        # What fits the smallest of the devices fits all of them, and no process finds other rows than the others.
+        machine = replace(machine, memory_bytes=min(world.of_all(machine.memory_bytes)))
         say = Printer(world)
         same_run(config, world)
         with world.together():
