@@ -312,7 +312,9 @@ def test_auto_goes_on_with_the_rows_of_the_run(settings: Make, monkeypatch: pyte
     assert all(torch.equal(value, found.model[name]) for name, value in expected.model.items())
 
 
-def test_what_fits_is_told_by_the_smallest_device(settings: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_fits_is_told_by_the_smallest_device(
+    settings: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Processes that each went by their own would take different numbers of rows."""
     config = settings(train={"batch_size": "auto", "grad_accum": 64, "tokens": 10**6})
     shown = []
