@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ import torch
 from minifoundation import cli
 from minifoundation.checkpoint import load_checkpoint
 from minifoundation.commands.longft import reaching
-from minifoundation.config import ModelConfig, RopeConfig
+from minifoundation.config import ModelConfig, RopeConfig, RunConfig
 from minifoundation.data.prepare import prepare_shards, shards_folder
 from minifoundation.data.shards import Shards
 from minifoundation.data.tokenizer import Tokenizer
+from minifoundation.train import proof
+from minifoundation.train.kernels import transformer_for
 from minifoundation.train.proof import material
 from minifoundation.train.reach import Ids
 from tests.distributed.processes import started, torchrun
@@ -100,6 +103,20 @@ def test_scaling_by_name_counts_from_the_original_length(pretrained: Path) -> No
     rope = load_checkpoint(pretrained / "second" / "final.pth").config.model.rope
     assert (rope.scaling, rope.factor, rope.theta) == ("theta", 8.0, 10_000.0), "not the YaRN of configs/longft.yaml"
     assert extend(pretrained, "none", "--model.rope.scaling", "none", *quick) == 0
+
+
+def test_both_models_are_tried_in_the_precision_of_the_extension(pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model before was trained in float32: its dtype is not what is compared."""
+    computed: list[str] = []
+    real = transformer_for
+
+    def seen(config: RunConfig, *arguments: Any) -> Any:
+        computed.append(config.train.precision)
+        return real(config, *arguments)
+
+    monkeypatch.setattr(proof, "transformer_for", seen)
+    assert extend(pretrained, "half", "--bf16", "--proof_documents", "1", "--needles", "0") == 0
+    assert computed == ["bf16", "bf16"]
 
 
 def test_auto_is_the_most_rows_that_fit_whatever_was_added_up_before(pretrained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,7 +98,8 @@ def prove(start: Checkpoint, final: Path, options: LongftOptions) -> None:
     on = proof.material(extended.config, tokenizer, documents=options.proof_documents, tries=options.needles, source=options.proof_data)
     machine = runtime.machine()
     machine.forget()
-    before, after = (proof.found(checkpoint, on, machine) for checkpoint in (start, extended))
+    precision = extended.config.train.precision
+    before, after = (proof.found(checkpoint, on, machine, precision=precision) for checkpoint in (start, extended))
     print(f"proof of {folder}:")
     for line in proof.described(before, after):
         print(line)

@@ -96,11 +96,14 @@ def _text(documents: Sequence[Ids], tokenizer: Tokenizer) -> Ids:
     return kept
 
 
-def found(checkpoint: Checkpoint, on: Material, machine: Machine) -> Found:
-    """Return what the model of ``checkpoint`` makes of ``on``, under its own RoPE, also beyond the length it is made for."""
-    config = checkpoint.config
-    if config.train.precision == "fp8":  # its scales belong to a run
-        config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "bf16"})})
+def found(checkpoint: Checkpoint, on: Material, machine: Machine, *, precision: str) -> Found:
+    """Return what the model of ``checkpoint`` makes of ``on``, under its own RoPE, also beyond the length it is made for.
+
+    Args:
+        precision: of compute, the same for both models: else the dtype is compared with them. In fp8, whose scales belong to a run, bf16.
+    """
+    precision = "bf16" if precision == "fp8" else precision
+    config = checkpoint.config.model_copy(update={"train": checkpoint.config.train.model_copy(update={"precision": precision})})
     transformer = transformer_for(config, machine, Kernels("auto", "own"))
     transformer.load_state_dict(checkpoint.model)
     transformer.eval()
