@@ -214,6 +214,14 @@ def test_the_nearer_of_a_source_and_a_mixture_counts() -> None:
     assert config.merged(below, above)["data"] == {"source": "b"}
     assert config.merged(above, below)["data"] == {"mix": {"a": 1}}
     assert config.merged(below, {"data": {"held_out": 0.1}})["data"] == {"mix": {"a": 1}, "held_out": 0.1}
+    assert config.merged(below, {"data": {"mix": {"b": 1}}})["data"] == {"mix": {"b": 1}}, "not a mixture of both"
+
+
+def test_the_nearer_of_micro_batches_and_tokens_of_a_step_counts() -> None:
+    below, above = {"train": {"grad_accum": 8}}, {"train": {"tokens_per_step": 4096}}
+    assert config.merged(below, above)["train"] == {"tokens_per_step": 4096}
+    assert config.merged(above, below)["train"] == {"grad_accum": 8}
+    assert config.merged(below, {"train": {"tokens_per_step": "none"}})["train"] == {"grad_accum": 8, "tokens_per_step": "none"}
 
 
 def test_filters_in_words() -> None:

@@ -126,6 +126,11 @@ def test_a_run_that_began_from_a_folder_goes_on(folder: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_an_empty_prompt_of_a_model_without_bos_is_one_line(imported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "--model", str(imported / "final.pth"), "--prompt", ""]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: --prompt: is empty, and this model's texts begin with no token")
+
+
 def test_its_context_is_extended(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["longft", "--ckpt_in", str(folder), "--out_dir", str(tmp_path / "long"), "--seq_len", "128"]
     assert cli.main(line) == 2

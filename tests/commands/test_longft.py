@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ import torch
 from minifoundation import cli
 from minifoundation.checkpoint import load_checkpoint
 from minifoundation.commands.longft import reaching
-from minifoundation.config import ModelConfig, RopeConfig
-from minifoundation.data.prepare import shards_folder
+from minifoundation.config import ModelConfig, RopeConfig, RunConfig
+from minifoundation.data.prepare import prepare_shards, shards_folder
 from minifoundation.data.shards import Shards
 from minifoundation.data.tokenizer import Tokenizer
+from minifoundation.train import proof
+from minifoundation.train.kernels import transformer_for
 from minifoundation.train.proof import material
 from minifoundation.train.reach import Ids
 from tests.distributed.processes import started, torchrun
@@ -96,10 +99,43 @@ def test_scaling_by_name_counts_from_the_original_length(pretrained: Path) -> No
     assert extend(pretrained, "first", "--model.rope.scaling", "theta", *quick) == 0
     assert not (pretrained / "first" / "needles.csv").exists()
     again = f"longft --ckpt_in {pretrained}/first/final.pth --out_dir {pretrained}/second --seq_len 512 --batch_size 1 --tokens 1024"
-    assert cli.main([*again.split(), "--model.rope.scaling", "theta", *quick]) == 0
+    assert cli.main([*again.split(), *quick]) == 0
     rope = load_checkpoint(pretrained / "second" / "final.pth").config.model.rope
-    assert (rope.scaling, rope.factor, rope.theta) == ("theta", 8.0, 10_000.0)
+    assert (rope.scaling, rope.factor, rope.theta) == ("theta", 8.0, 10_000.0), "not the YaRN of configs/longft.yaml"
     assert extend(pretrained, "none", "--model.rope.scaling", "none", *quick) == 0
+
+
+def test_both_models_are_tried_in_the_precision_of_the_extension(pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model before was trained in float32: its dtype is not what is compared."""
+    computed: list[str] = []
+    real = transformer_for
+
+    def seen(config: RunConfig, *arguments: Any) -> Any:
+        computed.append(config.train.precision)
+        return real(config, *arguments)
+
+    monkeypatch.setattr(proof, "transformer_for", seen)
+    assert extend(pretrained, "half", "--bf16", "--proof_documents", "1", "--needles", "0") == 0
+    assert computed == ["bf16", "bf16"]
+
+
+def test_auto_is_the_most_rows_that_fit_whatever_was_added_up_before(pretrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options, rows in (((), "64 rows x 1 micro-batches"), (("--grad_accum", "8"), "8 rows x 1 micro-batches")):
+        assert extend(pretrained, "auto", "--batch_size", "auto", "--tokens", "1_000_000", "--dry_run", *options) == 0
+        assert rows in capsys.readouterr().out
+
+
+def test_short_rows_of_the_proof_are_from_every_source(pretrained: Path) -> None:
+    config = load_checkpoint(pretrained / "run" / "final.pth").config
+    tokenizer = Tokenizer.load(pretrained / "run" / "tokenizer" / "tokenizer.model")
+    other = pretrained / "other.txt"
+    other.write_text("".join(f"{number} bottles of beer on the wall\n" for number in range(2000)))
+    mix = dict.fromkeys(config.data.weights, 0.75) | {str(other): 0.25}
+    config = config.model_copy(update={"data": config.data.model_copy(update={"source": None, "mix": mix})})
+    prepare_shards(str(other), config.data, tokenizer, tokens=None, show_progress=False)
+    short = material(config, tokenizer, documents=1, tries=1).short
+    counted = ["bottles" in tokenizer.decode(row.tolist()) for row in short]
+    assert len(counted) == 1024 // 64 and sum(counted) == 4
 
 
 def test_a_factor_that_is_no_ratio_of_lengths_grows_as_the_length_does() -> None:

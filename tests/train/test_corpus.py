@@ -304,3 +304,21 @@ def test_without_a_long_document(settings: Make, tmp_path: Path, capsys: pytest.
     assert re.search(
         r"warning: no document of .* has 256 tokens: the longest of [\d,]+ tokens searched has \d+; rows are windows of 512", said
     )
+
+
+def test_a_source_without_a_long_document_leaves_the_others_theirs(
+    settings: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where more is read than was searched: its windows go on into shards that are made while the run trains."""
+    long, short = str(longer(settings, tmp_path).data.source), tmp_path / "short.jsonl"
+    short.write_text("".join(json.dumps({"text": f"{number} and {number % 7} is {number + number % 7}"}) + "\n" for number in range(2000)))
+    config = settings(
+        data={**LONG, "source": None, "mix": {long: 0.5, str(short): 0.5}, "min_tokens": "auto", "search_tokens": 4000},
+        model={"original_seq_len": 128},
+        train={"seq_len": 128, "tokens": 128 * 4 * 40, "batch_size": 1, "grad_accum": 4, "eval_every": 20},
+    )
+    found = entries(trained(config))
+    assert f"warning: no document of {short} has 64 tokens" in capsys.readouterr().err
+    assert [(entry.source, entry.part) for entry in found] == [(long, "long"), (long, "short"), (str(short), None)]
+    assert found[0].samples + found[1].samples == found[2].samples == 80
+    assert found[2].tokens > 2 * 4000 and found[2].shards > 4

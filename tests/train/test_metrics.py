@@ -42,6 +42,17 @@ def test_rows_after_the_resumed_step_are_replaced(tmp_path: Path) -> None:
     assert rows(tmp_path)[0]["loss"] == "0.333333" and rows(tmp_path)[0]["held_out_bits_per_byte"] == ""
 
 
+def test_a_row_that_was_torn_is_dropped(tmp_path: Path) -> None:
+    """The disk was full in the middle of step 103: what is there of it must not pass for step 10."""
+    with MetricsLog(tmp_path, resumed_at=0, tensorboard=False) as log:
+        log.write(row(100))
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("10")
+    with MetricsLog(tmp_path, resumed_at=100, tensorboard=False) as log:
+        log.write(row(101))
+    assert [r["step"] for r in rows(tmp_path)] == ["100", "101"]
+
+
 def test_a_new_run_begins_an_empty_file(tmp_path: Path) -> None:
     for _ in range(2):
         with MetricsLog(tmp_path, resumed_at=0, tensorboard=False) as log:

@@ -54,7 +54,7 @@ def test_the_line_has_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
     line = ["pretrain", "--config", "configs/model_0p5b.yaml", "--batch_size", "32"]
     monkeypatch.setattr("sys.orig_argv", ["python", "-m", "src.cli", *line])
     monkeypatch.setattr("sys.argv", ["src/cli.py", *line])
-    error = too_large(made(train={"batch_size": 32}), H100, World(), resumable=True)
+    error = too_large(made(train={"batch_size": 32}), H100, World(), going_on={"resume": "auto"})
     assert str(error).startswith("train.batch_size: 32 rows of 4096 tokens do not fit the memory of a GPU (peak ")
     assert str(error).endswith(": python -m src.cli pretrain --config configs/model_0p5b.yaml --batch_size 16 --grad_accum 2 --resume auto")
 

@@ -59,6 +59,46 @@ def test_from_an_earlier_step_the_later_checkpoints_are_set_aside(settings: Make
     assert [found.name for found in step_folders(config.out_dir)] == ["step_00000004", "step_00000008"]
 
 
+def test_a_longer_course_that_is_stopped_goes_on_by_itself(settings: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """The final.pth of the shorter one is not taken for its end."""
+    short, long = settings(), settings(train={"tokens": 32 * 4 * 20})
+    trained(short)
+    at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match=r"stopped at step 10 of 20 .* --resume auto"):
+        run(long, resume=str(short.out_dir / "step_00000008"), dry_run=False, allowed=("train.tokens",))
+    assert "final.pth: is after the step to go on from; kept as final.pth.aside" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert trained(long, resume="auto").progress["step"] == 20
+    assert load_checkpoint(short.out_dir / "final.pth").progress["step"] == 20
+
+
+def test_what_goes_on_from_another_folder_goes_back_to_it(settings: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    sections: dict[str, Any] = {"train": {"tokens": 32 * 4 * 20, "max_skips": 3, "save_every": 8}}
+    trained(settings("before", **sections))
+    begun = settings("before").out_dir / "step_00000008"
+    poisoned(monkeypatch, lambda sample: 40 <= sample < 52)  # steps 11 to 13
+    config = settings("after", **sections)
+    final = trained(config, resume=str(begun))
+    assert f"going back to {begun}, and over what was skipped" in capsys.readouterr().err
+    assert final.progress["step"] == 20 and final.progress["stepped_over"] == [[40, 52]]
+    assert [int(row["step"]) for row in rows(config)] == list(range(9, 21)), "the rows of the other folder stay there"
+
+
+def test_the_path_that_was_typed_stays_until_something_is_saved(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained(settings("before"))
+    begun = settings("before").out_dir / "step_00000004"
+    line = ["minifoundation", "pretrain", "--resume", str(begun)]
+    monkeypatch.setattr("sys.argv", line)
+    at_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match=rf"stopped \(no step was done yet\); go on with: .* --resume {begun}$"):
+        trained(settings("after"), resume=str(begun))
+    monkeypatch.undo()
+    monkeypatch.setattr("sys.argv", line)
+    at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match=r"stopped at step 6 of 12 .* --resume auto$"):
+        trained(settings("after"), resume=str(begun))
+
+
 def test_a_time_limit_is_a_stop(settings: Make) -> None:
     whole, short = settings("whole"), settings("short", train={"max_hours": 1e-9})
     expected = trained(whole)
@@ -125,6 +165,40 @@ def test_what_changes_the_result_is_refused_unless_allowed_and_the_rest_is_told(
     run(settings(train={"lr": 5e-3, "eval_every": 6}), resume="auto", dry_run=False, allowed=("train.lr",))
     assert "changed since" in (said := capsys.readouterr().err)
     assert "train.lr 0.005 instead of 0.01" in said and "train.eval_every 6 instead of 5" in said
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("data", "source", "other.txt"),
+        ("data", "mix", {"other.txt": 0.5, "verse.txt": 0.5}),
+        ("data", "min_tokens", 16),
+        ("train", "seq_len", 16),
+        ("model", "d_ff", 128),
+        ("train", "optimizer_states", "int8"),
+    ],
+)
+def test_what_a_checkpoint_cannot_go_on_with_is_refused_even_when_allowed(settings: Make, section: str, name: str, value: Any) -> None:
+    config = settings()
+    trained(config)
+    (config.out_dir / "final.pth").unlink()
+    changed = settings(**{section: {name: value}})
+    with pytest.raises(UserError, match=r" here, but .* in .*; set it to .*, or start another run with --out_dir$"):
+        run(changed, resume="auto", dry_run=False, allowed=("data.source", f"{section}.{name}"))
+
+
+def test_an_evaluation_that_is_cut_short_again_is_still_made_up_for(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, broken = settings("whole"), settings("broken")
+    expected = trained(whole)
+    for resume in (None, "auto", "auto"):
+        monkeypatch.setattr(loop, "held_out_loss", lambda *_: monkeypatch.setattr(Stop, "_out_of_time", True))
+        with pytest.raises(Stopped, match=r"train\.max_hours: stopped at step 5 of 12"):
+            trained(broken, resume=resume)
+        monkeypatch.undo()
+    assert [found.name for found in step_folders(broken.out_dir)] == ["step_00000004", "step_00000005"]
+    assert not list(broken.out_dir.glob("*.aside"))
+    assert same(trained(broken, resume="auto"), Checkpoint(**{**vars(expected), "config": broken}))
+    assert [steady(row) for row in rows(broken)] == [steady(row) for row in rows(whole)]
 
 
 def test_one_run_a_folder(settings: Make) -> None:

@@ -16,9 +16,10 @@ import torch
 
 from minifoundation import runtime
 from minifoundation.checkpoint import TENSORS, Checkpoint, load_checkpoint
-from minifoundation.config import RunConfig
+from minifoundation.config import RunConfig, TrainConfig
+from minifoundation.distributed import World
 from minifoundation.errors import Stopped, UserError
-from minifoundation.train import loop, step
+from minifoundation.train import finder, loop, step
 from minifoundation.train.run import run
 from minifoundation.train.state import Start
 
@@ -295,3 +296,30 @@ def test_auto_splits_the_rows_of_a_step_and_trains_the_same(settings: Make) -> N
     expected = trained(settings("given", train={"batch_size": 4, "grad_accum": 1}))
     assert all(torch.equal(found.model[name], expected.model[name]) for name in expected.model)
     assert found.kernels == {"attention": "auto", "swiglu": "own", "rows": "auto"} or torch.cuda.is_available()
+
+
+def test_auto_goes_on_with_the_rows_of_the_run(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where more would fit by now, on another card or because a prediction was too high the first time."""
+    made = settings(train={"batch_size": "auto"})
+    config = made.model_copy(update={"train": TrainConfig.model_validate(made.train.model_dump(exclude={"grad_accum"}))})
+    monkeypatch.setattr(finder, "MOST_ROWS", 4)
+    expected = trained(config)
+    assert (expected.config.train.batch_size, expected.progress["samples_per_step"]) == (4, 4)
+    (config.out_dir / "final.pth").unlink()
+    monkeypatch.setattr(finder, "MOST_ROWS", 16)
+    found = trained(config, resume="auto")
+    assert found.progress == expected.progress
+    assert all(torch.equal(value, found.model[name]) for name, value in expected.model.items())
+
+
+def test_what_fits_is_told_by_the_smallest_device(
+    settings: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Processes that each went by their own would take different numbers of rows."""
+    config = settings(train={"batch_size": "auto", "grad_accum": 64, "tokens": 10**6})
+    shown = []
+    for devices in ((2**36,), (2**36, 2**22)):
+        monkeypatch.setattr(World, "of_all", lambda _, value, devices=devices: devices if isinstance(value, int) else [value])
+        run(config, resume=None, dry_run=True)
+        shown += re.findall(r"\((\d+) rows x", capsys.readouterr().out)
+    assert shown[0] == "64" and int(shown[1]) < 64

@@ -3,6 +3,7 @@
 from minifoundation.checkpoint.files import write_whole
 from minifoundation.checkpoint.folder import (
     FINAL,
+    FINAL_MANIFEST,
     FORMAT,
     MANIFEST,
     STATE,
@@ -24,6 +25,7 @@ from minifoundation.checkpoint.saver import Saver
 
 __all__ = [
     "FINAL",
+    "FINAL_MANIFEST",
     "FORMAT",
     "MANIFEST",
     "STATE",

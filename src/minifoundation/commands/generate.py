@@ -30,6 +30,8 @@ def generate(options: GenerateOptions) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         prompt = tokenizer(options.prompt, return_tensors="pt").to(device)
         context, length = model.config.max_position_embeddings, prompt.input_ids.shape[1]
+        if length == 0:
+            raise UserError("--prompt", "is empty, and this model's texts begin with no token of their own", "give at least one character")
         if length >= context:
             raise UserError("--prompt", f"{length:,} tokens as the model reads it, but the context is {context:,}", "shorten the prompt")
         sampling: dict[str, Any] = {"do_sample": False}

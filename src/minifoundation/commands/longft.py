@@ -35,16 +35,19 @@ def longft(options: LongftOptions, values: dict[str, Any]) -> None:
     checkpoint = beginning(options.ckpt_in)
     if options.config is None:
         options = options.model_copy(update={"config": DEFAULT_CONFIG})
-        if checkpoint.config.model.rope.scaling == "llama3":
-            values = config.merged({"model": {"rope": {"scaling": "llama3"}}}, values)
+        if (scaling := checkpoint.config.model.rope.scaling) != "none":  # its weights have learnt these frequencies
+            values = config.merged({"model": {"rope": {"scaling": scaling}}}, values)
     base = settings_of(checkpoint) | {"out_dir": str(Path("outputs") / "longft")}
     settings = layered(options, values, below=base)
+    own = layered(options, values, below={})
+    if settings["train"].get("batch_size") == "auto" and "grad_accum" not in own.get("train", {}):
+        settings["train"].pop("grad_accum", None)  # micro-batches of the phase before, here they would be the rows of a step
     seq_len = config.build(TrainConfig, settings["train"], sources(options), section="train.").seq_len
     model = checkpoint.config.model
     if seq_len < model.max_seq_len:
         remedy = f"give --seq_len above {model.max_seq_len}, or go on at the length there is with pretrain"
         raise UserError("train.seq_len", f"{seq_len} is shorter than the {model.max_seq_len} tokens that {options.ckpt_in} reaches", remedy)
-    asked = layered(options, values, below={}).get("model", {}).get("rope", {})
+    asked = own.get("model", {}).get("rope", {})
     if model.rope.scaling == "llama3" and (other := asked.get("scaling", "llama3")) != "llama3":
         problem = f"{other} here, but {options.ckpt_in} was trained with llama3, whose frequencies no other scaling goes on from"
         raise UserError("model.rope.scaling", problem, "set it to llama3, whose factor grows as the length does")
@@ -95,7 +98,8 @@ def prove(start: Checkpoint, final: Path, options: LongftOptions) -> None:
     on = proof.material(extended.config, tokenizer, documents=options.proof_documents, tries=options.needles, source=options.proof_data)
     machine = runtime.machine()
     machine.forget()
-    before, after = (proof.found(checkpoint, on, machine) for checkpoint in (start, extended))
+    precision = extended.config.train.precision
+    before, after = (proof.found(checkpoint, on, machine, precision=precision) for checkpoint in (start, extended))
     print(f"proof of {folder}:")
     for line in proof.described(before, after):
         print(line)

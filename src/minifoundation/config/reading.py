@@ -140,19 +140,24 @@ def yaml_values(text: str, path: Path) -> dict[str, Any]:
     return values
 
 
-ALTERNATIVES = (("source", "mix"),)
+ALTERNATIVES = (("source", "mix"), ("grad_accum", "tokens_per_step"))
 """Settings of one section of which one is given: ``--data`` on the command line puts aside the ``data.mix`` of a YAML file."""
+
+WHOLE = ("mix",)
+"""Settings that hold names of the user's own: one mixture takes the place of another and is not mixed with it."""
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Return ``below`` overlaid by ``above``, section by section; a setting also replaces the one it is an alternative to."""
     result = dict(below)
     for name, other in (*ALTERNATIVES, *((b, a) for a, b in ALTERNATIVES)):
-        if above.get(name) is not None:
+        if above.get(name) not in (None, "none"):
             result.pop(other, None)
     for name, value in above.items():
         inner = result.get(name)
-        result[name] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+        if isinstance(inner, dict) and isinstance(value, dict) and name not in WHOLE:
+            value = merged(inner, value)
+        result[name] = value
     return result
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from minifoundation.checkpoint import Checkpoint, write_whole
@@ -94,11 +94,12 @@ def _opened(
     ledger = {kept["source"]: Entry(**kept) for kept in (before.ledger if before else [])}  # the last entry of each source
     shards: dict[str, Shards] = {}
     wants: list[Want] = []
-    for source, samples, first_samples in zip(sources, in_all, at_once, strict=True):
+    searched_rows = -(-searched(config) // seq_len)
+    for source, samples, first_samples, in_search in zip(sources, in_all, at_once, mixture.counts(searched_rows), strict=True):
         if resumed is None and source in ledger:
             progress.first_shards[source] = _first_unread(ledger[source], config, tokenizer, say)
         if by_length:  # what is long is known once all of it has been looked through
-            samples = first_samples = -(-round(searched(config) * weights[source]) // seq_len)
+            samples = first_samples = max(-(-round(searched(config) * weights[source]) // seq_len), in_search)
         want = Want(source, progress.first_shards.setdefault(source, 0), samples, seq_len)
         shards[source] = prepared(want, first_samples, config.data, tokenizer)
         if resumed is not None and source in ledger:  # one that is not there is told of below
@@ -120,11 +121,13 @@ def _opened(
     _enough(windows, planned)
     held_out = HeldOut(
         windows,
-        samples=-(-searched(config) // seq_len) if by_length else planned.steps * planned.samples_per_step,
+        samples=searched_rows if by_length else planned.steps * planned.samples_per_step,
         tokens=config.train.eval_tokens,
         batch_size=config.train.batch_size,
         text_bytes=tokenizer.text_bytes,
     )
+    read = loader.counts(progress.end(planned.steps - progress.step, size))  # of windows that may be more than was looked through
+    wants = [replace(want, samples=max(want.samples, read.get(want.source, 0))) for want in wants]
     to_make = tuple(want for want in wants if not want.met(shards[want.source], want.samples))
     return TrainingData(tokenizer, loader, held_out, progress, to_make)
 
@@ -141,7 +144,7 @@ def by_lengths(windows: Loader, config: RunConfig, planned: Plan, say: Say) -> L
     where they would be read less often than the text as a whole.
 
     Raises:
-        UserError: no document is as long as ``data.min_tokens``; where that is auto, ``windows`` comes back, and it is said.
+        UserError: no document of a source is as long as ``data.min_tokens``; where that is auto, its windows are kept, and it is said.
     """
     data, seq_len, seed = config.data, config.train.seq_len, config.train.seed
     auto = data.min_tokens == "auto"
@@ -172,7 +175,8 @@ def by_lengths(windows: Loader, config: RunConfig, planned: Plan, say: Say) -> L
             if not auto:
                 raise UserError("data.min_tokens", problem, "lower it, or raise data.search_tokens to look further")
             say(f"warning: {problem}; rows are windows of {seq_len:,} tokens cut from documents one after the other (data.search_tokens)")
-            return windows
+            sources[source], weights[source] = samples, round(weight, 9)
+            continue
         for line in _lengths(source, long, least, share, rows * weight):
             say(line)
         sources |= {part_of(source, "long"): long}

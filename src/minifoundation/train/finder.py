@@ -24,7 +24,7 @@ def predicted_to_fit(config: RunConfig, machine: Machine, split: Split = ALONE) 
     micro-batch is the step, and its rows are a power of two.
     """
     rows = config.train.grad_accum
-    if "grad_accum" in config.train.model_fields_set:
+    if not rows_left_open(config):
         splits = [(most, rows // most) for most in range(min(rows, MOST_ROWS), 0, -1) if rows % most == 0]
     else:
         splits = [(2**power, 1) for power in range(MOST_ROWS.bit_length() - 1, -1, -1)]
@@ -33,6 +33,16 @@ def predicted_to_fit(config: RunConfig, machine: Machine, split: Split = ALONE) 
         for most, parts in splits
     ]
     return [one for one in tried if sum(predicted_memory(one, split).values()) <= USABLE_MEMORY * machine.memory_bytes]
+
+
+def rows_left_open(config: RunConfig) -> bool:
+    """Return whether a step has as many rows as fit."""
+    return config.train.batch_size == "auto" and "grad_accum" not in config.train.model_fields_set
+
+
+def with_rows(config: RunConfig, rows: int) -> RunConfig:
+    """Return ``config`` with so many rows a step on each device, however many of them fit at once."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"grad_accum": rows})})
 
 
 def with_batch_size(

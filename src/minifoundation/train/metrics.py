@@ -113,5 +113,7 @@ def _rows_until(path: Path, step: int) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit() and int(row["step"]) <= step]
+        # A row that a full disk or a power cut has torn lacks its last columns, and its step may be the beginning of a longer number.
+        whole = [row for row in csv.DictReader(file) if None not in row.values()]
+    rows = [row for row in whole if row["step"].isdigit() and int(row["step"]) <= step]
     return [{name: row.get(name) or "" for name in dict.fromkeys([*COLUMNS, *filter(None, row)])} for row in rows]

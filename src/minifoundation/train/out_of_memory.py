@@ -19,14 +19,14 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return "out of memory" in str(error) or "DefaultCPUAllocator" in str(error)
 
 
-def too_large(config: RunConfig, machine: Machine, world: World, *, resumable: bool, split: Split = ALONE) -> UserError:
+def too_large(config: RunConfig, machine: Machine, world: World, *, going_on: dict[str, str], split: Split = ALONE) -> UserError:
     """Return the error of a run that does not fit: the peak, the change that helps, the memory predicted with it and the whole line.
 
     Args:
-        resumable: the run's folder holds something to go on from.
+        going_on: the options with which the line goes on, where the run's folder holds something to go on from.
     """
     peak = f"peak {machine.peak_memory_bytes() / GIB:.1f}"
-    return _does_not_fit(config, machine, world, split, peak, {"resume": "auto"} if resumable else {})
+    return _does_not_fit(config, machine, world, split, peak, going_on)
 
 
 def refuse_too_large(config: RunConfig, machine: Machine, world: World, split: Split = ALONE) -> None:

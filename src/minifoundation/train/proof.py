@@ -14,9 +14,10 @@ import numpy as np
 from minifoundation.checkpoint import Checkpoint
 from minifoundation.config import RunConfig
 from minifoundation.data.held_out import rows_of
+from minifoundation.data.mixture import Mixture
 from minifoundation.data.prepare import shards_folder
 from minifoundation.data.rows import all_documents
-from minifoundation.data.shards import Shard, Shards
+from minifoundation.data.shards import Shards
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.runtime import Machine
 from minifoundation.train.kernels import Kernels, transformer_for
@@ -38,7 +39,7 @@ class Material:
     length: int
     documents: list[Ids]
     short: Ids
-    """Rows of the original length, (rows, original + 1)."""
+    """Rows of the original length, from each source by its weight, (rows, original + 1)."""
     needles: Needles
     tries: int
 
@@ -64,17 +65,18 @@ def material(config: RunConfig, tokenizer: Tokenizer, *, documents: int, tries: 
     Raises:
         UserError: ``source`` cannot be read.
     """
-    shards: list[Shard] = []
-    for trained_on in config.data.weights:
-        shards += Shards.open(shards_folder(trained_on, config.data, tokenizer)).held_out
+    weights = config.data.weights
+    held_out = [Shards.open(shards_folder(trained_on, config.data, tokenizer)).held_out for trained_on in weights]
+    shards = [shard for of_one in held_out for shard in of_one]
     original, length = config.model.original_seq_len, config.train.seq_len
+    n_rows = Mixture(list(weights.values())).counts(max(1, config.train.eval_tokens // original))
     read = list(encoded(source, config, tokenizer, length)) if source else list(beginnings(shards, tokenizer.special.eos, length))
     text = _text(read, tokenizer)
     return Material(
         original=original,
         length=length,
         documents=longest(read, longer_than=original, count=documents),
-        short=rows_of(shards, max(1, config.train.eval_tokens // original), original),
+        short=np.concatenate([rows_of(of_one, count, original) for of_one, count in zip(held_out, n_rows, strict=True)]),
         needles=Needles(tokenizer.encode, tokenizer.prefix, text, seed=config.train.seed),
         tries=tries,
     )
@@ -94,11 +96,14 @@ def _text(documents: Sequence[Ids], tokenizer: Tokenizer) -> Ids:
     return kept
 
 
-def found(checkpoint: Checkpoint, on: Material, machine: Machine) -> Found:
-    """Return what the model of ``checkpoint`` makes of ``on``, under its own RoPE, also beyond the length it is made for."""
-    config = checkpoint.config
-    if config.train.precision == "fp8":  # its scales belong to a run
-        config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "bf16"})})
+def found(checkpoint: Checkpoint, on: Material, machine: Machine, *, precision: str) -> Found:
+    """Return what the model of ``checkpoint`` makes of ``on``, under its own RoPE, also beyond the length it is made for.
+
+    Args:
+        precision: of compute, the same for both models: else the dtype is compared with them. In fp8, whose scales belong to a run, bf16.
+    """
+    precision = "bf16" if precision == "fp8" else precision
+    config = checkpoint.config.model_copy(update={"train": checkpoint.config.train.model_copy(update={"precision": precision})})
     transformer = transformer_for(config, machine, Kernels("auto", "own"))
     transformer.load_state_dict(checkpoint.model)
     transformer.eval()

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from minifoundation.checkpoint import FINAL, Checkpoint, fault, latest_good, load_checkpoint, set_aside, step_folders, step_of
+from minifoundation.checkpoint import (
+    FINAL,
+    FINAL_MANIFEST,
+    Checkpoint,
+    fault,
+    latest_good,
+    load_checkpoint,
+    set_aside,
+    step_folders,
+    step_of,
+)
 from minifoundation.config import RunConfig, dotted_names
 from minifoundation.distributed import World
 from minifoundation.errors import UserError
@@ -43,36 +53,35 @@ MAY_CHANGE = (
 )
 """Settings (or sections, with a dot at the end) that a resumed run may change: the data and the arithmetic stay what they were."""
 
+FIXED = (
+    *("data.source", "data.mix", "data.min_tokens", "data.long_share", "data.long_repeats", "data.search_tokens", "train.seq_len"),
+    *("model.d_model", "model.n_layer", "model.n_head", "model.n_kv_head", "model.head_dim", "model.d_ff"),
+    *("model.qk_norm", "model.tie_embeddings", "train.optimizer_states"),
+)
+"""Settings that cannot change within a run, not even on purpose: the place in the data is a number that they give its meaning, or a
+checkpoint's tensors have their shapes. With ``data.min_tokens`` the first holds of ``train.tokens`` too, by which shares are chosen."""
+
 
 Say = Callable[[str], None]
 
 
-def checkpoint_to_resume(
-    config: RunConfig, resume: str | None, allowed: tuple[str, ...], planned: Plan, world: World, say: Say
-) -> Checkpoint | None:
-    """Return the checkpoint to go on from, or None to begin.
+def checkpoint_to_resume(out_dir: Path, resume: str | None, world: World, say: Say) -> tuple[Path | None, Checkpoint | None]:
+    """Return the checkpoint to go on from and where it lies, or None to begin.
 
     Args:
         resume: ``auto``, the path of a checkpoint, or None.
-        allowed: settings that may differ from the checkpoint's although they change the result.
 
     Raises:
-        UserError: the folder holds a run and nothing was said about it, none of its checkpoints is whole, or the checkpoint is of
-            another run.
+        UserError: the folder holds a run and nothing was said about it, or none of its checkpoints is whole.
     """
     if resume is None:
-        world.agreed(lambda: _unused(config.out_dir))
-        return None
-    path = world.agreed(lambda: newest(config.out_dir, say)) if resume == "auto" else Path(resume)
+        world.agreed(lambda: _unused(out_dir))
+        return None, None
+    path = world.agreed(lambda: newest(out_dir, say)) if resume == "auto" else Path(resume)
     if path is None:
-        say(f"{config.out_dir}: no checkpoint yet, beginning at step 0")
-        return None
-    checkpoint = load_checkpoint(path, verified=resume == "auto")
-    _same_run(checkpoint, config, allowed, planned, path, say)
-    if not checkpoint.optimizer and 0 < checkpoint.progress["step"] < planned.steps:
-        raise UserError(str(path), "holds no optimizer state to go on with", "give a step_ folder, or start a new phase with longft")
-    say(f"going on from {path} at step {checkpoint.progress['step']:,} of {planned.steps:,}")
-    return checkpoint
+        say(f"{out_dir}: no checkpoint yet, beginning at step 0")
+        return None, None
+    return path, load_checkpoint(path, verified=resume == "auto")
 
 
 def _unused(out_dir: Path) -> None:
@@ -102,28 +111,43 @@ def newest(out_dir: Path, say: Say) -> Path | None:
 
 
 def set_later_aside(out_dir: Path, step: int, say: Say) -> None:
-    """Set aside the checkpoints after ``step``, at which the run goes on: damaged ones, or those of another course that it took."""
+    """Set aside what lies after ``step``, at which the run goes on: damaged checkpoints, or those of another course that it took.
+
+    A ``final.pth`` is among them: the next ``--resume auto`` would take it for the end of this run.
+    """
     for folder in step_folders(out_dir):
         if step_of(folder) > step:
             say(f"{folder}: is after the step to go on from; kept as {set_aside(folder).name}")
+    final, manifest = out_dir / FINAL, out_dir / FINAL_MANIFEST
+    if final.exists():
+        say(f"{final}: is after the step to go on from; kept as {set_aside(final).name}")
+    if manifest.exists():
+        set_aside(manifest)
 
 
-def _same_run(checkpoint: Checkpoint, config: RunConfig, allowed: tuple[str, ...], planned: Plan, path: Path, say: Say) -> None:
-    """Refuse to go on with settings under which the rest of the run would not be the run that was begun; tell of others that differ."""
+def refuse_another_run(checkpoint: Checkpoint, config: RunConfig, allowed: tuple[str, ...], planned: Plan, path: Path, say: Say) -> None:
+    """Refuse to go on with settings under which the rest of the run would not be the run that was begun; tell of others that differ.
+
+    Args:
+        allowed: settings that may differ from the checkpoint's although they change the result.
+
+    Raises:
+        UserError: one differs that may not, or the checkpoint cannot be gone on from.
+    """
     told = []
     for name in dotted_names(RunConfig):
         before, now = _value(checkpoint.config, name), _value(config, name)
         if before == now:
             continue
-        if name.startswith(MAY_CHANGE) or name in allowed:
+        fixed = name in FIXED or (name == "train.tokens" and config.data.min_tokens is not None)
+        if name.startswith(MAY_CHANGE) or (name in allowed and not fixed):
             if name not in FOLLOWS:
                 told.append(f"{name} {now} instead of {before}")
             continue
-        raise UserError(
-            name,
-            f"{now} here, but {before} in {path}",
-            f"set it to {before}, start another run with --out_dir, or change it on purpose with --allow_change {name}",
-        )
+        remedy = f"set it to {before}, or start another run with --out_dir"
+        if not fixed:
+            remedy = f"set it to {before}, start another run with --out_dir, or change it on purpose with --allow_change {name}"
+        raise UserError(name, f"{now} here, but {before} in {path}", remedy)
     rows = checkpoint.progress["samples_per_step"]
     if planned.samples_per_step != rows:
         raise UserError(
@@ -131,8 +155,11 @@ def _same_run(checkpoint: Checkpoint, config: RunConfig, allowed: tuple[str, ...
             f"{planned.samples_per_step} rows a step here, but {rows} in {path}",
             f"choose them so that their product is {rows}",
         )
+    if not checkpoint.optimizer and 0 < checkpoint.progress["step"] < planned.steps:
+        raise UserError(str(path), "holds no optimizer state to go on with", "give a step_ folder, or start a new phase with longft")
     if told:
         say(f"changed since {path}: {', '.join(told)}")
+    say(f"going on from {path} at step {checkpoint.progress['step']:,} of {planned.steps:,}")
 
 
 FOLLOWS = ("model.vocab_size", "tokenizer.path", "out_dir")

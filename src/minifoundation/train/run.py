@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from minifoundation.checkpoint import FINAL, Checkpoint, Saver, load_checkpoint,
 from minifoundation.config import RunConfig, changed, to_yaml
 from minifoundation.data.supply import Supply
 from minifoundation.data.tokenizer import Tokenizer
-from minifoundation.distributed import Watch, World, join, sharing_rows
+from minifoundation.distributed import Split, Watch, World, join, sharing_rows
 from minifoundation.errors import Stopped
 from minifoundation.lock import LOCK, held
 from minifoundation.model.attention import resolve
@@ -25,7 +26,7 @@ from minifoundation.model.training import TrainingModel
 from minifoundation.runtime import Machine
 from minifoundation.train.corpus import TrainingData, described, training_data
 from minifoundation.train.ema import Average
-from minifoundation.train.finder import steps_fit, with_batch_size
+from minifoundation.train.finder import rows_left_open, steps_fit, with_batch_size, with_rows
 from minifoundation.train.guard import Guard
 from minifoundation.train.kernels import Kernels, chosen_kernels, transformer_for
 from minifoundation.train.loop import fit
@@ -36,7 +37,7 @@ from minifoundation.train.out_of_memory import is_out_of_memory, refuse_too_larg
 from minifoundation.train.parallel import accumulated, as_asked, chosen_split, spread_over
 from minifoundation.train.plan import Plan, describe, plan
 from minifoundation.train.provenance import record_start, typed
-from minifoundation.train.resume import checkpoint_to_resume, set_later_aside
+from minifoundation.train.resume import checkpoint_to_resume, refuse_another_run, set_later_aside
 from minifoundation.train.rollback import Bad, checkpoint_before, record_rollback, stepped_over
 from minifoundation.train.state import Start, Training
 from minifoundation.train.stop import Stop, stop_on_signals
@@ -66,6 +67,8 @@ def run(
     """
     with join() as world, stop_on_signals(config.train.max_hours) as stop:
         machine = runtime.machine(world.local_rank)
+        # What fits the smallest of the devices fits all of them, and no process finds other rows than the others.
+        machine = replace(machine, memory_bytes=min(world.of_all(machine.memory_bytes)))
         say = Printer(world)
         same_run(config, world)
         with world.together():
@@ -81,7 +84,14 @@ def run(
             return None
         try:
             with world.together():
-                resumed = checkpoint_to_resume(config, resume, allowed, planned, world, say)
+                path, resumed = checkpoint_to_resume(config.out_dir, resume, world, say)
+            if resumed is not None and path is not None:
+                if rows_left_open(asked):  # how many fit is found anew, the rows of a step are those of the run
+                    asked = with_rows(asked, max(1, resumed.progress["samples_per_step"] // world.dp_size))
+                    config = world.agreed(lambda: with_batch_size(asked, machine, split=split))
+                with world.together():
+                    planned = plan(config, world.size, split)
+                    refuse_another_run(resumed, config, allowed, planned, path, say)
             final = config.out_dir / FINAL
             if resumed is not None and resumed.progress["step"] >= planned.steps and not resumed.optimizer:
                 say(f"{final} is finished: {planned.steps:,} of {planned.steps:,} steps")
@@ -91,22 +101,28 @@ def run(
                 step = resumed.progress["step"] if resumed else 0
                 world.agreed(lambda: set_later_aside(config.out_dir, step, say))
                 if asked.train.batch_size == "auto":
-                    config = _fitting(asked, planned, machine, world, say, resumed)
+                    config = _fitting(asked, planned.split, machine, world, say)
                     planned = plan(config, world.size, split)
                 with world.together():
                     suite = suite_for(config)
-                return _trained(config, planned, machine, world, say, stop, resumed=resumed, start=start, suite=suite)
+                return _trained(config, planned, machine, world, say, stop, path=path, resumed=resumed, start=start, suite=suite)
         except KeyboardInterrupt:
             if stop.nothing_to_save:
                 there = "nothing is lost" if step_folders(config.out_dir) else "no step was done yet"
-                raise Stopped(f"stopped ({there}); go on with: {typed(world, resume='auto')}") from None
+                raise Stopped(f"stopped ({there}); go on with: {typed(world, **_going_on(config, resume))}") from None
             raise
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            resumable = bool(step_folders(config.out_dir)) or (config.out_dir / METRICS).exists()
-            fault = too_large(config, machine, world, resumable=resumable, split=split)
+            begun = bool(step_folders(config.out_dir)) or (config.out_dir / METRICS).exists()
+            fault = too_large(config, machine, world, split=split, going_on=_going_on(config, resume) if begun else {})
         raise fault  # outside the handler, so that what the device held for the step is free
+
+
+def _going_on(config: RunConfig, resume: str | None) -> dict[str, str]:
+    """Return the option with which the same line goes on: the path that was typed stays until the run has saved something itself."""
+    typed_path = resume not in (None, "auto") and not step_folders(config.out_dir)
+    return {} if typed_path else {"resume": "auto"}
 
 
 @contextmanager
@@ -130,35 +146,41 @@ def _trained(
     say: Printer,
     stop: Stop,
     *,
+    path: Path | None,
     resumed: Checkpoint | None,
     start: Start | None,
     suite: Suite | None,
 ) -> Path:
-    """Train to the end and return ``final.pth``, going back to a checkpoint as often as that is needed and allowed."""
+    """Train to the end and return ``final.pth``, going back to a checkpoint as often as that is needed and allowed.
+
+    Args:
+        path: where ``resumed`` lies, perhaps in another folder than the run's own.
+    """
     again = False
     while True:
         outcome = _train(config, planned, machine, world, say, stop, resumed=resumed, start=start, suite=suite, again=again)
         if isinstance(outcome, Path):
             return outcome
-        folder = world.agreed(partial(_gone_back, outcome, config, say))
+        folder = world.agreed(partial(_gone_back, outcome, config, path, say))
         resumed = load_checkpoint(folder, verified=True) if folder else None
         torch.compiler.reset()
         again = True
 
 
-def _gone_back(bad: Bad, config: RunConfig, say: Printer) -> Path | None:
-    """Return the checkpoint from which the run goes on, once the folder says so; None for the beginning."""
+def _gone_back(bad: Bad, config: RunConfig, path: Path | None, say: Printer) -> Path | None:
+    """Return the checkpoint from which the run goes on, once the folder says so; None for the beginning.
+
+    Where the run has none of its own from before that it is the one it went on from (``path``).
+    """
     folder = checkpoint_before(bad, config.out_dir, most=config.train.max_rollbacks, say=say)
-    say(f"going back to {folder or 'the beginning'}, and over what was skipped: {bad}")
+    elsewhere = path if folder is None and path is not None and path.parent.resolve() != config.out_dir.resolve() else None
+    say(f"going back to {folder or elsewhere or 'the beginning'}, and over what was skipped: {bad}")
     record_rollback(bad, folder, config.out_dir)
-    return folder
+    return folder or elsewhere
 
 
-def _fitting(asked: RunConfig, planned: Plan, machine: Machine, world: World, say: Printer, resumed: Checkpoint | None) -> RunConfig:
-    """Return ``asked`` with the batch size that real steps show to fit; a resumed run stays at the rows of its steps."""
-    if resumed is not None:
-        asked = asked.model_copy(update={"train": asked.train.model_copy(update={"grad_accum": planned.samples_per_step // world.dp_size})})
-    split = planned.split
+def _fitting(asked: RunConfig, split: Split, machine: Machine, world: World, say: Printer) -> RunConfig:
+    """Return ``asked`` with the batch size that real steps show to fit."""
     config = with_batch_size(asked, machine, lambda one: steps_fit(one, machine, world, say, split), split)
     say(f"train.batch_size: auto is {config.train.batch_size} rows x {config.train.grad_accum} micro-batches")
     return config
