@@ -339,3 +339,15 @@ def test_the_disk_that_is_planned_is_what_checkpoints_take(settings: Make) -> No
     planned, without = (plan(settings(train={"keep": 1, "keep_every": every}), 1) for every in (4, None))
     assert planned.disk_bytes - without.disk_bytes == pytest.approx(3 * sizes[0], rel=0.05)
     assert without.disk_bytes == pytest.approx(2 * sizes[0] + planned.memory["weights"], rel=0.05)
+
+
+@pytest.mark.parametrize(("section", "name", "value"), [("model", "d_ff", 96), ("model", "n_layer", 3), ("train", "optimizer_states", "int8")])
+def test_what_the_tensors_of_a_checkpoint_are_made_of_cannot_be_changed_on_purpose(
+    settings: Make, section: str, name: str, value: object
+) -> None:
+    config = settings()
+    trained(config)
+    (config.out_dir / "final.pth").unlink()
+    setting = f"{section}.{name}"
+    with pytest.raises(UserError, match=rf"^{setting}: {value} here, but .*; set it to [^,]+, or start another run with --out_dir$"):
+        run(settings(**{section: {name: value}}), resume="auto", dry_run=False, allowed=(setting,))

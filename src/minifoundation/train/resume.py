@@ -43,6 +43,19 @@ MAY_CHANGE = (
 )
 """Settings (or sections, with a dot at the end) that a resumed run may change: the data and the arithmetic stay what they were."""
 
+IN_THE_TENSORS = (
+    "model.d_model",
+    "model.n_layer",
+    "model.n_head",
+    "model.n_kv_head",
+    "model.head_dim",
+    "model.d_ff",
+    "model.qk_norm",
+    "model.tie_embeddings",
+    "train.optimizer_states",
+)
+"""Settings that it may not change even on purpose: the weights or the moments of a checkpoint have their shapes."""
+
 
 Say = Callable[[str], None]
 
@@ -115,14 +128,16 @@ def _same_run(checkpoint: Checkpoint, config: RunConfig, allowed: tuple[str, ...
         before, now = _value(checkpoint.config, name), _value(config, name)
         if before == now:
             continue
-        if name.startswith(MAY_CHANGE) or name in allowed:
+        fixed = name in IN_THE_TENSORS
+        if name.startswith(MAY_CHANGE) or (name in allowed and not fixed):
             if name not in FOLLOWS:
                 told.append(f"{name} {now} instead of {before}")
             continue
+        another = "start another run with --out_dir"
         raise UserError(
             name,
             f"{now} here, but {before} in {path}",
-            f"set it to {before}, start another run with --out_dir, or change it on purpose with --allow_change {name}",
+            f"set it to {before}, " + (f"or {another}" if fixed else f"{another}, or change it on purpose with --allow_change {name}"),
         )
     rows = checkpoint.progress["samples_per_step"]
     if planned.samples_per_step != rows:
