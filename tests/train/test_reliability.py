@@ -341,8 +341,17 @@ def test_the_disk_that_is_planned_is_what_checkpoints_take(settings: Make) -> No
     assert without.disk_bytes == pytest.approx(2 * sizes[0] + planned.memory["weights"], rel=0.05)
 
 
-@pytest.mark.parametrize(("section", "name", "value"), [("model", "d_ff", 96), ("model", "n_layer", 3), ("train", "optimizer_states", "int8")])
-def test_what_the_tensors_of_a_checkpoint_are_made_of_cannot_be_changed_on_purpose(
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("model", "d_ff", 96),
+        ("model", "n_layer", 3),
+        ("train", "optimizer_states", "int8"),
+        ("data", "source", "examples"),
+        ("data", "min_tokens", 9),
+    ],
+)
+def test_what_the_tensors_and_the_ledger_of_a_checkpoint_are_made_of_cannot_be_changed_on_purpose(
     settings: Make, section: str, name: str, value: object
 ) -> None:
     config = settings()

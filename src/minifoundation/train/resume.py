@@ -43,7 +43,10 @@ MAY_CHANGE = (
 )
 """Settings (or sections, with a dot at the end) that a resumed run may change: the data and the arithmetic stay what they were."""
 
-IN_THE_TENSORS = (
+FIXED = (
+    "data.source",
+    "data.mix",
+    "data.min_tokens",
     "model.d_model",
     "model.n_layer",
     "model.n_head",
@@ -54,7 +57,8 @@ IN_THE_TENSORS = (
     "model.tie_embeddings",
     "train.optimizer_states",
 )
-"""Settings that it may not change even on purpose: the weights or the moments of a checkpoint have their shapes."""
+"""Settings that it may not change even on purpose: the ledger of a checkpoint has an entry for each source and part, and its weights and
+moments have their shapes."""
 
 
 Say = Callable[[str], None]
@@ -128,7 +132,7 @@ def _same_run(checkpoint: Checkpoint, config: RunConfig, allowed: tuple[str, ...
         before, now = _value(checkpoint.config, name), _value(config, name)
         if before == now:
             continue
-        fixed = name in IN_THE_TENSORS
+        fixed = name in FIXED
         if name.startswith(MAY_CHANGE) or (name in allowed and not fixed):
             if name not in FOLLOWS:
                 told.append(f"{name} {now} instead of {before}")

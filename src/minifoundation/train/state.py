@@ -161,7 +161,7 @@ class Training:
         checkpoint = self.checkpoint(with_optimizer=True)
         if self.world.agreed(lambda: self.saver.accepts(checkpoint)):
             if self.world.is_first:
-                self.saver.save(checkpoint)
+                self.saver.write(checkpoint)  # not ``save``, which asks once more: the others gather by now
             elif self.plan.split.is_sharded:
                 for _ in checkpoint.gathered():
                     pass
