@@ -115,6 +115,30 @@ def test_an_evaluation_that_a_stop_cuts_short_is_made_up_for(settings: Make, mon
     assert [steady(row) for row in rows(broken)] == [steady(row) for row in rows(whole)]
 
 
+@pytest.mark.parametrize("number", [5, 12], ids=["in the middle", "at the end"])
+def test_an_evaluation_may_be_cut_short_while_it_is_made_up_for(settings: Make, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    whole, broken = settings("whole"), settings("broken")
+    expected = trained(whole)
+
+    def stopped(*arguments: Any) -> float | None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step.held_out_loss(*arguments)
+
+    calls = iter(range(100))
+    which = {5: 0, 12: 2}[number]
+    monkeypatch.setattr(loop, "held_out_loss", lambda *a: stopped(*a) if next(calls) == which else step.held_out_loss(*a))
+    with pytest.raises(Stopped):
+        trained(broken)
+    monkeypatch.setattr(loop, "held_out_loss", lambda *_: None)  # as when train.max_hours are over
+    for _ in range(2):
+        with pytest.raises(Stopped, match=f"stopped at step {number} of 12"):
+            trained(broken, resume="auto")
+    monkeypatch.undo()
+    assert not list(broken.out_dir.glob("*.aside*")), "it is saved already"
+    assert same(trained(broken, resume="auto"), Checkpoint(**{**vars(expected), "config": broken}))
+    assert [steady(row) for row in rows(broken)] == [steady(row) for row in rows(whole)]
+
+
 def test_what_changes_the_result_is_refused_unless_allowed_and_the_rest_is_told(settings: Make, capsys: Capture) -> None:
     config = settings()
     trained(config)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from minifoundation.checkpoint import step_folder
 from minifoundation.data.batch import Batch
 from minifoundation.model.size import flops_per_token
 from minifoundation.runtime import Moment, collector_held, compiled_graphs
@@ -56,7 +57,8 @@ def fit(training: Training, log: MetricsLog, stop: Stop) -> Literal["finished", 
     feed = Feed(training, lambda: stop.asked, report.bar)
     with report.bar, collector_held() as collect, training.watch.watching():
         try:
-            _make_up(training, feed, report, stop)
+            if not _make_up(training, feed, report, stop):
+                return "stopped"
             with feed.open() as steps:
                 return _train(training, feed, steps, report, stop, collect)
         except _Diverged as diverged:
@@ -72,12 +74,23 @@ def fit(training: Training, log: MetricsLog, stop: Stop) -> Literal["finished", 
             return "stopped"
 
 
-def _make_up(training: Training, feed: Feed, report: _Report, stop: Stop) -> None:
-    """Do the evaluation that a stop has cut short, and write the row that waits for it."""
+def _make_up(training: Training, feed: Feed, report: _Report, stop: Stop) -> bool:
+    """Do the evaluation that a stop has cut short, write the row that waits for it, and return whether that came to its end.
+
+    Where it did not, no step is made: the evaluation is of these weights. They are saved, if they are not in this folder already.
+    """
     progress = training.progress
-    if progress.due is not None and _evaluated(training, feed, stop, progress.due):
+    if progress.due is None:
+        return True
+    if _evaluated(training, feed, stop, progress.due):
         report.log.write(progress.due)
         progress.due = None
+        return True
+    if not training.world.agreed(lambda: step_folder(training.config.out_dir, progress.step).exists()):
+        training.save()
+        training.saver.finish()
+    training.world.wait()
+    return False
 
 
 def _due(training: Training, step: int) -> tuple[bool, bool]:
