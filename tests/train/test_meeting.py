@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
@@ -14,29 +13,7 @@ from minifoundation.data.loader import Loader
 from minifoundation.distributed import World
 from minifoundation.errors import UserError
 from minifoundation.train.meeting import same_data
-
-
-class Thread(World):
-    """One of several processes that are threads."""
-
-    said: list[Any]
-    barrier: threading.Barrier
-
-    def of_all(self, value: Any) -> list[Any]:
-        self.said[self.rank] = value
-        self.barrier.wait(10)
-        found = list(self.said)
-        self.barrier.wait(10)
-        return found
-
-
-def threads(size: int) -> list[World]:
-    said, barrier = [None] * size, threading.Barrier(size)
-    found = [Thread(rank, size) for rank in range(size)]
-    for one in found:
-        object.__setattr__(one, "said", said)
-        object.__setattr__(one, "barrier", barrier)
-    return list(found)
+from tests.train.threads import threads
 
 
 def loader(**shards: Sequence[str]) -> Loader:
