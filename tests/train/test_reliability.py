@@ -401,7 +401,7 @@ def test_the_former_model_is_gone_before_the_run_goes_back(settings: Make, tmp_p
             assert models[0]() is None
             return tmp_path
         model = torch.nn.Linear(2, 2)
-        model.itself = [model]
+        model.__dict__["itself"] = model
         models.append(weakref.ref(model))
         return Bad(1, 2, 0, 8, "loss not finite")
 
