@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -315,7 +316,15 @@ def test_a_save_that_fails_leaves_the_last_good_one(
 
 def test_a_folder_that_vanishes_is_one_line(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings()
-    at_step(monkeypatch, 6, lambda: shutil.rmtree(config.out_dir))
+
+    def vanish() -> None:
+        deadline = time.monotonic() + 60
+        while not (config.out_dir / "step_00000004").exists():  # on a busy machine it is still being written
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        shutil.rmtree(config.out_dir)
+
+    at_step(monkeypatch, 6, vanish)
     with pytest.raises(UserError, match="the folder of the run is gone; look where it went"):
         trained(config)
     assert not config.out_dir.exists()
