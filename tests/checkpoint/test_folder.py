@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,16 @@ def test_a_checkpoint_of_the_same_step_is_set_aside_not_overwritten(tmp_path: Pa
     (tmp_path / "step_00000004.aside").rename(tmp_path / "step_00000003")
     assert fault(tmp_path / "step_00000003") == "manifest.json is missing or damaged", "a renamed one is not of the step it says"
     assert set_aside(tmp_path / "step_00000003").name == "step_00000003.aside"
+
+
+def test_one_that_was_set_aside_or_copied_is_whole_and_one_under_the_name_of_another_step_is_not(tmp_path: Path) -> None:
+    saved = save_step(full(3), tmp_path, keep=1)
+    aside, copy, other = set_aside(shutil.copytree(saved, tmp_path / "step_00000004")), tmp_path / "best", tmp_path / "step_00000005"
+    for place in (copy, other):
+        shutil.copytree(saved, place)
+    assert fault(aside) is None and fault(copy) is None
+    assert same(load_checkpoint(aside), load_checkpoint(saved)) and same(load_checkpoint(copy), load_checkpoint(saved))
+    assert fault(other) == "manifest.json is missing or damaged"
 
 
 def test_what_a_killed_write_has_left_is_removed(tmp_path: Path) -> None:

@@ -83,6 +83,12 @@ def test_they_go_on_from_their_state() -> None:
         assert torch.equal(one.scale, two.scale) and torch.equal(one.inverse, two.inverse)
 
 
+def test_a_run_that_had_no_scales_leaves_them_to_be_found() -> None:
+    scales = Scales(2)
+    scales.load({})
+    assert not scales.settled
+
+
 def test_products_want_each_scale_at_a_multiple_of_16_bytes() -> None:
     sites = Scales(2).sites(1, watched=True)
     assert all(site is not None and site.scale.data_ptr() % 16 == 0 and site.inverse.data_ptr() % 16 == 0 for site in sites)

@@ -171,3 +171,20 @@ def test_states_are_named_after_their_weights_and_come_back() -> None:
         assert torch.equal(a, b), "no weight has moved"
     restored = optimizer_state(fresh, {weight: name for name, weight in other.transformer.named_parameters()})
     assert all(torch.equal(restored[name], value) for name, value in saved.items())
+
+
+@pytest.mark.parametrize("steps", [5, 20, 40])
+@pytest.mark.parametrize("size", [8, 16, 32])
+def test_a_window_of_another_size_goes_on_from_the_last_steps(steps: int, size: int) -> None:
+    draw = np.random.default_rng(0)
+    seen = [(3 + 0.1 * draw.standard_normal(), 0.5 + 0.05 * draw.standard_normal()) for _ in range(steps + size)]
+    before = Guard(8.0, 16, torch.device("cpu"))
+    for loss, norm in seen[:steps]:
+        assert judged(before, loss, norm) == "good"
+    after = Guard(8.0, size, torch.device("cpu"), {name: value.clone() for name, value in before.state().items()})
+    expected = Guard(8.0, size, torch.device("cpu"))
+    for loss, norm in seen[max(0, steps - min(16, size)) : steps]:
+        judged(expected, loss, norm)
+    for loss, norm in seen[steps:]:
+        one, other = (guard.judge(torch.tensor(loss), torch.tensor(norm), None) for guard in (after, expected))
+        assert torch.equal(one, other)

@@ -105,7 +105,9 @@ class Scales(nn.Module):
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from ``state``."""
+        """Go on from ``state``; an empty one is of a run that had nothing in 8 bits, and the first scales are still to be found."""
+        if not state:
+            return
         for name, value in state.items():
             getattr(self, name).copy_(value)
         self.inverse.copy_(1 / self.scale)

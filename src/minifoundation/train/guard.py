@@ -48,8 +48,13 @@ class Guard:
         self._places = torch.arange(size, device=device)
         self._floor = torch.tensor(FLOOR, device=device)
         if state:
-            self._values.copy_(state["values"])
-            self._count.copy_(state["count"])
+            values, count = state["values"].to(device), int(state["count"])
+            before = values.shape[1]
+            if before != size:  # the last steps in their order, as many as there are and have room
+                kept = min(count, before, size)
+                values, count = values[:, torch.arange(count - kept, count, device=device) % before], kept
+            self._values[:, : values.shape[1]] = values
+            self._count.fill_(count)
 
     def state(self) -> dict[str, Tensor]:
         """Return what a later process goes on with."""

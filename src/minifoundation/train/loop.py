@@ -69,6 +69,7 @@ def fit(training: Training, log: MetricsLog, stop: Stop) -> Literal["finished", 
         except _Diverged as diverged:
             return diverged.bad
         except NoData as lack:
+            training.watch.rest()  # writing may take its time
             report.catch_up()
             if lack.everywhere or training.world.size == 1:  # else the others are in a step, and cannot save with this one
                 training.save()

@@ -53,8 +53,9 @@ def same_data(loader: Loader, sample: int, world: World) -> None:
         for name, samples in loader.sources.items():
             manifest = samples.order.shards.manifest
             seen[name] = [pair.train.sha256 for pair in manifest.pairs if pair.train]
-        known = min(tuple(len(one[name]) for name in seen) for one in world.of_all(seen))
-        mine = {f"shards of {name}": _hash(seen[name][:count]) for name, count in zip(seen, known, strict=True)}
+        others = world.of_all(seen)
+        known = {name: min(len(one.get(name, ())) for one in others) for name in seen}  # of each source by itself
+        mine = {f"shards of {name}": _hash(seen[name][:count]) for name, count in known.items()}
         mine |= {f"tokenizer of {name}": one.order.shards.manifest.tokenizer_sha256 for name, one in loader.sources.items()}
         _alike({**mine, "the next sample": str(sample)}, world, "give all processes the same data.shards_dir and --out_dir")
 

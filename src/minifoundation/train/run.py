@@ -164,6 +164,7 @@ def _trained(
         folder = world.agreed(partial(_gone_back, outcome, config, path, say))
         resumed = load_checkpoint(folder, verified=True) if folder else None
         torch.compiler.reset()
+        machine.forget()  # a model that is split lies in a cycle, and there is no room for two
         again = True
 
 

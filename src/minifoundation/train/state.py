@@ -155,13 +155,18 @@ class Training:
     def save(self) -> None:
         """Save a step checkpoint: the first process writes it, and all give it their parts.
 
+        Where the first process cannot write beside the training, the others wait here for it: in the next step it would be behind, which
+        ``Watch`` takes for standing still.
+
         Raises:
             UserError, OSError: as ``Saver.save``, on every process.
         """
         checkpoint = self.checkpoint(with_optimizer=True)
-        if self.world.agreed(lambda: self.saver.accepts(checkpoint)):
+        if not self.world.agreed(lambda: self.saver.accepts(checkpoint)):
+            return
+        with self.world.together():
             if self.world.is_first:
-                self.saver.save(checkpoint)
+                self.saver.write(checkpoint)  # not ``save``, which asks once more: the others gather by now
             elif self.plan.split.is_sharded:
                 for _ in checkpoint.gathered():
                     pass
