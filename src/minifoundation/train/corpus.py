@@ -9,7 +9,7 @@ from functools import partial
 from minifoundation.checkpoint import Checkpoint, write_whole
 from minifoundation.config import RunConfig
 from minifoundation.data.held_out import HeldOut
-from minifoundation.data.ledger import Entry, entries
+from minifoundation.data.ledger import Entry
 from minifoundation.data.lengths import Documents, LongRows, PackedRows, buckets
 from minifoundation.data.loader import Loader, Readable, part_of, source_of
 from minifoundation.data.mixture import Mixture
@@ -102,7 +102,7 @@ def _opened(
             samples = first_samples = max(-(-round(searched(config) * weights[source]) // seq_len), in_search)
         want = Want(source, progress.first_shards.setdefault(source, 0), samples, seq_len)
         shards[source] = prepared(want, first_samples, config.data, tokenizer)
-        if resumed is not None and source in ledger:  # one that is not there is told of below
+        if resumed is not None:
             _same_shards(ledger[source], shards[source])
         wants.append(want)
     if start is not None and resumed is None and ledger and ledger.keys().isdisjoint(sources):
@@ -116,8 +116,6 @@ def _opened(
         mask_documents=config.data.mask_documents,
     )
     loader = by_lengths(windows, config, planned, say) if by_length else windows
-    if resumed is not None:
-        _same_rows(resumed, loader)
     _enough(windows, planned)
     held_out = HeldOut(
         windows,
@@ -250,25 +248,6 @@ def _same_shards(read: Entry, shards: Shards) -> None:
             "its shards are not those that the checkpoint has read",
             "give the data.shards_dir and the corpus of the run, or begin another run with --out_dir",
         )
-
-
-def _same_rows(resumed: Checkpoint, loader: Loader) -> None:
-    """Refuse settings under which the place of the checkpoint, one number, counts other rows: some would be read twice, others never."""
-    place = resumed.progress["sample"]
-    read = [Entry(**kept) for kept in resumed.ledger[-len(loader.sources) :]]
-    now = entries(loader.sources, loader.mixture, place, resumed.progress["phase"])
-    if [_rows(entry) for entry in read] != [_rows(entry) for entry in now]:
-        raise UserError(
-            "data",
-            f"the checkpoint stands at sample {place:,}, which counts other rows with these settings",
-            "let data.source, data.mix and train.seq_len (beside data.min_tokens also data.long_share, data.long_repeats, "
-            "data.search_tokens and train.tokens) be what they were, or begin another phase: longft, or pretrain --init_from",
-        )
-
-
-def _rows(entry: Entry) -> tuple[object, ...]:
-    """Return what decides which rows of a source its samples are; of windows the epoch is not known before the corpus is complete."""
-    return entry.source, entry.part, entry.share, entry.seq_len, entry.samples, entry.epochs if entry.part else None
 
 
 def _enough(loader: Loader, planned: Plan) -> None:
