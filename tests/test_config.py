@@ -118,6 +118,10 @@ def test_none_is_off_only_where_a_setting_can_be_off() -> None:
             "a.yaml: train.seq_len 256 is longer than the model's 128 (model.original_seq_len x model.rope.factor); "
             "shorten it, or extend the model with longft",
         ),
+        (
+            {"train": {"schedule": "wsd", "warmup": 0.5, "decay": 0.6}},
+            "train: warmup 0.5 and decay 0.6 are more than all steps together; lower one of them",
+        ),
         ({"data": {"min_tokens": 1}}, "data.min_tokens: must be at least 2, auto or none; correct it"),
         ({"model": {"rope": {"scaling": "yarn", "beta_fast": 1}}}, "model.rope: beta_fast 1 must be larger than beta_slow 1; correct it"),
         (

@@ -324,6 +324,12 @@ class TrainConfig(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _rises_before_it_falls(self) -> Self:
+        if self.schedule == "wsd" and self.warmup + self.decay > 1:
+            raise ValueError(f"warmup {self.warmup:g} and decay {self.decay:g} are more than all steps together; lower one of them")
+        return self
+
     @field_validator("batch_size")
     @classmethod
     def _positive(cls, value: int | str) -> int | str:
