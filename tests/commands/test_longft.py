@@ -72,6 +72,19 @@ def test_the_proof_lies_beside_the_model(pretrained: Path, capsys: pytest.Captur
     assert load_checkpoint(folder / "final.pth").config.model.max_seq_len == 256
 
 
+def test_a_proof_that_does_not_fit_leaves_the_model(
+    pretrained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_much(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("minifoundation.train.proof.found", too_much)
+    assert extend(pretrained, "unproved", "--proof_documents", "1") == 0
+    final = pretrained / "unproved" / "final.pth"
+    assert "warning: rows of 256 tokens do not fit CPU" in (said := capsys.readouterr().err) and f"{final} is whole" in said
+    assert load_checkpoint(final).config.model.max_seq_len == 256
+
+
 def test_the_proof_is_held_out_or_what_was_given(pretrained: Path, tmp_path: Path) -> None:
     config = load_checkpoint(pretrained / "run" / "final.pth").config
     tokenizer = Tokenizer.load(pretrained / "run" / "tokenizer" / "tokenizer.model")
