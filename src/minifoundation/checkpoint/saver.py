@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any, Literal
@@ -200,10 +201,21 @@ def size(n_bytes: int) -> str:
     return f"{n_bytes / 2**30:,.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:,.1f} MiB"
 
 
-def free_memory_bytes() -> int:
-    """Return how much host memory can be had without swapping; all of it where the system does not tell."""
+def free_memory_bytes(limits: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return how much host memory can be had without swapping, or within the limit of a container; all of it where the system does not tell.
+
+    Args:
+        limits: folder of the control group.
+    """
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         told = dict(line.split(":") for line in meminfo.read_text(encoding="ascii").splitlines())
-        return int(told["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        free = int(told["MemAvailable"].split()[0]) * 1024
+    v2, v1 = ("memory.max", "memory.current", "inactive_file"), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    for folder, (most, used, reclaimable) in ((limits, v2), (limits / "memory", v1)):
+        with suppress(OSError, ValueError):  # "max" is no limit
+            left = int((folder / most).read_text()) - int((folder / used).read_text())
+            kinds = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            free = min(free, max(0, left + int(kinds.get(reclaimable, 0))))  # what it holds of files is given back first
+    return free
