@@ -202,7 +202,7 @@ def size(n_bytes: int) -> str:
 
 
 def free_memory_bytes(limits: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return how much host memory can be had without swapping, or within the limit of a container; all of it where the system does not tell.
+    """Return how much host memory can be had without swapping and within the limit of a container; all of it where nothing tells.
 
     Args:
         limits: folder of the control group.
