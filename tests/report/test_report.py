@@ -206,6 +206,10 @@ def test_a_step_without_a_loss_is_no_spike_and_hides_none(tmp_path: Path) -> Non
             ["--evals", "EVAL", "--vendors", "Qwen2.5-0.5b"],
             "--vendors: 'Qwen2.5-0.5b' has no figure in baselines.yaml; did you mean Qwen2.5-0.5B",
         ),
+        (
+            ["--evals", "EVAL", "--vendors", "a,b,c,d,e,f,g"],
+            "--vendors: 7 models, and the table has room for 6; name those that matter most",
+        ),
         (["--evals", "EVAL", "--contamination", "nowhere.json"], "nowhere.json: no such file; write one with the command contamination"),
     ],
 )

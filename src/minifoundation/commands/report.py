@@ -7,7 +7,7 @@ from minifoundation.config import ReportOptions
 from minifoundation.errors import UserError
 from minifoundation.evaluate.baselines import Baselines
 from minifoundation.evaluate.contamination import read_findings
-from minifoundation.evaluate.tables import columns
+from minifoundation.evaluate.tables import FIGURES_BESIDE, columns
 
 
 def report(options: ReportOptions) -> None:
@@ -29,7 +29,10 @@ def report(options: ReportOptions) -> None:
     evaluations = tuple(read_evaluation(folder) for folder in options.evals)
     baselines = Baselines.load(reruns=options.beside)
     if options.vendors is not None:
-        baselines = baselines.with_columns([name.strip() for name in options.vendors.split(",")])
+        names = [name.strip() for name in options.vendors.split(",")]
+        if len(names) > FIGURES_BESIDE:
+            raise UserError("--vendors", f"{len(names)} models, and the table has room for {FIGURES_BESIDE}", "name those that matter most")
+        baselines = baselines.with_columns(names)
     place = options.contamination or (runs[-1].folder / "contamination.json" if runs else None)
     contamination = read_findings(place) if place is not None and (options.contamination or place.exists()) else None
     content = Content(
