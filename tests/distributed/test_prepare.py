@@ -6,6 +6,8 @@ import json
 import os
 import random
 import signal
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -109,15 +111,32 @@ def test_nodes_that_see_another_folder_are_told_before_the_work(options: list[st
     assert not list(tmp_path.glob("*/shards/.probe*")) and not list(tmp_path.glob("*/shards/*"))
 
 
+def below(pid: int) -> list[int]:
+    """Return the processes that ``pid`` has started, and those that these have."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # it has ended
+            found += map(int, task.read_text().split())
+    return [each for child in found for each in (child, *below(child))]
+
+
 def test_two_nodes_share_a_folder_and_one_that_is_lost_costs_nothing_that_is_done(
     options: list[str], alone: dict[str, bytes], tmp_path: Path
 ) -> None:
     """The first says so and ends, whichever of them makes the shards, and the same lines go on."""
     port = free_port()
     nodes = [started(node(port, number, size=1), [*options, *places(tmp_path)], "prepare") for number in (0, 1)]
-    until(lambda: bool(list(tmp_path.glob("shards/*/train-00001.bin"))), nodes[0])
+    until(lambda: len(workers(nodes[1].pid)) == 1, nodes[1])
     (lost,) = workers(nodes[1].pid).values()
-    for pid in (nodes[1].pid, lost):  # torchrun first: a node that is lost does not start anything again
+
+    until(lambda: bool(below(lost)), nodes[1])
+    enough = time.monotonic() + 5.0
+    while time.monotonic() < enough:  # what the second one takes it keeps, and of four pieces the first one has three in work at most
+        for pid in below(lost):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.02)
+    for pid in (nodes[1].pid, lost, *below(lost)):  # torchrun first: a node that is lost does not start anything again
         os.kill(pid, signal.SIGKILL)
     nodes[1].communicate(timeout=60)
     printed, _ = nodes[0].communicate(timeout=200)

@@ -91,15 +91,24 @@ def _together(options: PrepareOptions, chosen: PrepareConfig) -> None:
         tokenizers: list[Tokenizer] = []
         world.agreed(lambda: tokenizers.append(_tokenizer(options, chosen)))
         with closing(Helper(world.store, world.rank, workers)) as helper:
+            finished = False
 
             def make() -> None:
+                nonlocal finished
                 with closing(Leader(world.store, helper, ahead=3 * at_once, ranks=world.size, lost=leave)) as engine:
                     _make(options, chosen, tokenizers[0], engine)
+                finished = True
 
             if not world.is_first:
                 helper.serve(leave)
-            world.agreed(make)
-            world.wait()  # the first process may hold the table itself
+            try:
+                world.agreed(make)
+                world.wait()  # the first process may hold the table itself
+            except RuntimeError as error:  # torch's word for a process that is gone
+                if not world.is_first:
+                    raise UserError("torchrun", "the first process is gone", "the same line goes on after what is done") from error
+                if not finished:  # else the shards are there, and who is gone had nothing of them in hand
+                    raise
 
 
 def _share(folder: Path, world: World) -> None:
