@@ -142,8 +142,11 @@ def test_a_second_signal_leaves_at_once_with_the_last_checkpoint_whole(settings:
     assert same(trained(config, resume="auto"), Checkpoint(**{**vars(trained(settings("whole"))), "config": config}))
 
 
+@pytest.mark.parametrize("again", [0, 2], ids=["once", "again while it is made up for"])
 @pytest.mark.parametrize("number", [5, 12], ids=["in the middle", "at the end"])
-def test_an_evaluation_that_a_stop_cuts_short_is_made_up_for(settings: Make, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_an_evaluation_that_a_stop_cuts_short_is_made_up_for(
+    settings: Make, monkeypatch: pytest.MonkeyPatch, number: int, again: int
+) -> None:
     whole, broken = settings("whole"), settings("broken")
     expected = trained(whole)
 
@@ -157,27 +160,8 @@ def test_an_evaluation_that_a_stop_cuts_short_is_made_up_for(settings: Make, mon
     with pytest.raises(Stopped, match=f"stopped at step {number} of 12"):
         trained(broken)
     assert [int(row["step"]) for row in rows(broken)] == list(range(1, number))
-    monkeypatch.undo()
-    assert same(trained(broken, resume="auto"), Checkpoint(**{**vars(expected), "config": broken}))
-    assert [steady(row) for row in rows(broken)] == [steady(row) for row in rows(whole)]
-
-
-@pytest.mark.parametrize("number", [5, 12], ids=["in the middle", "at the end"])
-def test_an_evaluation_may_be_cut_short_while_it_is_made_up_for(settings: Make, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    whole, broken = settings("whole"), settings("broken")
-    expected = trained(whole)
-
-    def stopped(*arguments: Any) -> float | None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return step.held_out_loss(*arguments)
-
-    calls = iter(range(100))
-    which = {5: 0, 12: 2}[number]
-    monkeypatch.setattr(loop, "held_out_loss", lambda *a: stopped(*a) if next(calls) == which else step.held_out_loss(*a))
-    with pytest.raises(Stopped):
-        trained(broken)
     monkeypatch.setattr(loop, "held_out_loss", lambda *_: None)  # as when train.max_hours are over
-    for _ in range(2):
+    for _ in range(again):
         with pytest.raises(Stopped, match=f"stopped at step {number} of 12"):
             trained(broken, resume="auto")
     monkeypatch.undo()
