@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+BLOCK = 128
+"""Places to a side of the blocks that the kernel skips, or computes without asking the mask."""
+
 
 @cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``function`` compiled for static shapes: uncompiled, attention holds every score, and making a mask every place of it.
+def _compiled() -> Callable[..., Any]:
+    """Return the kernel for static shapes: uncompiled it would hold every score.
 
     Not when this module is imported, since that would import the compiler into runs that do without.
     """
-    return torch.compile(function, dynamic=False)
+    return torch.compile(flex_attention, dynamic=False)
 
 
 @cache
@@ -40,9 +43,23 @@ def within_documents(positions: Tensor, first: int, end: int) -> BlockMask:
         place = first + query
         return (place >= key) & (place - key <= positions[row, place])
 
-    make = _compiled(create_block_mask) if positions.is_cuda else create_block_mask
-    mask: BlockMask = make(seen, len(positions), None, end - first, end, device=positions.device)
-    return mask
+    # From where documents begin, not from the mask of all places: that is T x T, and compiled to be less it comes back with a mask_mod of
+    # the compiler's own, for which the kernel is compiled again (torch 2.11).
+    device = positions.device
+    begins = torch.arange(positions.shape[1], device=device) - positions  # of the document that a place is in, (B, T); never falls
+    query, key = torch.arange(first, end, BLOCK, device=device)[:, None], torch.arange(0, end, BLOCK, device=device)
+    last_query, last_key = ((x + BLOCK - 1).clamp(max=end - 1) for x in (query, key))
+    earliest = torch.maximum(query, key)  # first query that the block's first key is not after
+    some = (earliest <= last_query) & (begins[:, earliest.clamp(max=end - 1)] <= last_key)
+    whole = (last_query - query == BLOCK - 1) & (last_key - key == BLOCK - 1)
+    all_of_it = whole & (last_key <= query) & (begins[:, last_query] <= key)
+    asked, not_asked = _listed((some & ~all_of_it)[:, None]), _listed(all_of_it[:, None])
+    return BlockMask.from_kv_blocks(*asked, *not_asked, BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(end - first, end))
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many of the key blocks (..., Q, K) each query block needs, (..., Q), and which come first, (..., Q, K), int32."""
+    return blocks.sum(-1, dtype=torch.int32), blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).int()
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Tensor:
@@ -52,6 +69,6 @@ def flex(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Tensor:
     """
     run: Any = flex_attention
     if q.is_cuda and not torch.compiler.is_compiling():  # a block that is compiled compiles it too
-        run = _compiled(flex_attention)
+        run = _compiled()
     out: Tensor = run(q, k, v, block_mask=blocks, enable_gqa=True)
     return out
