@@ -274,9 +274,12 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
 
 def plot_quality(found: dict[str, Any], original: int, path: Path) -> None:
     """Draw loss by position without extension and after each."""
-    curves = {"before": [((p["first"] + p["last"]) / 2, p["before"]) for p in found["none"]["positions"]]}
-    for scaling in SCALINGS:
-        curves[scaling] = [((p["first"] + p["last"]) / 2, p["after"]) for p in found[scaling]["positions"]]
+
+    def curve(scaling: str, column: str) -> list[tuple[float, float]]:
+        return [((place["first"] + place["last"]) / 2, place[column]) for place in found[scaling]["positions"]]
+
+    curves = {"before": curve("none", "before"), "before, in sliding windows": curve("none", "before_sliding")}
+    curves |= {scaling: curve(scaling, "after") for scaling in SCALINGS}
     path.write_bytes(picture(curves, {}, original))
 
 
@@ -495,12 +498,14 @@ def tables(parts: dict[str, Any]) -> str:
         add(["ms (TFLOP/s)", *kernels], cells)
     if rows := parts.get("quality"):
         places = rows["none"]["positions"]
-        header = ["positions", "documents", "before", *SCALINGS]
+        windows = "before_sliding" in places[0]
+        header = ["positions", "documents", "before", *(["in windows"] if windows else []), *SCALINGS]
         cells = [
             [
                 f"{place['first']:,.0f} to {place['last']:,.0f}",
                 f"{place['documents']:.0f}",
                 f"{place['before']:.3f}",
+                *([f"{place['before_sliding']:.3f}"] if windows else []),
                 *(f"{rows[scaling]['positions'][number]['after']:.3f}" for scaling in SCALINGS),
             ]
             for number, place in enumerate(places)

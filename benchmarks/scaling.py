@@ -139,6 +139,7 @@ def work(rows: list[Row], steps: int) -> None:
         if world.size > 1:
             n_bytes = NETWORK_BYTES if machine.is_cuda else 2**20
             told |= {"name": f"network {world.size}x", "bus_gb_per_second": round(bus_bandwidth(machine, world, n_bytes) / 1e9, 1)}
+            told["nccl"] = {name: value for name, value in os.environ.items() if name.startswith("NCCL_")}
             if machine.is_cuda:  # a slower GPU is waited for in every step
                 told["product_ms_of_each"] = [round(1e3 * seconds, 3) for seconds in world.of_all(product_seconds(machine))]
             _print(told, first=world.is_first)
@@ -452,7 +453,8 @@ def main() -> None:
     for rows in stages:
         for size in sizes:
             these = list(dict.fromkeys(row.alone() for row in rows)) if size == 1 else rows
-            plan.append((size, [row for row in these if re.search(options.only, row.name(size))]))
+            planned = {row.name(n) for n, earlier in plan for row in earlier}
+            plan.append((size, [row for row in these if row.name(size) not in planned and re.search(options.only, row.name(size))]))
     if options.list:
         print("\n".join(row.name(size) for size, rows in plan for row in rows), f"curve {most}x", sep="\n")
         return

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,12 +61,17 @@ def test_the_proof_lies_beside_the_model(pretrained: Path, capsys: pytest.Captur
     assert extend(pretrained, "proved", "--proof_documents", "3", "--needles", "1") == 0
     said = capsys.readouterr()
     assert "100% of the rows begin with one of" in said.err  # all its documents are long
-    assert re.search(r"0 to +15: \d\.\d{3} before, \d\.\d{3} after \(3 documents\)", said.out)
+    assert re.search(r"0 to +15: (\d\.\d{3}) before, \1 in windows, \d\.\d{3} after \(3 held-out documents\)", said.out)
     assert "rows of the original length: " in said.out and "passkey at     256: " in said.out
     folder = pretrained / "proved"
     places = table(folder / "loss_by_position.csv")
     assert [int(row["last"]) + 1 for row in places] == [16, 32, 64, 96, 128, 192, 256]
     assert all(int(row["documents"]) == 3 for row in places)
+    (summed,) = re.findall(r"  beyond 64: (\d\.\d{4}) before in windows, (\d\.\d{4}) after", said.out)
+    for column, told in zip(("before_sliding", "after"), summed, strict=True):
+        nats, tokens = zip(*((float(row[column]), int(row["tokens"])) for row in places if int(row["first"]) >= 64), strict=True)
+        assert float(told) == pytest.approx(np.average(nats, weights=tokens), abs=1e-4)
+    assert ("warning: a window of the old length that slides does better" in said.out) is (summed[0] < summed[1])
     needles = table(folder / "needles.csv")
     assert {int(row["length"]) for row in needles} >= {128, 256} and {row["task"] for row in needles} == {"single", "multi-key", "passkey"}
     assert (folder / "long_context.png").read_bytes().startswith(b"\x89PNG")

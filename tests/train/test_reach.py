@@ -62,6 +62,25 @@ def test_loss_by_position_is_the_mean_of_what_reaches_there(model: Transformer) 
         assert place.nats == pytest.approx(here.mean(), rel=1e-5)
 
 
+@pytest.mark.parametrize("length", [2, 9, 16, 17, 24, 25, 64, 71])
+def test_in_sliding_windows_each_token_is_read_once_with_at_least_half_a_window_before_it(
+    model: Transformer, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reach, "TOKENS_AT_ONCE", 48)  # three windows
+    ids, window = np.random.default_rng(2).integers(0, 256, length + 1), 16
+    expected = []
+    for target in range(1, length + 1):  # each window ends a half after the one before it, the last where the document does
+        ends = [*range(window, length, window // 2), length]
+        end = next(end for end in ends if end >= target)
+        first = max(0, end - window)
+        expected.append(plain(model, ids[first : end + 1])[target - 1 - first])
+        assert target - first > min(target - 1, window // 2)
+    np.testing.assert_allclose(reach.sliding_nats(model, ids, window, CPU), expected, rtol=1e-4)
+    bounds = [0, 8, length] if length > 8 else [0, length]
+    places = loss_by_position(model, [ids], bounds, CPU, window=window)
+    assert [place.nats for place in places] == pytest.approx([np.mean(expected[a:b]) for a, b in itertools.pairwise(bounds)], rel=1e-5)
+
+
 @pytest.mark.parametrize(("original", "length"), [(16, 16), (16, 20), (4096, 65_536), (256, 1024), (8, 100)])
 def test_buckets_and_lengths_end_where_the_rows_do(original: int, length: int) -> None:
     bounds, lengths = edges(original, length), needle_lengths(original, length)

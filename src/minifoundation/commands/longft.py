@@ -103,13 +103,15 @@ def prove(start: Checkpoint, final: Path, options: LongftOptions) -> None:
     machine.forget()
     precision = extended.config.train.precision
     try:
-        before, after = (proof.found(checkpoint, on, machine, precision=precision) for checkpoint in (start, extended))
+        before, after = (
+            proof.found(checkpoint, on, machine, precision=precision, sliding=checkpoint is start) for checkpoint in (start, extended)
+        )
     except torch.OutOfMemoryError:  # one process reads whole rows, without gradients
         said = f"rows of {on.length:,} tokens do not fit {machine.name} beside the model; {final} is whole, and not proved"
         print(f"warning: {said}", file=sys.stderr)
         return
     print(f"proof of {folder}:")
-    for line in proof.described(before, after):
+    for line in proof.described(before, after, on):
         print(line)
     write_whole(folder / "loss_by_position.csv", proof.positions_csv(before, after).encode())
     write_whole(folder / "needles.csv", proof.needles_csv(before, after).encode())
@@ -129,7 +131,8 @@ def _pictured(before: Found, after: Found, path: Path, original: int) -> bool:
         print("  no picture: matplotlib is not installed; pip install -e '.[eval]'")
         return False
     models = {"before": before, "after": after}
-    curves = {name: [((p.first + p.last) / 2, p.nats) for p in one.positions] for name, one in models.items() if one.positions}
+    by_position = {"before": before.positions, "after": after.positions, "before, in sliding windows": before.sliding}
+    curves = {name: [((p.first + p.last) / 2, p.nats) for p in places] for name, places in by_position.items() if places}
     grids: dict[str, dict[str, dict[tuple[int, float], float]]] = {}
     for name, one in models.items():
         for needle in one.needles:

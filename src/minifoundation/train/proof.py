@@ -49,6 +49,8 @@ class Found:
     """What one model made of it."""
 
     positions: list[Place]
+    sliding: list[Place]
+    """The same tokens in sliding windows of the original length, what the model can do with the text without reaching further; or none."""
     short: float | None
     """Nats a token in rows of the original length; None where too little text is held out."""
     needles: list[Needle]
@@ -96,10 +98,11 @@ def _text(documents: Sequence[Ids], tokenizer: Tokenizer) -> Ids:
     return kept
 
 
-def found(checkpoint: Checkpoint, on: Material, machine: Machine, *, precision: str) -> Found:
+def found(checkpoint: Checkpoint, on: Material, machine: Machine, *, precision: str, sliding: bool) -> Found:
     """Return what the model of ``checkpoint`` makes of ``on``, under its own RoPE, also beyond the length it is made for.
 
     Args:
+        sliding: read the documents in windows too.
         precision: of compute, the same for both models: else the dtype is compared with them. In fp8, whose scales belong to a run, bf16.
     """
     precision = "bf16" if precision == "fp8" else precision
@@ -108,21 +111,29 @@ def found(checkpoint: Checkpoint, on: Material, machine: Machine, *, precision: 
     transformer.load_state_dict(checkpoint.model)
     transformer.eval()
     lengths = needle_lengths(on.original, on.length)
-    text = len(on.needles.text) > 0
+    text, bounds = len(on.needles.text) > 0, edges(on.original, on.length)
     return Found(
-        loss_by_position(transformer, on.documents, edges(on.original, on.length), machine.device),
+        loss_by_position(transformer, on.documents, bounds, machine.device),
+        loss_by_position(transformer, on.documents, bounds, machine.device, window=on.original) if sliding else [],
         mean_loss(transformer, on.short, machine.device) if len(on.short) else None,
         list(on.needles.grid(transformer, lengths, on.tries, machine.device)) if on.tries and text else [],
     )
 
 
-def described(before: Found, after: Found) -> list[str]:
-    """Return lines for a person; one begins with "warning" where short rows have become worse."""
+def described(before: Found, after: Found, on: Material) -> list[str]:
+    """Return lines for a person; some begin with "warning": where short rows have become worse, or long ones are of no use."""
     lines = []
     if before.positions:
-        lines.append("  loss by position, nats a token (held-out documents behind it)")
-    for old, new in zip(before.positions, after.positions, strict=True):
-        lines.append(f"    {old.first:>7,} to {old.last:>7,}: {old.nats:.3f} before, {new.nats:.3f} after ({new.documents:,} documents)")
+        lines.append("  loss by position, nats a token (before: of rows as long, and in sliding windows of the original length)")
+    for old, window, new in zip(before.positions, before.sliding, after.positions, strict=True):
+        nats = f"{old.nats:.3f} before, {window.nats:.3f} in windows, {new.nats:.3f} after"
+        lines.append(f"    {old.first:>7,} to {old.last:>7,}: {nats} ({new.documents:,} held-out documents)")
+    if beyond := [(window, new) for window, new in zip(before.sliding, after.positions, strict=True) if new.first >= on.original]:
+        in_windows, whole = (sum(p.nats * p.tokens for p in side) / sum(p.tokens for p in side) for side in zip(*beyond, strict=True))
+        lines.append(f"  beyond {on.original:,}: {in_windows:.4f} before in windows, {whole:.4f} after")
+        if whole > in_windows:
+            told = "warning: a window of the old length that slides does better than the longer context"
+            lines.append(f"{told}; raise --tokens or --lr, or give --data with longer documents")
     if before.short is not None and after.short is not None:
         change = after.short / before.short - 1
         lines.append(f"  rows of the original length: {before.short:.4f} before, {after.short:.4f} after ({change:+.2%})")
@@ -140,10 +151,10 @@ def described(before: Found, after: Found) -> list[str]:
 
 
 def positions_csv(before: Found, after: Found) -> str:
-    """Return loss by position as a table: first, last, documents, tokens, before, after."""
-    pairs = zip(before.positions, after.positions, strict=True)
-    rows = [[a.first, a.last, a.documents, a.tokens, round(b.nats, 5), round(a.nats, 5)] for b, a in pairs]
-    return _csv(["first", "last", "documents", "tokens", "before", "after"], rows)
+    """Return loss by position as a table: first, last, documents, tokens, before, before in sliding windows, after."""
+    places = zip(before.positions, before.sliding, after.positions, strict=True)
+    rows = [[a.first, a.last, a.documents, a.tokens, *(round(place.nats, 5) for place in (b, w, a))] for b, w, a in places]
+    return _csv(["first", "last", "documents", "tokens", "before", "before_sliding", "after"], rows)
 
 
 def needles_csv(before: Found, after: Found) -> str:

@@ -81,11 +81,34 @@ def longest(documents: Iterable[Ids], *, longer_than: int, count: int) -> list[I
     return found[:count]
 
 
-def loss_by_position(transformer: Transformer, documents: Iterable[Ids], bounds: Sequence[int], device: torch.device) -> list[Place]:
-    """Return the mean loss of the tokens between neighbouring ``bounds``; buckets that no document reaches are left out."""
+def sliding_nats(transformer: Transformer, ids: Ids, window: int, device: torch.device) -> Tensor:
+    """Return the cross entropy of all targets of a document (T + 1), read in windows of ``window`` tokens: (T,) in nats, on the CPU.
+
+    Windows overlap by half, and a token counts where it has the most before it: at least half a window, as far as there is so much. That
+    is what a model of that length can do with a longer text (sliding-window evaluation, arXiv:2108.12409, section 2).
+    """
+    count = len(ids) - 1
+    last = max(0, count - window)
+    firsts = [*range(0, last, window // 2), last]
+    rows = np.stack([ids[first : first + window + 1] for first in firsts])
+    at_once = max(1, TOKENS_AT_ONCE // window)
+    nats = torch.cat([token_nats(transformer, rows[row : row + at_once], device)[0] for row in range(0, len(rows), at_once)])
+    told = [0, *(first + window for first in firsts[:-1])]  # targets that the windows before have
+    return torch.cat([row[done - first :] for row, first, done in zip(nats, firsts, told, strict=True)])
+
+
+def loss_by_position(
+    transformer: Transformer, documents: Iterable[Ids], bounds: Sequence[int], device: torch.device, *, window: int | None = None
+) -> list[Place]:
+    """Return the mean loss of the tokens between neighbouring ``bounds``; buckets that no document reaches are left out.
+
+    Args:
+        window: tokens that are read at once, as ``sliding_nats`` does; None: the document.
+    """
     sums, tokens, reached = (np.zeros(len(bounds) - 1) for _ in range(3))
     for ids in documents:
-        nats = token_nats(transformer, ids[None], device)[0][0].double().numpy()
+        read = token_nats(transformer, ids[None], device)[0][0] if window is None else sliding_nats(transformer, ids, window, device)
+        nats = read.double().numpy()
         for bucket, (first, end) in enumerate(itertools.pairwise(bounds)):
             here = nats[first:end]
             sums[bucket] += here.sum()
