@@ -190,3 +190,31 @@ def test_the_table_of_rows_that_several_read() -> None:
             for size in (1, 2, 4, 8)
         ]
         assert shown == [round(gib, 1) for gib in found]
+
+
+SCALING = Path(__file__).parents[2] / "docs" / "data" / "scaling.json"
+SHARED = {row["name"]: row for row in json.loads(SCALING.read_text(encoding="utf-8"))["results"] if row["gpus"] > 1 and "peak_gib" in row}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_predicted_memory_of_several_gpus_is_within_a_twentieth_of_the_measured(name: str) -> None:
+    """The peaks that ``python -m benchmarks.scaling`` measured."""
+    row = SHARED[name]
+    file = Path(__file__).parents[2] / "configs" / f"{'model_1b' if row['model'] == '1B' else 'model_0p5b'}.yaml"
+    rows = row["batch_size"] * (1 if row["together"] else row["gpus"])
+    sharded = row["parallel"] == "fsdp"
+    parts = memory_bytes(
+        config.build(config.ModelConfig, {**config.read_yaml(file)["model"], "checkpointing": row["checkpointing"]}, "test"),
+        batch_size=row["batch_size"],
+        seq_len=row["seq_len"],
+        grad_accum=(row["tokens_per_step"] or rows * row["seq_len"]) // (rows * row["seq_len"]),
+        precision=row["precision"],
+        optimizer_states="fp32",
+        ema=False,
+        loss_chunk=8192,
+        context=row["gpus"] if row["together"] else 1,
+        shards=row["gpus"] if sharded else 1,
+        regathers="weight_copies" in row["predicted_parts_gib"] and row["predicted_parts_gib"]["weight_copies"] < 2.5,
+        buckets=not sharded,
+    )
+    assert sum(parts.values()) == pytest.approx(row["peak_gib"] * 2**30, rel=0.05)

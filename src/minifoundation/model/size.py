@@ -90,6 +90,9 @@ def memory_bytes(
         of_block += 0 if item == 2 else item * gathered
         # They, their gradients as the kernel gives them and those of the other chunk, and the kernel's sums in float32.
         attention += gathered * (3 * item + 4)
+        parts = N * item * config.n_head * config.head_width  # what was mixed by chunks, beside the whole that is put together from it
+        of_block += parts
+        kept += parts if kind == "attention" else 0
     again = max(gates, attention)
     activations = (config.n_layer - checkpointed) * of_block + checkpointed * kept
     # The widest gradients of a block: of gate, up and their product; in half precision the product again.
@@ -116,7 +119,8 @@ def memory_bytes(
         "optimizer": round(MOMENT_BYTES[optimizer_states] * parameters / shards),
         "ema": 4 * parameters // shards if ema else 0,
     }
-    earlier_gradients = gradients if grad_accum > 1 or buckets else 0
+    # What micro-batches without sending add up is beside the memory that gradients travel from.
+    earlier_gradients = gradients * ((grad_accum > 1) + buckets)
     at_loss = {
         **always,
         "gradients": earlier_gradients,
@@ -132,7 +136,7 @@ def memory_bytes(
         "block_workspace": at_work,
     }
     first = kept if kind in ("attention", "offload") and item == 2 else of_block
-    at_first_block = {**always, "gradients": gradients, "activations": first, "block_workspace": at_work}
+    at_first_block = {**always, "gradients": max(gradients, earlier_gradients), "activations": first, "block_workspace": at_work}
     return max(at_loss, at_last_block, at_first_block, key=lambda parts: sum(parts.values()))
 
 
