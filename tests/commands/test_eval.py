@@ -133,6 +133,30 @@ def test_a_stopped_evaluation_goes_on_and_ends_as_one_that_was_not(
     assert (tmp_path / "whole" / "report.md").read_text() == (tmp_path / "out" / "report.md").read_text()
 
 
+def test_one_task_with_two_limits_is_two_results_with_items_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from minifoundation.evaluate import harness
+
+    tasks = tmp_path / "tasks.txt"
+    tasks.write_bytes(b"arc_easy limit=4\r\n\r\narc_easy limit=8\r\n")
+    line = ["eval", "--model_path", str(write_tiny_model(tmp_path / "model")), "--data_dir", str(BUNDLED), "--tasks", str(tasks)]
+    line += ["--out_dir", str(tmp_path / "out")]
+    run = harness.run
+
+    def stopped(*args: Any, **options: Any) -> Iterator[Any]:
+        yield next(run(*args, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(harness, "run", stopped)
+    assert main(line) == 130
+    first = items(tmp_path / "out", "arc_easy_limit=4")
+    monkeypatch.setattr(harness, "run", run)
+    assert main(line) == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [(row["label"], row["n"]) for row in rows] == [("arc_easy limit=4", 4), ("arc_easy limit=8", 8)]
+    few, more = (items(tmp_path / "out", f"arc_easy_limit={n}") for n in (4, 8))
+    assert len(more) == 8 and few == first == more[:4], "what was done before the stop has stayed"
+
+
 @pytest.mark.parametrize("ema", [False, True])
 def test_a_checkpoint_scores_as_the_folder_it_is_exported_to(final: Callable[..., Path], tmp_path: Path, ema: bool) -> None:
     import torch
@@ -206,6 +230,18 @@ def test_what_vllm_cannot_do_is_one_line(
     monkeypatch.setattr("minifoundation.commands.eval.find_spec", lambda name: None)
     assert main(["eval", "--model_path", str(tmp_path), "--tasks", "piqa", "--engine", "vllm", *flags]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_vllm_under_torchrun_is_one_line_of_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: int
+) -> None:
+    """Known before the processes meet: none waits for another."""
+    for name, value in (("WORLD_SIZE", 2), ("RANK", rank), ("LOCAL_RANK", rank)):
+        monkeypatch.setenv(name, str(value))
+    assert main(["eval", "--model_path", str(tmp_path), "--tasks", "piqa", "--engine", "vllm"]) == 2
+    said = "error: --engine: vllm runs in one process, 2 were started; start it without torchrun\n"
+    assert capsys.readouterr().err == ("" if rank else said)
 
 
 def test_a_vllm_that_does_not_load_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

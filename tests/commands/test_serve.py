@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
@@ -80,23 +81,30 @@ def engine() -> Iterator[str]:
 
 @pytest.fixture
 def address(engine: str) -> Iterator[str]:
+    with served(engine, "127.0.0.1", free_port()) as address:
+        yield address
+
+
+@contextmanager
+def served(engine: str, host: str, port: int) -> Iterator[str]:
+    """Give the address of the page before ``engine``, as ``serve`` prints it."""
     import uvicorn
 
-    listening = command._listening("127.0.0.1", free_port())
+    listening = command._listening(host, port)
     server = uvicorn.Server(uvicorn.Config(command.app(engine, 'my "<model>"'), log_level="error"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    yield f"http://{command.authority(host, port)}"
     server.should_exit = True
     thread.join(5)
     listening.close()
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
+def free_port(host: str = "127.0.0.1") -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as one:
+        one.bind((host, 0))
         return int(one.getsockname()[1])
 
 
@@ -108,6 +116,20 @@ def test_the_page_names_the_model_and_asks_for_completions(address: str) -> None
     assert re.findall(r"(?:src|href)=", page) == [], "nothing is fetched from elsewhere"
     with urllib.request.urlopen(f"{address}/v1/models") as answer:
         assert [model["id"] for model in json.load(answer)["data"]] == ['my "<model>"']
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
+def test_the_address_of_a_host_of_ipv6_is_one_to_type(engine: str) -> None:
+    try:
+        port = free_port("::1")
+    except OSError as error:
+        pytest.skip(f"no IPv6 here ({error})")
+    with served(engine, "::1", port) as address:
+        assert address == f"http://[::1]:{port}"
+        with urllib.request.urlopen(address) as answer:
+            assert answer.status == 200
+        with pytest.raises(UserError, match=rf"\[::1\]:{port} cannot be listened on"):
+            command._listening("::1", port)
 
 
 def test_answers_come_as_the_engine_gives_them(address: str) -> None:

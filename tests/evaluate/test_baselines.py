@@ -58,3 +58,13 @@ def test_another_model_re_run_here_stands_beside_ours(tmp_path: Path) -> None:
     assert name in text and "70.0 =" in text and "50.0 ≠" in text, "100 documents of HellaSwag are not all of them"
     with pytest.raises(UserError, match=r"holds no results\.json; give a folder that eval wrote"):
         Baselines.load(reruns=[tmp_path / "nowhere"])
+
+
+def test_of_re_runs_with_other_limits_the_one_on_as_many_documents_stands_beside_ours(tmp_path: Path) -> None:
+    rows = [outcome("piqa", score, n=n) for score, n in ((0.5, 4), (0.6, 8), (0.7, None))]
+    for row, label in zip(rows, ("piqa limit=4", "piqa limit=8", "piqa"), strict=True):
+        row.label = label
+    folder_for(tmp_path, FACTS, []).write(rows, complete=True)
+    baselines = Baselines.load(reruns=[tmp_path])
+    first = [next(one.score for one in baselines.of(row) if one.status == RERUN) for row in rows]
+    assert first == pytest.approx([50.0, 60.0, 70.0])

@@ -17,7 +17,7 @@ def test_a_file_names_tasks_with_comments_and_changes(tmp_path: Path) -> None:
         "piqa metric=acc limit=100\nmmlu:0 aggregate=micro\narc_easy metric=acc_norm\n"
     )
     requests = read_tasks(str(file))
-    labels = ["mmlu", "arc_easy:5", "hellaswag", "sciq", "piqa metric=acc", "mmlu:0 aggregate=micro", "arc_easy"]
+    labels = ["mmlu", "arc_easy:5", "hellaswag", "sciq", "piqa metric=acc limit=100", "mmlu:0 aggregate=micro", "arc_easy"]
     assert [request.label for request in requests] == labels
     assert [request.shots for request in requests] == [5, 5, 10, None, 0, 0, 0]
     assert [request.known for request in requests] == [True, True, True, False, True, True, True]
@@ -34,6 +34,7 @@ def test_a_file_names_tasks_with_comments_and_changes(tmp_path: Path) -> None:
         ("mmlu metric=acc_norm", "mmlu metric=acc_norm", "acc_norm, macro"),
         ("mmlu metric=acc_norm aggregate=micro", "mmlu metric=acc_norm aggregate=micro", "acc_norm"),
         ("mmlu_pro aggregate=macro", "mmlu_pro aggregate=macro", "chain of thought, macro"),
+        ("mmlu limit=20 aggregate=micro", "mmlu aggregate=micro limit=20", "letters"),
         ("sciq", "sciq", "as lm-eval"),
         ("sciq:5 metric=acc", "sciq:5 metric=acc", "acc"),
     ],

@@ -50,8 +50,8 @@ def test_a_stopped_evaluation_goes_on_with_what_is_done(tmp_path: Path) -> None:
     failed.score, failed.not_run = None, "no data"
     folder_for(tmp_path, FACTS, requests).write([done, failed], complete=False)
     again = folder_for(tmp_path, FACTS, requests)
-    assert again.path == tmp_path and list(again.done) == ["piqa limit=0"], "what could not run is tried again"
-    (restored,) = again.done["piqa limit=0"]
+    assert again.path == tmp_path and list(again.done) == ["piqa"], "what could not run is tried again"
+    (restored,) = again.done["piqa"]
     assert vars(restored) == vars(done)
     other = folder_for(tmp_path, FACTS, read_tasks("piqa limit=7"))
     assert other.done == {} and other.path != tmp_path, "another limit is another request, and must not take the place of what is there"
@@ -64,7 +64,7 @@ def test_what_could_not_run_and_what_is_asked_for_since_is_made_up_for(tmp_path:
     folder_for(tmp_path / "eval", FACTS, requests).write([outcome("piqa"), failed], complete=True)
     for asked in ("piqa,humaneval", "piqa,humaneval,arc_easy"):
         again = folder_for(tmp_path / "eval", FACTS, read_tasks(asked))
-        assert again.path == tmp_path / "eval" and list(again.done) == ["piqa limit=0"]
+        assert again.path == tmp_path / "eval" and list(again.done) == ["piqa"]
     assert folder_for(tmp_path / "eval", FACTS, read_tasks("piqa")).path == tmp_path / "eval-2", "all that is asked for is there"
     assert folder_for(tmp_path / "eval", FACTS, read_tasks("humaneval")).path == tmp_path / "eval-2", "the score of piqa would be lost"
 

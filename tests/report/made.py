@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,26 @@ SCORES = {
 }
 
 
-def write_run(folder: Path, *, rows: int = 120, ledger: bool = True, benchmark: str | None = None) -> Path:
-    """Write config.yaml, metrics.csv with one spike and, with ``benchmark``, its scores at every 40th row, and final.pth."""
+FINEWEB_EDU = {"hub": "HuggingFaceFW/fineweb-edu", "subset": "sample-10BT", "revision": "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"}
+
+
+def write_run(
+    folder: Path,
+    *,
+    rows: int = 120,
+    ledger: bool = True,
+    benchmark: str | None = None,
+    corpora: Mapping[str, dict[str, Any]] | None = None,
+    imported_from: str | None = None,
+    before: int = 0,
+) -> Path:
+    """Write config.yaml, metrics.csv with one spike and, with ``benchmark``, its scores at every 40th row, and final.pth.
+
+    Args:
+        corpora: by source, what the run read of in equal parts; FineWeb-Edu by default.
+        before: tokens that an earlier phase had read.
+    """
+    corpora = corpora or {"fineweb-edu": FINEWEB_EDU}
     from minifoundation.checkpoint import Checkpoint, save_final
     from minifoundation.config import DataConfig, ModelConfig, RunConfig, TrainConfig, to_yaml
     from minifoundation.model.transformer import Transformer
@@ -60,14 +79,23 @@ def write_run(folder: Path, *, rows: int = 120, ledger: bool = True, benchmark: 
             writer.writerow(figures)
     transformer = Transformer(model)
     transformer.initialise(0)
-    entry = {"phase": "pretrain", "source": "fineweb-edu", "share": 1.0, "folder": "shards", "corpus": {}, "tokenizer_sha256": "ab" * 32}
-    entry |= {"first_shard": 0, "shards": 3, "shards_sha256": "cd" * 32, "samples": 18_750, "seq_len": 64, "epochs": None}
-    progress = {"phase": "pretrain", "step": 10 * rows}
-    save_final(Checkpoint(settings, transformer.state_dict(), b"spm", progress, [entry] if ledger else []), folder)
+    samples = 10_000 * rows // 64
+    parts = {source: samples // len(corpora) for source in corpora}
+    read = [_entry("pretrain", "other", {}, before // 64)] if before else []
+    read += [_entry("pretrain", source, corpora[source], count) for source, count in parts.items()]
+    progress = {"phase": "pretrain", "step": 10 * rows, "sample": sum(parts.values()), "imported_from": imported_from}
+    save_final(Checkpoint(settings, transformer.state_dict(), b"spm", progress, read if ledger else []), folder)
     return folder
 
 
-def write_evaluation(folder: Path, *, tokens: int = 1_200_000, shift: float = 0.0, name: str = "outputs/hf_export") -> Path:
+def _entry(phase: str, source: str, corpus: dict[str, Any], samples: int) -> dict[str, Any]:
+    entry = {"phase": phase, "source": source, "share": 1.0, "folder": "shards", "corpus": corpus, "tokenizer_sha256": "ab" * 32}
+    return entry | {"first_shard": 0, "shards": 3, "shards_sha256": "cd" * 32, "samples": samples, "seq_len": 64, "epochs": None}
+
+
+def write_evaluation(
+    folder: Path, *, tokens: int = 1_200_000, shift: float = 0.0, name: str = "outputs/hf_export", imported_from: str | None = None
+) -> Path:
     """Write results.json with most of the paper suite, a row that could not run, and items of ARC-Easy."""
     made = []
     for label, score in SCORES.items():
@@ -79,6 +107,8 @@ def write_evaluation(folder: Path, *, tokens: int = 1_200_000, shift: float = 0.
     made[3].items = [{"doc_hash": str(i), "score": float(i % 2), "task": "arc_easy", "doc_id": i, "target": 0} for i in range(100)]
     made.append(Outcome(Request(ROWS["humaneval"], 0), "humaneval", not_run="needs --allow_code_exec"))
     model = FACTS["model"] | {"path": name, "trained_tokens": tokens, "sha256": {"model.safetensors": "ef" * 32}, "parameters": 123_456}
+    if imported_from is not None:
+        model |= {"trained_tokens": None, "imported_from": imported_from, "tokens_since_import": tokens}
     settings = {"limit": 0, "model_path": name, "tasks": "paper"}
     folder_for(folder, FACTS | {"model": model, "settings": settings}, []).write(made, complete=True)
     return folder

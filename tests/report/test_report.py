@@ -6,6 +6,7 @@ import re
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,6 +103,56 @@ def test_the_card_reads_back_as_the_hub_reads_it(made: Path) -> None:
     found = {result["dataset"]["name"]: metric["value"] for result in model["results"] for metric in result["metrics"]}
     assert model["name"] == "mini-0.5b" and found == pytest.approx({name: 100 * score for name, score in SCORES.items()})
     assert "| arc_easy | 10.00% |" in card.text and "78,144" in card.text and "largest difference of logits 3.0e-06" in card.text
+
+
+def test_the_card_names_every_data_set_of_the_hub_as_the_hub_does_and_tells_files_apart(tmp_path: Path) -> None:
+    """The hub links a card to the data sets under ``datasets`` by org/name; a path there would be a broken link."""
+    from huggingface_hub import ModelCard
+
+    corpora: dict[str, dict[str, Any]] = {
+        "slimpajama": {"hub": "cerebras/SlimPajama-627B", "subset": None, "revision": "2d0accd"},
+        "HuggingFaceTB/cosmopedia:web": {"hub": "HuggingFaceTB/cosmopedia", "subset": "web", "revision": "0ae6ec6"},
+        "hf://datasets/org/na.me@main/some/*.parquet": {"hub": "hf://datasets/org/na.me@main/some/*.parquet", "revision": "abc"},
+        "hf://org/model/data": {"hub": "hf://org/model/data", "revision": "abc"},
+        "private/notes": {"files": 1_203, "bytes": 34_500_000, "sha256": "ab" * 32},
+        "s3://bucket/text": {"files": 2, "bytes": None, "sha256": "cd" * 32},
+    }
+    write_run(tmp_path / "run", corpora=corpora)
+    assert main(["report", "--runs", str(tmp_path / "run"), "--out_dir", str(tmp_path / "out")]) == 0
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.to_dict()["datasets"] == ["cerebras/SlimPajama-627B", "HuggingFaceTB/cosmopedia", "org/na.me"]
+    for text in (card.text, (tmp_path / "out" / "report.html").read_text()):
+        assert "HuggingFaceTB/cosmopedia (web) at 0ae6ec6" in text
+        assert "1,203 files, 34.5MB, sha256 abababababab" in text and "2 files, sha256 cdcdcdcdcdcd" in text
+
+
+@pytest.mark.parametrize("imported_from", [None, "models/SmolLM2-135M"])
+def test_what_an_imported_model_had_read_before_is_claimed_nowhere(tmp_path: Path, imported_from: str | None) -> None:
+    write_run(tmp_path / "run", imported_from=imported_from, benchmark="piqa")
+    write_evaluation(tmp_path / "eval", imported_from=imported_from)
+    write_evaluation(tmp_path / "half", tokens=600_000, imported_from=imported_from)
+    write_evaluation(tmp_path / "other", tokens=2_000_000, imported_from="another")
+    evals = ",".join(str(tmp_path / name) for name in ("eval", "half", "other"))
+    assert main(["report", "--runs", str(tmp_path / "run"), "--evals", evals, "--out_dir", str(tmp_path / "out")]) == 0
+    assert main(["report", "--evals", evals, "--out_dir", str(tmp_path / "without")]) == 0
+    page, card = ((tmp_path / "out" / name).read_text() for name in ("report.html", "README.md"))
+    said = "what those had been trained on, and on how many tokens, is not known here"
+    assert all((f"models/SmolLM2-135M, which came from elsewhere: {said}" in text) is (imported_from is not None) for text in (page, card))
+    assert ("1.2M training tokens since the import" in card) is (imported_from is not None) and "1.2M training tokens" in card
+    assert ("Score against training tokens since the import" in page) is (imported_from is not None) and "Score against training tokens" in page
+    assert all((said in path.read_text()) is (imported_from is not None) for path in (tmp_path / "without").iterdir())
+    evaluations = [read_evaluation(tmp_path / name) for name in ("eval", "half", "other")]
+    found = over_tokens(evaluations, [read_run(tmp_path / "run")])
+    assert [tokens for tokens, _, _ in found["arc_easy"]] == [1_200_000, 600_000], "one of another origin has no place there"
+
+
+def test_tokens_of_phases_that_are_not_given_count(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", before=6_400_000, benchmark="piqa")
+    run = read_run(tmp_path / "run")
+    assert (run.before, run.tokens) == (6_400_000, 1_200_000)
+    assert main(["report", "--runs", str(tmp_path / "run"), "--out_dir", str(tmp_path / "out")]) == 0
+    assert "7.6M training tokens" in (tmp_path / "out" / "README.md").read_text()
+    assert [tokens for tokens, _, _ in over_tokens([], [run])["piqa"]] == [6_800_000, 7_200_000, 7_600_000]
 
 
 def test_a_sample_is_not_indexed_and_marked(made: Path) -> None:

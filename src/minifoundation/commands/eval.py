@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from functools import partial
@@ -16,7 +17,7 @@ from minifoundation.evaluate import tables
 from minifoundation.evaluate.baselines import Baselines
 from minifoundation.evaluate.mirror import fingerprint, first_line
 from minifoundation.evaluate.requests import Request, read_tasks
-from minifoundation.evaluate.results import RESULTS, Folder, Outcome, folder_for, key, replace_text
+from minifoundation.evaluate.results import RESULTS, Folder, Outcome, folder_for, replace_text
 
 if TYPE_CHECKING:
     from minifoundation.distributed import World
@@ -69,15 +70,15 @@ def _evaluate(options: EvalOptions, requests: list[Request], baselines: Baseline
             },
         }
         folder = world.agreed(lambda: folder_for(options.out_dir or _default_folder(options.model_path), facts, requests))
-        left = [request for request in requests if key(request) not in folder.done]
+        left = [request for request in requests if request.label not in folder.done]
         if folder.done:
             count = f"{len(requests) - len(left)} of {len(requests)}"
             print(f"{folder.path}: going on with what is left there, {count} tasks are done")
         running = harness.run(model, manager, left, limit=options.limit, data_dir=options.data_dir, code=options.allow_code_exec)
         outcomes: list[Outcome] = []
         for place, request in enumerate(requests, 1):
-            if key(request) in folder.done:
-                outcomes += folder.done[key(request)]
+            if request.label in folder.done:
+                outcomes += folder.done[request.label]
                 continue
             print(f"[{place}/{len(requests)}] {request.label}", flush=True)
             outcomes += next(running)
@@ -98,6 +99,9 @@ def _write(folder: Folder, outcomes: list[Outcome], facts: dict[str, Any], basel
 
 def _check_vllm(options: EvalOptions) -> None:
     """Raise a UserError when vLLM cannot do what ``options`` ask for."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        raise UserError("--engine", f"vllm runs in one process, {processes} were started", "start it without torchrun")
     if is_checkpoint(Path(options.model_path)):
         problem = f"vllm reads folders in Hugging Face form, {options.model_path} is a checkpoint"
         raise UserError("--engine", problem, f"write one with export_hf --ckpt {options.model_path}, or leave --engine away")
@@ -113,8 +117,6 @@ def _model(options: EvalOptions, world: World) -> Iterator[Evaluated]:
     from minifoundation.evaluate.model import Model, Share
 
     if options.engine == "vllm":
-        if world.size > 1:
-            raise UserError("--engine", f"vllm runs in one process, {world.size} were started", "start it without torchrun")
         try:
             from minifoundation.evaluate.vllm import from_folder
         except Exception as error:  # a torch that it was not built for, a package that lm-eval does not find
@@ -138,7 +140,7 @@ def _loaded(options: EvalOptions) -> Iterator[Loaded]:
         yield model.from_folder(options.model_path, dtype=options.dtype, device=options.device)
         return
     from minifoundation.checkpoint import TENSORS, load_checkpoint
-    from minifoundation.commands.export_hf import trained_tokens
+    from minifoundation.commands.export_hf import trained
     from minifoundation.commands.native import in_memory
 
     checkpoint = load_checkpoint(path)
@@ -150,7 +152,7 @@ def _loaded(options: EvalOptions) -> Iterator[Loaded]:
     hashes = {file.name: model.sha256(file)} | ({"weights": "ema"} if options.ema else {})
     with in_memory(checkpoint, dtype=dtype, ema=options.ema) as inside:
         network = model.placed(inside.network, device)
-        source = model.Source(options.model_path, inside.folder, hashes, trained_tokens(checkpoint))
+        source = model.Source(options.model_path, inside.folder, hashes, trained(checkpoint))
         yield model.Loaded(network, inside.tokenizer, source)
 
 

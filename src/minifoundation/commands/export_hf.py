@@ -110,7 +110,7 @@ def _write(checkpoint: Checkpoint, folder: Path, options: ExportOptions) -> veri
             gguf = _gguf(config, state, native, folder, options, texts)
             bar.update()
     report = verify.report(parity, dtype) | text_report(texts)
-    report |= {"weights": "ema" if options.ema else "trained", "trained_tokens": trained_tokens(checkpoint)}
+    report |= {"weights": "ema" if options.ema else "trained", **trained(checkpoint)}
     if options.gguf:
         report |= {"llama_cpp": gguf}
     (folder / "parity.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -144,9 +144,17 @@ def text_report(texts: Sequence[str]) -> dict[str, int]:
     return {"texts_with_equal_token_ids": len(texts), "text_bytes": sum(len(text.encode()) for text in texts)}
 
 
-def trained_tokens(checkpoint: Checkpoint) -> int:
-    """Return how many tokens all phases up to a checkpoint have read."""
-    return sum(entry["samples"] * entry["seq_len"] for entry in checkpoint.ledger) or int(checkpoint.progress.get("tokens", 0))
+def trained(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what is known of the training tokens of a checkpoint, for ``parity.json`` and ``results.json``.
+
+    ``trained_tokens`` of all phases up to it; None where the first began from imported weights, since what those had read is not known:
+    then ``imported_from`` names their folder, and ``tokens_since_import`` counts.
+    """
+    tokens = sum(entry["samples"] * entry["seq_len"] for entry in checkpoint.ledger) or int(checkpoint.progress.get("tokens", 0))
+    origin = checkpoint.progress.get("imported_from")
+    if origin is None:
+        return {"trained_tokens": tokens}
+    return {"trained_tokens": None, "imported_from": origin, "tokens_since_import": tokens}
 
 
 @contextmanager

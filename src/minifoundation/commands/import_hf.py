@@ -69,7 +69,7 @@ def imported(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
         data=DataConfig(source=str(folder)),
         train=TrainConfig(tokens=1, seq_len=min(config.max_seq_len, TrainConfig.model_fields["seq_len"].default)),
     )
-    checkpoint = Checkpoint(run, state, tokenizer.model, Progress(phase=PHASE).as_dict())
+    checkpoint = Checkpoint(run, state, tokenizer.model, Progress(phase=PHASE, imported_from=str(folder)).as_dict())
     return checkpoint, verify.report(parity, torch.float32) | text_report(texts)
 
 

@@ -54,7 +54,7 @@ def serve(options: ServeOptions) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, so that the engine is ended too
     listening = _listening(options.host, options.port)
     with listening, _folder(options.model) as folder, _started(engine, folder) as port:
-        print(f"{engine} serves {folder.name}: http://{options.host}:{options.port} (a page), /v1/completions (OpenAI's); Ctrl-C ends it")
+        print(f"{engine} serves {folder.name}: http://{authority(options.host, options.port)} (a page), /v1/completions (OpenAI's); Ctrl-C ends it")
         server = uvicorn.Server(uvicorn.Config(app(f"http://{HERE}:{port}", folder.name), log_level="warning"))
         with suppress(KeyboardInterrupt):  # uvicorn raises the signal again when it has ended
             server.run(sockets=[listening])
@@ -69,8 +69,13 @@ def _listening(host: str, port: int) -> socket.socket:
         listening.listen()
     except OSError as error:
         listening.close()
-        raise UserError("--port", f"{host}:{port} cannot be listened on ({error.strerror})", "give another --port or --host") from None
+        raise UserError("--port", f"{authority(host, port)} cannot be listened on ({error.strerror})", "give another --port or --host") from None
     return listening
+
+
+def authority(host: str, port: int) -> str:
+    """Return host and port as a URL has them: an IPv6 address in brackets (RFC 3986, 3.2.2)."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -96,12 +97,14 @@ class Baselines:
         return Baselines(self.figures, [*models, *(name for name in self.beside if name.endswith(f"({RERUN})"))])
 
     def of(self, outcome: Outcome) -> list[Figure]:
-        """Return the figures for the benchmark of ``outcome``."""
-        return [*self.figures.get(outcome.request.row.baseline or "", []), *self.figures.get(_rerun(outcome.label), [])]
+        """Return the figures for the benchmark of ``outcome``, of several re-runs those on as many documents first."""
+        reruns = sorted(self.figures.get(_rerun(outcome.label), []), key=lambda one: one.n != outcome.n)
+        return [*self.figures.get(outcome.request.row.baseline or "", []), *reruns]
 
 
 def _rerun(label: str) -> str:
-    return f"{RERUN}: {label}"  # labels and keys of the YAML share one table
+    """Return the key of re-runs of a label, whatever their limit: it shows in the mark. Labels and keys of the YAML share one table."""
+    return f"{RERUN}: {re.sub(r' limit=[0-9]+', '', label)}"
 
 
 def short_name(model: dict[str, Any]) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -48,6 +48,10 @@ class Evaluated(Protocol):
         """Return what ``results.json`` says of the model."""
 
 
+TRAINED = ("trained_tokens", "imported_from", "tokens_since_import")
+"""What ``parity.json`` says of a model's training."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a model came from: a name to show, and the hashes of its files."""
@@ -56,12 +60,12 @@ class Source:
     folder: Path
     """Holds the tokenizer's files."""
     sha256: dict[str, str]
-    trained_tokens: int | None = None
-    """That it had read in training, where somebody knows."""
+    trained: Mapping[str, Any] = field(default_factory=dict)
+    """What is known of its training, as ``parity.json`` has it: the keys of ``TRAINED``."""
 
     def facts(self) -> dict[str, Any]:
         """Return what is known of any model, whatever computes it."""
-        return {"path": self.name, "trained_tokens": self.trained_tokens, "sha256": self.sha256}
+        return {"path": self.name, "trained_tokens": None, **self.trained, "sha256": self.sha256}
 
 
 @dataclass(frozen=True)
@@ -287,9 +291,11 @@ def source_of(path: str) -> Source:
         )
         raise UserError("--model_path", f"{path} holds no config.json", remedy)
     files = [one for one in sorted(folder.iterdir()) if one.suffix in (".safetensors", ".bin", ".json", ".model") and one.is_file()]
-    proof = folder / "parity.json"
-    tokens = json.loads(proof.read_text(encoding="utf-8")).get("trained_tokens") if proof.is_file() else None
-    return Source(path, folder, {one.name: sha256(one) for one in files}, tokens)
+    try:
+        proof = dict(json.loads((folder / "parity.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # none, or another's file of that name: nothing is known then
+        proof = {}
+    return Source(path, folder, {one.name: sha256(one) for one in files}, {name: proof[name] for name in TRAINED if name in proof})
 
 
 def from_folder(path: str, *, dtype: str, device: str | None) -> Loaded:

@@ -42,11 +42,12 @@ class Request:
 
     @property
     def label(self) -> str:
-        """The line that asks for this, without the limit."""
+        """The line that asks for this, as short as it can be: what tells requests apart in one evaluation."""
         usual = _usual(self.row.name)
         parts = [self.row.name if self.shots == usual.shots else f"{self.row.name}:{self.shots}"]
         parts += [f"metric={self.row.metric}"] if self.row.metric != usual.metric else []
         parts += [f"aggregate={self.row.aggregate}"] if self.row.aggregate != usual.aggregate else []
+        parts += [f"limit={self.limit}"] if self.limit else []
         return " ".join(parts)
 
     @property

@@ -68,7 +68,7 @@ class Folder:
     path: Path
     facts: dict[str, Any]
     done: dict[str, list[Outcome]]
-    """By the key of their request."""
+    """By the label of their request."""
 
     def write(self, outcomes: Sequence[Outcome], *, complete: bool) -> None:
         """Write ``results.json`` and the items of ``outcomes``, each whole or not at all."""
@@ -81,11 +81,6 @@ class Folder:
         replace_text(self.path / RESULTS, json.dumps(content, indent=1, default=_plain, ensure_ascii=False) + "\n")
 
 
-def key(request: Request) -> str:
-    """Return what tells requests apart in one folder."""
-    return f"{request.label} limit={request.limit}"
-
-
 def folder_for(wanted: Path, facts: dict[str, Any], requests: Sequence[Request]) -> Folder:
     """Return the folder to write to: ``wanted``, or ``wanted-2``, ``wanted-3`` ... when finished or different results are there.
 
@@ -93,7 +88,7 @@ def folder_for(wanted: Path, facts: dict[str, Any], requests: Sequence[Request])
     not run or was not asked for, and no score would be lost.
     """
     path, number = wanted, 1
-    asked = {key(request) for request in requests}
+    asked = {request.label for request in requests}
     while (path / RESULTS).exists():
         kept = read_results(path)
         scored = {row["request"] for row in kept["rows"] if not row["not_run"]}
@@ -149,7 +144,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def _done(path: Path, rows: Iterable[dict[str, Any]], requests: Sequence[Request]) -> dict[str, list[Outcome]]:
-    asked = {key(request): request for request in requests}
+    asked = {request.label: request for request in requests}
     done: dict[str, list[Outcome]] = {}
     for row in rows:
         request = asked.get(row["request"])
@@ -172,7 +167,7 @@ def restored(row: dict[str, Any]) -> Outcome:
 
 def _row(outcome: Outcome) -> dict[str, Any]:
     fields = {name: value for name, value in vars(outcome).items() if name not in ("request", "items", "samples", "raw")}
-    return {"request": key(outcome.request), **fields, "row": asdict(outcome.request.row), "lm_eval": outcome.raw}
+    return {"request": outcome.request.label, **fields, "row": asdict(outcome.request.row), "lm_eval": outcome.raw}
 
 
 def _lines(items: Iterable[dict[str, Any]]) -> str:

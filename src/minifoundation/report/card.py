@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from minifoundation import __version__
 from minifoundation.evaluate.tables import again, computed, table
-from minifoundation.report.page import Content, architecture, tiles
+from minifoundation.report.page import Content, architecture, corpus_in_words, tiles
 
 DATASETS = {
     "mmlu": "cais/mmlu",
@@ -82,9 +83,8 @@ def _metadata(content: Content, license: str) -> str:
         for outcome in (content.main.outcomes if content.main else ())
         if outcome.score is not None and not outcome.is_sample and outcome.request.row.name in DATASETS
     ]
-    sources = [entry.source for entry in content.runs[-1].ledger] if content.runs else []
-    hub = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu", "slimpajama": "cerebras/SlimPajama-627B"}
-    known = dict.fromkeys(hub[source] for source in sources if source in hub)
+    read = [entry.corpus.get("hub") for entry in content.runs[-1].ledger] if content.runs else []
+    known = dict.fromkeys(name for corpus in read if corpus and (name := hub_name(corpus)))
     data = ModelCardData(
         language="en",
         license=license,
@@ -97,9 +97,16 @@ def _metadata(content: Content, license: str) -> str:
     return str(data.to_yaml()) + "\n"
 
 
+def hub_name(corpus: str) -> str | None:
+    """Return the data set of the hub as its metadata wants it, org/name, from what a ledger calls it; None for what is no data set."""
+    found = re.fullmatch(r"(?:hf://datasets/)?([^/:@]+/[^/:@]+)(?:@[^/]*)?(/.*)?", corpus)
+    return found[1] if found and (found[2] is None or corpus.startswith("hf://")) else None
+
+
 def _summary(content: Content) -> str:
     said = "; ".join(f"{value} {label}" for value, label in tiles(content))
-    return f"A decoder language model in {'Qwen3' if _qk(content) else 'Llama'}'s layout: {said}."
+    summary = f"A decoder language model in {'Qwen3' if _qk(content) else 'Llama'}'s layout: {said}."
+    return f"{summary} {content.origin}" if content.origin else summary
 
 
 def _qk(content: Content) -> bool:
@@ -119,10 +126,11 @@ def _training(content: Content) -> str:
         )
     ledger = content.runs[-1].ledger
     if ledger:
-        header = ["source", "phase", "share", "tokens", "epochs"]
+        header = ["source", "corpus", "phase", "share", "tokens", "epochs"]
         rows = [
             [
                 f"{e.source} ({e.part})" if e.part else e.source,
+                corpus_in_words(e.corpus),
                 e.phase,
                 f"{e.share:.1%}",
                 f"{e.tokens:,}",

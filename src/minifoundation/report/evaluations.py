@@ -21,7 +21,6 @@ class Evaluation:
 
     Attributes:
         facts: everything in ``results.json`` but its rows.
-        tokens: the model had read in training; None where nobody knows.
     """
 
     folder: Path
@@ -34,8 +33,15 @@ class Evaluation:
 
     @property
     def tokens(self) -> int | None:
-        tokens: int | None = self.facts["model"].get("trained_tokens")
+        """That the model had read in training, of an imported one since then; None where nobody knows."""
+        model = self.facts["model"]
+        tokens: int | None = model.get("trained_tokens") if self.imported_from is None else model.get("tokens_since_import")
         return tokens
+
+    @property
+    def imported_from(self) -> str | None:
+        origin: str | None = self.facts["model"].get("imported_from")
+        return origin
 
     @property
     def is_sample(self) -> bool:
@@ -94,10 +100,12 @@ def points(evaluation: Evaluation, baselines: Baselines, columns: Sequence[str],
 def over_tokens(evaluations: Sequence[Evaluation], runs: Sequence[Run]) -> dict[str, list[tuple[float, float, float | None]]]:
     """Return by benchmark (training tokens, score, standard error) in percent.
 
-    Of the evaluations that know their tokens, and of what runs have measured while they trained, one phase after the other.
+    Of the evaluations that know their tokens, and of what runs have measured while they trained, one phase after the other. Tokens of a model
+    that was imported count from there, and those of models with another beginning do not belong beside them.
     """
     scores: dict[str, list[tuple[float, float, float | None]]] = {}
-    before = 0
+    before = runs[0].before if runs else 0
+    origin = next((one.imported_from for one in (*runs[-1:], *evaluations)), None)
     for run in runs:
         for name in run.columns:
             measured = run.columns[name] if name.startswith("eval/") else []
@@ -111,7 +119,7 @@ def over_tokens(evaluations: Sequence[Evaluation], runs: Sequence[Run]) -> dict[
         before += run.tokens
     for evaluation in evaluations:
         for outcome in evaluation.outcomes:
-            if evaluation.tokens and outcome.score is not None:
+            if evaluation.tokens and evaluation.imported_from == origin and outcome.score is not None:
                 error = None if outcome.stderr is None else 100 * outcome.stderr
                 scores.setdefault(f"{outcome.label}", []).append((evaluation.tokens, 100 * outcome.score, error))
     return scores

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,23 @@ class Content:
 
     @property
     def tokens(self) -> int:
-        """Training tokens of all runs."""
-        return sum(run.tokens for run in self.runs)
+        """Training tokens of all runs, and of the phases before them that are not given; of an imported model since then."""
+        return self.runs[0].before + sum(run.tokens for run in self.runs) if self.runs else 0
+
+    @property
+    def imported_from(self) -> str | None:
+        """The folder of the weights that training began from, where they came from elsewhere."""
+        return self.runs[-1].imported_from if self.runs else self.main.imported_from if self.main else None
+
+    @property
+    def origin(self) -> str:
+        """What is to be said of an imported model, else nothing."""
+        if self.imported_from is None:
+            return ""
+        return (
+            f"Training here began from the weights of {self.imported_from}, which came from elsewhere: what those had been trained on, and on how "
+            "many tokens, is not known here and in none of the figures."
+        )
 
     @property
     def hours(self) -> float:
@@ -86,12 +101,13 @@ def tiles(content: Content) -> list[tuple[str, str]]:
     if content.parameters:
         made.append((plots.short_count(content.parameters), "parameters"))
     if content.runs:
-        made.append((plots.short_count(content.tokens), "training tokens"))
+        made.append((plots.short_count(content.tokens), plots.tokens_of(content.imported_from)))
         bits = content.runs[-1].last("held_out_bits_per_byte")
         if bits is not None:
             made.append((f"{bits:.3f}", "bits a byte, held-out"))
         made.append((f"{content.settings.model.max_seq_len:,}" if content.settings else "", "tokens of context"))
-        made.append((f"{content.hours:,.1f} h" if content.hours >= 0.1 else f"{content.hours * 60:,.1f} min", "training"))
+        hours = f"{content.hours:,.1f} h" if content.hours >= 0.1 else f"{content.hours * 60:,.1f} min"
+        made.append((hours, "training of the last phases" if content.runs[0].before else "training"))
         if content.cost.watts is not None:
             made.append((f"{content.hours * content.cost.watts / 1000:,.2f} kWh", f"at {content.cost.watts:,.0f} W"))
         if content.cost.per_hour is not None:
@@ -115,6 +131,17 @@ def architecture(settings: RunConfig) -> list[tuple[str, str]]:
     ]
 
 
+def corpus_in_words(corpus: Mapping[str, Any]) -> str:
+    """Return what tells a corpus of the ledger from others: the data set of the hub with its revision, or how many files of one's own."""
+    if "hub" in corpus:
+        subset = f" ({corpus['subset']})" if corpus.get("subset") else ""
+        return f"{corpus['hub']}{subset} at {str(corpus.get('revision'))[:12]}"
+    if "files" not in corpus:
+        return ""
+    size = "" if corpus.get("bytes") is None else f", {plots.short_count(corpus['bytes'])}B"
+    return f"{corpus['files']:,} files{size}, sha256 {corpus['sha256'][:12]}"
+
+
 def html(content: Content) -> str:
     """Return the page."""
     main = content.main
@@ -123,7 +150,7 @@ def html(content: Content) -> str:
     environment = Environment(
         loader=PackageLoader("minifoundation.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": _percent, "count": lambda value: f"{value:,}"}
+    environment.filters |= {"percent": _percent, "count": lambda value: f"{value:,}", "corpus": corpus_in_words}
     template = environment.get_template("page.html.j2")
     return template.render(
         version=__version__,
@@ -132,12 +159,13 @@ def html(content: Content) -> str:
         architecture=architecture(content.settings) if content.settings else [],
         curves=[svg for svg in curves if svg],
         main=main,
+        tokens_of=plots.tokens_of(content.imported_from),
         computed=computed(main.facts["model"]) if main else "",
         again=again(main.facts) if main else "",
         lines=content.lines,
         legend=LEGEND,
         against=plots.against(shown, content.name),
-        over_tokens=plots.over_tokens(evaluations.over_tokens(content.evaluations, content.runs)),
+        over_tokens=plots.over_tokens(evaluations.over_tokens(content.evaluations, content.runs), content.imported_from),
         settings=[(run.folder.name, changed(run.settings)) for run in content.runs],
         hashes=json.dumps(main.facts["model"]["sha256"], indent=1) if main else "",
         worst=max((check["difference"] for check in content.parity["checks"]), default=0.0) if content.parity else None,

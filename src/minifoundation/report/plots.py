@@ -77,7 +77,7 @@ def _svg(figure: Figure, name: str, alternative: str) -> str:
 def curve(runs: Sequence[Run], column: str, title: str, unit: str, *, log: bool = False) -> str | None:
     """Return a column of the metrics over training tokens, a colour a run, spikes of the loss marked; None where no run has it."""
     series = []
-    before = 0
+    before = runs[0].before if runs else 0
     for run in runs:
         values = np.array(run.column(column))
         shown = ~np.isnan(values)
@@ -96,7 +96,7 @@ def curve(runs: Sequence[Run], column: str, title: str, unit: str, *, log: bool 
                 steps = np.isin(run.columns["step"], run.spikes)[shown]
                 axes.plot(tokens[steps], values[steps], "x", color="#dc2626", markersize=5, label="spike")
         axes.set_title(title)
-        axes.set_xlabel("training tokens")
+        axes.set_xlabel(tokens_of(runs[-1].imported_from))
         axes.set_ylabel(unit)
         axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
         if log:
@@ -149,7 +149,12 @@ def against(points: Sequence[Point], ours: str) -> str | None:
         return _svg(figure, "against", "our scores and those of other models by benchmark")
 
 
-def over_tokens(scores: dict[str, list[tuple[float, float, float | None]]]) -> str | None:
+def tokens_of(imported_from: str | None) -> str:
+    """Return what the tokens of a model are called: what imported weights had read before is not among them."""
+    return "training tokens" if imported_from is None else "training tokens since the import"
+
+
+def over_tokens(scores: dict[str, list[tuple[float, float, float | None]]], imported_from: str | None) -> str | None:
     """Return the score on each benchmark over training tokens, from (tokens, score, standard error); None with fewer than two points."""
     shown = {name: sorted(points) for name, points in scores.items() if len({tokens for tokens, _, _ in points}) > 1}
     if not shown:
@@ -171,7 +176,7 @@ def over_tokens(scores: dict[str, list[tuple[float, float, float | None]]]) -> s
             if len(tokens) <= 4:
                 axes.set_xticks(sorted(set(tokens)))
                 axes.xaxis.set_minor_locator(NullLocator())
-        figure.supxlabel("training tokens", fontsize=9, color=MUTED)
+        figure.supxlabel(tokens_of(imported_from), fontsize=9, color=MUTED)
         return _svg(figure, "tokens", "score over training tokens by benchmark")
 
 

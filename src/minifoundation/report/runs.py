@@ -27,6 +27,8 @@ class Run:
     Attributes:
         columns: of ``metrics.csv`` by name; NaN where a cell is empty.
         phase, step, ledger: of its checkpoint; an empty ledger where there is none.
+        before: tokens that the phases before it have read, by the ledger.
+        imported_from: the folder of the weights that the first phase began from, where they came from elsewhere.
     """
 
     folder: Path
@@ -35,6 +37,8 @@ class Run:
     phase: str
     step: int
     ledger: tuple[Entry, ...]
+    before: int
+    imported_from: str | None
 
     def column(self, name: str) -> list[float]:
         """Return a column of the metrics, NaN for a run that did not have it."""
@@ -107,4 +111,6 @@ def read_run(folder: Path) -> Run:
     if path is not None:
         checkpoint = load_checkpoint(path)
         progress, ledger = checkpoint.progress, tuple(Entry(**entry) for entry in checkpoint.ledger)
-    return Run(folder, settings, columns, progress["phase"], progress["step"], ledger)
+    own = progress.get("sample", 0) * settings.train.seq_len
+    before = max(0, sum(entry.tokens for entry in ledger) - own)
+    return Run(folder, settings, columns, progress["phase"], progress["step"], ledger, before, progress.get("imported_from"))

@@ -79,7 +79,12 @@ def _opened(
 ) -> TrainingData:
     before = resumed or (start.checkpoint if start else None)
     tokenizer = _tokenizer(config, before)
-    progress = Progress(**resumed.progress) if resumed else Progress(phase=start.phase if start else "pretrain")
+    if resumed:
+        progress = Progress(**resumed.progress)
+    elif start:
+        progress = Progress(phase=start.phase, imported_from=start.checkpoint.progress.get("imported_from"))
+    else:
+        progress = Progress()
     progress.samples_per_step = planned.samples_per_step
     progress.stepped_over = sorted({(first, end): [first, end] for first, end in [*progress.stepped_over, *stepped_over]}.values())
     sources = sorted(config.data.weights)

@@ -48,6 +48,8 @@ class Progress:
     first_shards: dict[str, int] = field(default_factory=dict)
     """The shard of each source at which the phase began to read."""
     phase: str = "pretrain"
+    imported_from: str | None = None
+    """The folder whose weights began it all, however many phases ago, where they came from elsewhere: what those had read is not known."""
     samples_per_step: int = 0
     held_out_bits_per_byte: float | None = None
     due: dict[str, Any] | None = None
