@@ -142,6 +142,36 @@ def test_what_is_missing_is_one_line(options: list[str], message: str, capsys: p
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "HERE"], "--out: HERE is a folder; give a file, such as HERE/contamination.json"),
+        (["--out", "HERE/file/found.json"], "--out: HERE/file/found.json cannot be written: HERE/file is no folder to write into; give"),
+        (["--data_dir", "HERE/none"], "--data_dir: HERE/none: no such folder; give a mirror folder"),
+        (["--evals", "HERE"], "HERE: holds no results.json; give a folder that eval wrote"),
+    ],
+)
+def test_a_mistake_shows_before_the_search(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    tokenizer_model: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def searched(*_: Any) -> Any:
+        raise AssertionError("hours of work for nothing")
+
+    monkeypatch.setattr("minifoundation.commands.contamination.scanned", searched)
+    folder = shards(tmp_path / "shards", tokenizer_model, [WORDS[:500]])
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_model)
+    (tmp_path / "file").touch()
+    line = ["contamination", "--shards", str(folder), "--tokenizer", str(tmp_path / "tokenizer.model"), "--tasks", "arc_easy"]
+    assert main([*line, "--data_dir", str(BUNDLED), *(option.replace("HERE", str(tmp_path)) for option in options)]) == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith(f"error: {message.replace('HERE', str(tmp_path))}")
+
+
 def test_shards_of_another_tokenizer_are_refused(tmp_path: Path, tokenizer_model: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     """Their ids would be read as other words, of which no item has any."""
     from minifoundation.config import TokenizerConfig

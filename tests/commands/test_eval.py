@@ -67,6 +67,14 @@ def test_no_task_that_could_run_is_an_error_with_the_reasons(tmp_path: Path, cap
             ["--model_path", "run", "--tasks", "piqa"],
             "--model_path: run holds no config.json; give run/final.pth, or the folder that export_hf",
         ),
+        (["--model_path", "run/step_00000100", "--tasks", "piqa"], "--model_path: run/step_00000100: no such checkpoint; write one with"),
+        (["--model_path", "other/final.pth", "--tasks", "piqa"], "--model_path: other/final.pth: no such checkpoint; write one with"),
+        (
+            ["--model_path", "young", "--tasks", "piqa"],
+            "--model_path: young holds no config.json; give young/step_00000020, or the folder that",
+        ),
+        (["--model_path", ".", "--tasks", "other.txt"], "--tasks: other.txt is not text in UTF-8; write one task a line"),
+        (["--model_path", ".", "--tasks", "empty.txt"], "--tasks: 'empty.txt' names no task; write one task a line"),
         (["--model_path", ".", "--tasks", "no/tasks.txt"], "--tasks: no/tasks.txt: no such file"),
         (["--model_path", ".", "--tasks", "piqa", "--data_dir", "nowhere"], "--data_dir: nowhere: no such folder"),
         (["--model_path", ".", "--limit", "-1"], "limit: "),
@@ -78,6 +86,10 @@ def test_what_cannot_be_found_is_one_line(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "final.pth").touch()
+    for step in (10, 20):
+        (tmp_path / "young" / f"step_{step:08d}").mkdir(parents=True)
+    (tmp_path / "empty.txt").write_text("# nothing yet\n\n")
+    (tmp_path / "other.txt").write_bytes("piqa".encode("utf-16"))
     assert main(["eval", *options]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"error: {message}")
@@ -154,7 +166,8 @@ def test_one_task_with_two_limits_is_two_results_with_items_of_their_own(tmp_pat
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert [(row["label"], row["n"]) for row in rows] == [("arc_easy limit=4", 4), ("arc_easy limit=8", 8)]
     few, more = (items(tmp_path / "out", f"arc_easy_limit={n}") for n in (4, 8))
-    assert len(more) == 8 and few == first == more[:4], "what was done before the stop has stayed"
+    assert few == first and len(few) == 4, "what was done before the stop has stayed"
+    assert len(more) == 8 and [item["doc_hash"] for item in more[:4]] == [item["doc_hash"] for item in few]
 
 
 @pytest.mark.parametrize("ema", [False, True])

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from minifoundation import cli
 from minifoundation.checkpoint import load_checkpoint
 from minifoundation.commands import import_hf as command
+from minifoundation.commands.export_hf import trained
 from minifoundation.config import ImportOptions
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.errors import UserError
@@ -95,7 +96,9 @@ def test_exported_again_it_is_the_same_folder(folder: Path, imported: Path, tmp_
     assert ids == {"pad": 1, "bos": None, "eos": 0}
 
 
-def test_pretraining_begins_from_a_folder_as_from_its_checkpoint(folder: Path, imported: Path, tmp_path: Path) -> None:
+def test_pretraining_begins_from_a_folder_as_from_its_checkpoint(
+    folder: Path, imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ends = []
     for name, path in (("folder", folder), ("checkpoint", imported / "final.pth")):
         line = ["pretrain", "--init_from", str(path), "--out_dir", str(tmp_path / name), "--seq_len", "64", "--data.mask_documents"]
@@ -110,6 +113,11 @@ def test_pretraining_begins_from_a_folder_as_from_its_checkpoint(folder: Path, i
     assert cli.main(["export_hf", "--ckpt", str(tmp_path / "folder" / "final.pth"), "--out_dir", str(tmp_path / "hf")]) == 0
     parity = json.loads((tmp_path / "hf" / "parity.json").read_text())
     assert parity["trained_tokens"] is None and (parity["imported_from"], parity["tokens_since_import"]) == (str(folder), 4096)
+    for path, tokens in ((tmp_path / "folder", 4096), (imported, 0)):
+        evaluated = trained(load_checkpoint(path / "final.pth"))
+        assert evaluated == {"trained_tokens": None, "imported_from": str(folder), "tokens_since_import": tokens}
+        assert cli.main(["inspect", "--checkpoint", str(path / "final.pth")]) == 0
+        assert f"from the weights of {folder}, imported: what those had read is not known" in capsys.readouterr().out
     assert parity["texts_with_equal_token_ids"] > 11, "held-out text of the run was compared"
 
 

@@ -227,6 +227,8 @@ def test_bad_input(final: Callable[..., Path], tmp_path: Path) -> None:
         serve(tmp_path / "none")
     with pytest.raises(UserError, match=r"has no config\.json"):
         serve(tmp_path)
+    with pytest.raises(UserError, match=r"run has no config\.json; did you mean .*run/final\.pth\?"):
+        serve(final().parent)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

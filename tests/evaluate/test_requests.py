@@ -83,6 +83,11 @@ def test_what_cannot_be_read_says_so(tasks: str, message: str, tmp_path: Path, m
         read_tasks(tasks)
 
 
+def test_a_file_of_another_system_reads_the_same(tmp_path: Path) -> None:
+    (tmp_path / "tasks.txt").write_bytes("\ufeffpiqa\r\n# ours\r\narc_easy:5 limit=7\r\n".encode())
+    assert read_tasks(str(tmp_path / "tasks.txt")) == read_tasks("piqa,arc_easy:5 limit=7")
+
+
 def test_a_line_of_a_file_is_named_by_its_number(tmp_path: Path) -> None:
     (tmp_path / "tasks.txt").write_text("piqa\nmmlu five\n")
     with pytest.raises(UserError, match=r"tasks\.txt:2: 'five' in 'mmlu five'"):

@@ -41,6 +41,8 @@ def test_finished_results_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         folder_for(tmp_path / "file", FACTS, [])
+    with pytest.raises(UserError, match=r"--out_dir: .*/file/eval cannot be written \(Not a directory\); give another folder"):
+        folder_for(tmp_path / "file" / "eval", FACTS, [])
 
 
 def test_a_stopped_evaluation_goes_on_with_what_is_done(tmp_path: Path) -> None:

@@ -37,6 +37,16 @@ WORTH_A_PROCESS = 20_000_000
 def contamination(options: ContaminationOptions) -> None:
     """Look for the items of the tasks in the training text, print the share of each benchmark, and write ``contamination.json``."""
     shards, vocabulary, place = _text(options)
+    out = options.out or place
+    if out.is_dir():
+        raise UserError("--out", f"{out} is a folder", f"give a file, such as {out / 'contamination.json'}")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError("--out", f"{out} cannot be written: {above} is no folder to write into", "give another file")
+    if options.data_dir is not None and not options.data_dir.is_dir():
+        raise UserError("--data_dir", f"{options.data_dir}: no such folder", "give a mirror folder, or leave it out to read from the hub")
+    for folder in options.evals:
+        read_results(folder)  # a mistake in it should not show after the search
     items, missing = _items(options)
     if not items:
         raise UserError("contamination", f"no task has its data, the first says: {missing[0]}", "give --data_dir, or other --tasks")
@@ -52,7 +62,6 @@ def contamination(options: ContaminationOptions) -> None:
     }
     from minifoundation.checkpoint import write_whole
 
-    out = options.out or place
     write_whole(out, json.dumps({"sizes": SIZES, "text": text, "benchmarks": rows, "not_read": missing}, indent=1).encode())
     print(f"{text['tokens']:,} tokens ({text['bytes'] / 1e6:,.0f} MB of text) in {text['seconds']:,} s")
     for row in rows:

@@ -116,7 +116,7 @@ def _benchmarks() -> Iterator[Finding]:
 
 def _run(folder: Path) -> Iterator[Finding]:
     if not folder.is_dir():
-        yield Finding("wrong", "no such folder")
+        yield Finding("wrong", f"a file: give the folder, {folder.parent}" if folder.is_file() else "no such folder")
         return
     owner = holder(folder)
     if owner is not None:

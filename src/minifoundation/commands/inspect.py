@@ -95,6 +95,8 @@ def _checkpoint(path: Path) -> None:
     click.echo(
         f"  place     sample {progress['sample']:,} of {train.seq_len} tokens, seed {train.seed}; documents masked: {data.mask_documents}"
     )
+    if origin := progress.get("imported_from"):
+        click.echo(f"  began     from the weights of {origin}, imported: what those had read is not known")
     bits = progress["held_out_bits_per_byte"]
     click.echo(f"  held out  {'not evaluated' if bits is None else f'{bits:.4f} bits per byte'}")
     if skipped := progress.get("skipped"):

@@ -29,7 +29,9 @@ def report(options: ReportOptions) -> None:
     evaluations = tuple(read_evaluation(folder) for folder in options.evals)
     baselines = Baselines.load(reruns=options.beside)
     if options.vendors is not None:
-        names = [name.strip() for name in options.vendors.split(",")]
+        names = [name.strip() for name in options.vendors.split(",") if name.strip()]
+        if not names:
+            raise UserError("--vendors", f"{options.vendors!r} names no model", "give names of configs/baselines.yaml, or leave it away")
         if len(names) > FIGURES_BESIDE:
             raise UserError("--vendors", f"{len(names)} models, and the table has room for {FIGURES_BESIDE}", "name those that matter most")
         baselines = baselines.with_columns(names)

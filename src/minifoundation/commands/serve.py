@@ -52,9 +52,10 @@ def serve(options: ServeOptions) -> None:
     if engine == "vllm" and find_spec("vllm") is None:
         raise UserError("--engine", "vllm is not installed", "pip install vllm, or leave --engine away")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, so that the engine is ended too
-    listening = _listening(options.host, options.port)
+    host = options.host.removeprefix("[").removesuffix("]")  # as in a URL
+    listening = _listening(host, options.port)
     with listening, _folder(options.model) as folder, _started(engine, folder) as port:
-        print(f"{engine} serves {folder.name}: http://{authority(options.host, options.port)} (a page), /v1/completions (OpenAI's); Ctrl-C ends it")
+        print(f"{engine} serves {folder.name}: http://{authority(host, options.port)} (a page), /v1/completions (OpenAI's); Ctrl-C ends it")
         server = uvicorn.Server(uvicorn.Config(app(f"http://{HERE}:{port}", folder.name), log_level="warning"))
         with suppress(KeyboardInterrupt):  # uvicorn raises the signal again when it has ended
             server.run(sockets=[listening])
@@ -69,7 +70,9 @@ def _listening(host: str, port: int) -> socket.socket:
         listening.listen()
     except OSError as error:
         listening.close()
-        raise UserError("--port", f"{authority(host, port)} cannot be listened on ({error.strerror})", "give another --port or --host") from None
+        raise UserError(
+            "--port", f"{authority(host, port)} cannot be listened on ({error.strerror})", "give another --port or --host"
+        ) from None
     return listening
 
 
@@ -83,7 +86,9 @@ def _folder(model: Path) -> Iterator[Path]:
     """Give the model as a folder of Hugging Face: itself, or a temporary one of a checkpoint, as it would be exported."""
     if not is_checkpoint(model):
         if not (model / "config.json").is_file():
-            raise UserError("--model", f"{model} has no config.json", "give final.pth, a step_ folder or an exported folder")
+            run = model / "final.pth"  # the folder of a run is what people give
+            remedy = f"did you mean {run}?" if run.is_file() else "give final.pth, a step_ folder or an exported folder"
+            raise UserError("--model", f"{model} has no config.json", remedy)
         yield model.resolve()
         return
     import torch

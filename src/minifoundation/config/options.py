@@ -16,7 +16,8 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 Folders = Annotated[
-    tuple[Path, ...], BeforeValidator(lambda value: [part.strip() for part in value.split(",")] if isinstance(value, str) else value)
+    tuple[Path, ...],
+    BeforeValidator(lambda value: [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value),
 ]
 """``a,b`` on a command line."""
 

@@ -93,11 +93,21 @@ def read_findings(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(str(path), "no such file", "write one with the command contamination") from None
+    except IsADirectoryError:
+        raise UserError(str(path), "is a folder", f"give the file: {path / 'contamination.json'}") from None
     except ValueError:
         content = None
-    if not isinstance(content, dict) or not {"benchmarks", "text"} <= content.keys():
+    if not _are_findings(content):
         raise UserError(str(path), "is not a result of the command contamination", "write it again")
-    return content
+    found: dict[str, Any] = content
+    return found
+
+
+def _are_findings(content: Any) -> bool:
+    match content:
+        case {"benchmarks": list(rows), "text": {"tokens": int()}}:
+            return all(isinstance(row, dict) and {"benchmark", "short", "dirty"} <= row.keys() for row in rows)
+    return False
 
 
 def separated(items: Sequence[dict[str, Any]], row: dict[str, Any], n: int, *, aggregate: str) -> Separated:

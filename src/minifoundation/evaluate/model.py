@@ -285,9 +285,10 @@ def source_of(path: str) -> Source:
     if not folder.is_dir():
         folder = _downloaded(path)
     if not (folder / "config.json").is_file():
-        run = folder / "final.pth"  # the folder of a run is what people give
+        # The folder of a run is what people give.
+        inside = [one for one in (folder / "final.pth", *sorted(folder.glob("step_*"), reverse=True)) if one.exists()]
         remedy = (
-            f"give {run}, or the folder that export_hf wrote" if run.is_file() else "give a folder written by export_hf or in the same form"
+            f"give {inside[0]}, or the folder that export_hf wrote" if inside else "give a folder written by export_hf or in the same form"
         )
         raise UserError("--model_path", f"{path} holds no config.json", remedy)
     files = [one for one in sorted(folder.iterdir()) if one.suffix in (".safetensors", ".bin", ".json", ".model") and one.is_file()]
@@ -334,8 +335,9 @@ def placed(network: Any, device: str) -> Any:
 def _downloaded(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    if name.count("/") != 1 or name.startswith((".", "/", "outputs/")):
-        raise UserError("--model_path", f"{name}: no such folder", REMEDY)
+    checkpoint = name.endswith(".pth") or Path(name).name.startswith("step_")
+    if checkpoint or name.count("/") != 1 or name.startswith((".", "/", "outputs/")):
+        raise UserError("--model_path", f"{name}: no such {'checkpoint' if checkpoint else 'folder'}", REMEDY)
     go_offline_unless_reachable()
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))

@@ -67,7 +67,9 @@ def read_tasks(tasks: str) -> list[Request]:
     """
     requests = list(dict.fromkeys(_requests(tasks)))
     if not requests:
-        raise UserError("--tasks", f"{tasks!r} names no task", f"write one task a line, for example {next(iter(ROWS))}")
+        raise UserError(
+            "--tasks", f"{tasks!r} names no task", f"write one task a line, for example {next(iter(ROWS))}, or a suite: {', '.join(SUITES)}"
+        )
     return requests
 
 
@@ -87,7 +89,11 @@ def _requests(tasks: str) -> Iterator[Request]:
 
 
 def _of_file(path: Path) -> Iterator[Request]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # Windows' editors begin a file with a mark
+    except UnicodeDecodeError:
+        raise UserError("--tasks", f"{path} is not text in UTF-8", "write one task a line, and save it as UTF-8") from None
+    for number, line in enumerate(lines, 1):
         entry = line.split("#", 1)[0].strip()
         if entry:
             yield _request(entry, f"{path}:{number}")

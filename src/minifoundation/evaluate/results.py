@@ -72,7 +72,6 @@ class Folder:
 
     def write(self, outcomes: Sequence[Outcome], *, complete: bool) -> None:
         """Write ``results.json`` and the items of ``outcomes``, each whole or not at all."""
-        (self.path / "items").mkdir(parents=True, exist_ok=True)
         for outcome in outcomes:
             if outcome.items:
                 replace_text(self.path / "items" / f"{file_name(outcome.label)}.jsonl", _lines(outcome.items))
@@ -94,12 +93,24 @@ def folder_for(wanted: Path, facts: dict[str, Any], requests: Sequence[Request])
         scored = {row["request"] for row in kept["rows"] if not row["not_run"]}
         same = all(kept.get("identity", {}).get(name) == facts["identity"][name] for name in IDENTITY)
         if same and scored <= asked and (scored < asked or not kept["complete"]):
+            _make(path)
             return Folder(path, facts, _done(path, kept["rows"], requests))
         number += 1
         path = wanted.with_name(f"{wanted.name}-{number}")
     if path.exists() and not path.is_dir():
         raise UserError("--out_dir", f"{path} is a file", "give the name of a folder")
+    _make(path)
     return Folder(path, facts, {})
+
+
+def _make(path: Path) -> None:
+    """Make the folder now: that it cannot be written should not show after the first task."""
+    try:
+        (path / "items").mkdir(parents=True, exist_ok=True)
+        (path / "items" / ".part").touch()
+        (path / "items" / ".part").unlink()
+    except OSError as error:
+        raise UserError("--out_dir", f"{path} cannot be written ({error.strerror})", "give another folder") from None
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -115,11 +126,22 @@ def read_results(folder: Path) -> dict[str, Any]:
         inner = folder / "eval"  # that of a model, whose evaluation lies in it
         remedy = f"give {inner}" if (inner / RESULTS).is_file() else "give a folder that eval wrote"
         raise UserError(str(folder), f"holds no {RESULTS}", remedy) from None
+    except NotADirectoryError:
+        remedy = f"give {folder.parent}" if folder.name == RESULTS else "give a folder that eval wrote"
+        raise UserError(str(folder), "is a file, and no folder", remedy) from None
     except ValueError:
         content = None
-    if not isinstance(content, dict) or not {"complete", "rows", "model"} <= content.keys():
+    if not _is_result(content):
         raise UserError(str(path), "is not a result of eval of this version", "run eval again, or remove the folder")
-    return content
+    found: dict[str, Any] = content
+    return found
+
+
+def _is_result(content: Any) -> bool:
+    match content:
+        case {"complete": bool(), "rows": list(rows), "model": {"path": str(), "parameters": int()}}:
+            return all(isinstance(row, dict) and {"request", "label", "row", "score", "not_run", "lm_eval"} <= row.keys() for row in rows)
+    return False
 
 
 def read_items(folder: Path, label: str) -> list[dict[str, Any]]:

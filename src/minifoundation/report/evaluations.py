@@ -100,8 +100,8 @@ def points(evaluation: Evaluation, baselines: Baselines, columns: Sequence[str],
 def over_tokens(evaluations: Sequence[Evaluation], runs: Sequence[Run]) -> dict[str, list[tuple[float, float, float | None]]]:
     """Return by benchmark (training tokens, score, standard error) in percent.
 
-    Of the evaluations that know their tokens, and of what runs have measured while they trained, one phase after the other. Tokens of a model
-    that was imported count from there, and those of models with another beginning do not belong beside them.
+    Of the evaluations that know their tokens, and of what runs have measured while they trained, one phase after the other. Tokens of a
+    model that was imported count from there, and those of models with another beginning do not belong beside them.
     """
     scores: dict[str, list[tuple[float, float, float | None]]] = {}
     before = runs[0].before if runs else 0

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from minifoundation import __version__
 from minifoundation.config import RunConfig, changed
+from minifoundation.errors import UserError
 from minifoundation.evaluate.baselines import Baselines
 from minifoundation.evaluate.tables import again, computed
 from minifoundation.model.size import n_parameters
@@ -86,8 +87,8 @@ class Content:
         if self.imported_from is None:
             return ""
         return (
-            f"Training here began from the weights of {self.imported_from}, which came from elsewhere: what those had been trained on, and on how "
-            "many tokens, is not known here and in none of the figures."
+            f"Training here began from the weights of {self.imported_from}, which came from elsewhere: what those had been trained on, "
+            "and on how many tokens, is not known here and in none of the figures."
         )
 
     @property
@@ -177,10 +178,15 @@ def _percent(share: float | None, digits: int = 1) -> str:
 
 
 def read_parity(folders: Sequence[Path]) -> dict[str, Any] | None:
-    """Return the content of the first ``parity.json`` in ``folders`` or beside them."""
+    """Return the content of the first ``parity.json`` in ``folders`` or beside them; raises a UserError when it is another's or damaged."""
     for folder in folders:
         for path in (folder / "parity.json", folder.parent / "parity.json"):
             if path.is_file():
-                content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+                try:
+                    content = json.loads(path.read_text(encoding="utf-8"))
+                except ValueError:
+                    content = None
+                if not isinstance(content, dict) or not {"checks", "tolerance", "compared"} <= content.keys():
+                    raise UserError(str(path), "is no proof that export_hf wrote", "export again, or remove the file")
                 return content
     return None

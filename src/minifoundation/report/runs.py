@@ -102,6 +102,9 @@ def read_run(folder: Path) -> Run:
     settings = config.build(RunConfig, config.read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
     with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
+    if rows and not {"step", "tokens", "loss"} <= rows[0].keys():
+        raise UserError("--runs", f"{folder / 'metrics.csv'} has no columns step, tokens and loss", remedy)
+    rows = [row for row in rows if math.isfinite(_number(row["step"]) + _number(row["tokens"]))]  # the last can be cut short
     if not rows:
         raise UserError("--runs", f"{folder / 'metrics.csv'} has no rows yet", "wait for the first steps")
     columns = {name: [_number(row[name]) for row in rows] for name in rows[0] if name}
