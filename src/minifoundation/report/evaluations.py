@@ -105,7 +105,7 @@ def over_tokens(evaluations: Sequence[Evaluation], runs: Sequence[Run]) -> dict[
     """
     scores: dict[str, list[tuple[float, float, float | None]]] = {}
     before = runs[0].before if runs else 0
-    origin = next((one.imported_from for one in (*runs[-1:], *evaluations)), None)
+    origin = runs[-1].imported_from if runs else evaluations[0].imported_from if evaluations else None
     for run in runs:
         for name in run.columns:
             measured = run.columns[name] if name.startswith("eval/") else []
