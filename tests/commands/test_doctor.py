@@ -109,6 +109,7 @@ def test_a_run_that_goes_on_is_told(trained: Path, capsys: Capture) -> None:
 
 def test_what_is_no_run(tmp_path: Path, capsys: Capture) -> None:
     assert "wrong  no such folder" in told(capsys, "--run", str(tmp_path / "none"), code=2)
-    (tmp_path / "final.pth").touch()
-    assert f"wrong  a file: give the folder, {tmp_path}" in told(capsys, "--run", str(tmp_path / "final.pth"), code=2)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "final.pth").touch()
+    assert f"wrong  a file: give the folder, {tmp_path / 'run'}" in told(capsys, "--run", str(tmp_path / "run" / "final.pth"), code=2)
     assert "no checkpoint yet" in told(capsys, "--run", str(tmp_path), code=2)
