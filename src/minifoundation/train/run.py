@@ -79,7 +79,7 @@ def run(
             planned = plan(config, world.size, split)
         if dry_run and world.is_first:
             print(f"plan of {config.out_dir}:\n{describe(config, planned, machine, world.size)}\nnothing was started (--dry_run)")
-        world.agreed(lambda: refuse_too_large(config, machine, world, split))
+        world.agreed(lambda: refuse_too_large(config, machine, world, split, moments=_has_moments(config, resume, start)))
         if dry_run:
             return None
         try:
@@ -115,7 +115,8 @@ def run(
             if not is_out_of_memory(error):
                 raise
             begun = bool(step_folders(config.out_dir)) or (config.out_dir / METRICS).exists()
-            fault = too_large(config, machine, world, split=split, going_on=_going_on(config, resume) if begun else {})
+            going_on = _going_on(config, resume) if begun else {}
+            fault = too_large(config, machine, world, split=split, going_on=going_on, moments=_has_moments(config, resume, start))
         raise fault  # outside the handler, so that what the device held for the step is free
 
 
@@ -123,6 +124,12 @@ def _going_on(config: RunConfig, resume: str | None) -> dict[str, str]:
     """Return the option with which the same line goes on: the path that was typed stays until the run has saved something itself."""
     typed_path = resume not in (None, "auto") and not step_folders(config.out_dir)
     return {} if typed_path else {"resume": "auto"}
+
+
+def _has_moments(config: RunConfig, resume: str | None, start: Start | None) -> bool:
+    """Return whether the run, or the line that goes on with it, has its optimizer's moments from a checkpoint."""
+    carried = start is not None and start.with_optimizer
+    return carried or resume not in (None, "auto") or bool(step_folders(config.out_dir))
 
 
 @contextmanager
