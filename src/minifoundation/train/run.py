@@ -17,14 +17,13 @@ from minifoundation import runtime
 from minifoundation.checkpoint import FINAL, Checkpoint, Saver, load_checkpoint, save_final, step_folders, tidy, write_whole
 from minifoundation.config import RunConfig, changed, to_yaml
 from minifoundation.data.supply import Supply
-from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.distributed import Split, Watch, World, join, sharing_rows
 from minifoundation.errors import Stopped
 from minifoundation.lock import LOCK, held
 from minifoundation.model.attention import resolve
 from minifoundation.model.training import TrainingModel
 from minifoundation.runtime import Machine
-from minifoundation.train.corpus import TrainingData, described, training_data
+from minifoundation.train.corpus import TrainingData, described, run_tokenizer, training_data
 from minifoundation.train.ema import Average
 from minifoundation.train.finder import rows_left_open, steps_fit, with_batch_size, with_rows
 from minifoundation.train.guard import Guard
@@ -187,6 +186,23 @@ def _gone_back(bad: Bad, config: RunConfig, path: Path | None, say: Printer) -> 
     return folder or elsewhere
 
 
+def _vocabulary(config: RunConfig, before: Checkpoint | None, say: Printer) -> int:
+    """Return the size of the model's vocabulary: its tokenizer's, which is made for that, padded to a multiple of 128; a checkpoint's stays."""
+    tokenizer = run_tokenizer(config, before)
+    if before is not None:
+        return before.config.model.vocab_size
+    size = -(-tokenizer.vocab_size // 128) * 128
+    if size != config.model.vocab_size:
+        asked = f"{config.model.vocab_size:,}"
+        say(f"model.vocab_size: {size:,} instead of {asked}, since the tokenizer has {tokenizer.vocab_size:,} pieces")
+    return size
+
+
+def _with_vocabulary(config: RunConfig, size: int) -> RunConfig:
+    """Return ``config`` with a model of ``size`` pieces."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+
+
 def _fitting(asked: RunConfig, split: Split, machine: Machine, world: World, say: Printer) -> RunConfig:
     """Return ``asked`` with the batch size that real steps show to fit."""
     config = with_batch_size(asked, machine, lambda one: steps_fit(one, machine, world, say, split), split)
@@ -269,11 +285,8 @@ def _train(
         Stopped: told to stop; saved.
     """
     out_dir = config.out_dir
-    before = resumed or (start.checkpoint if start else None)
     data = training_data(config, planned, world, say, resumed=resumed, start=start, stepped_over=stepped_over(out_dir))
     same_data(data.loader, data.progress.sample, world)
-    config = _with_vocabulary(config, data.tokenizer, before, say)
-    planned = plan(config, world.size, planned.split)
     if not again:
         _tell(config, planned, machine, world, data, say)
         for line in network(machine, world):
@@ -412,14 +425,3 @@ def _built(
         saver=saver,
         say=say,
     )
-
-
-def _with_vocabulary(config: RunConfig, tokenizer: Tokenizer, before: Checkpoint | None, say: Printer) -> RunConfig:
-    """Return ``config`` with the model's vocabulary: the tokenizer's, padded to a multiple of 128; a checkpoint's stays."""
-    size = before.config.model.vocab_size if before else -(-tokenizer.vocab_size // 128) * 128
-    if size != config.model.vocab_size:
-        if before is None:
-            asked = f"{config.model.vocab_size:,}"
-            say(f"model.vocab_size: {size:,} instead of {asked}, since the tokenizer has {tokenizer.vocab_size:,} pieces")
-        config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
-    return config
