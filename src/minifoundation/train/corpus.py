@@ -203,7 +203,7 @@ def _lengths(source: str, long: LongRows, least: int, share: float, rows: float)
 
 
 def run_tokenizer(config: RunConfig, before: Checkpoint | None) -> Tokenizer:
-    """Return the run's tokenizer, made where it is not there yet; that of a checkpoint is put in place first, so that a later phase can use no other."""
+    """Return the run's tokenizer, made where there is none; that of a checkpoint is put in place first: a later phase can use no other."""
     folder = config.out_dir / "tokenizer"
     if before is None:
         return tokenizer_for(config.tokenizer, config.data, folder)

@@ -66,9 +66,7 @@ def _does_not_fit(
     return UserError("train.batch_size" if train.batch_size != 1 else "train.seq_len", problem, advice)
 
 
-def remedy(
-    config: RunConfig, machine: Machine, world: World, split: Split = ALONE, *, moments: bool = False
-) -> tuple[dict[str, Any], int]:
+def remedy(config: RunConfig, machine: Machine, world: World, split: Split = ALONE, *, moments: bool = False) -> tuple[dict[str, Any], int]:
     """Return the options that make the run fit at the least cost in speed, and the bytes predicted with them.
 
     Fewer rows with more micro-batches cost nearly nothing and leave the tokens of a step as they are; to recompute all but attention costs
@@ -76,7 +74,10 @@ def remedy(
     Moments in int8 are proposed where they can be had: not in parts (``chosen_split``), nor for ``moments`` that are there.
     """
     usable = min(USABLE_MEMORY * machine.memory_bytes, 0.9 * plan(config, world.size, split).memory_total)
-    tried = [(options, plan(_changed(config, options), world.size, split).memory_total) for options in _changes(config, int8=not (split.is_sharded or moments))]
+    tried = [
+        (options, plan(_changed(config, options), world.size, split).memory_total)
+        for options in _changes(config, int8=not (split.is_sharded or moments))
+    ]
     return next(((options, needed) for options, needed in tried if needed <= usable), min(tried, key=lambda one: one[1]))
 
 

@@ -85,9 +85,8 @@ def run(
             with world.together():
                 path, resumed = checkpoint_to_resume(config.out_dir, resume, world, say)
             if resumed is not None and path is not None:
-                if rows_left_open(asked):  # how many fit is found anew, the rows of a step are those of the run
-                    asked = with_rows(asked, max(1, resumed.progress["samples_per_step"] // world.dp_size))
-                    config = world.agreed(lambda: with_batch_size(asked, machine, split=split))
+                asked = _with_rows_of(resumed, asked, world)
+                config = world.agreed(lambda: with_batch_size(asked, machine, split=split))
                 with world.together():
                     planned = plan(config, world.size, split)
                     refuse_another_run(resumed, config, allowed, planned, path, say)
@@ -99,8 +98,12 @@ def run(
                 world.agreed(lambda: owned.enter_context(_owned(config.out_dir)))
                 step = resumed.progress["step"] if resumed else 0
                 world.agreed(lambda: set_later_aside(config.out_dir, step, say))
-                if asked.train.batch_size == "auto":
-                    config = _fitting(asked, planned.split, machine, world, say)
+                before = resumed or (start.checkpoint if start else None)
+                vocabulary = world.agreed(lambda: _vocabulary(config, before, say))
+                config = _with_vocabulary(config, vocabulary)
+                with world.together():
+                    if asked.train.batch_size == "auto":  # only now is it known which model has to fit
+                        config = _fitting(_with_vocabulary(asked, vocabulary), split, machine, world, say)
                     planned = plan(config, world.size, split)
                 with world.together():
                     suite = suite_for(config)
@@ -186,8 +189,13 @@ def _gone_back(bad: Bad, config: RunConfig, path: Path | None, say: Printer) -> 
     return folder or elsewhere
 
 
+def _with_rows_of(resumed: Checkpoint, asked: RunConfig, world: World) -> RunConfig:
+    """Return ``asked`` with the rows a step that the run has; with ``batch_size: auto`` only how many fit at once is found anew."""
+    return with_rows(asked, max(1, resumed.progress["samples_per_step"] // world.dp_size)) if rows_left_open(asked) else asked
+
+
 def _vocabulary(config: RunConfig, before: Checkpoint | None, say: Printer) -> int:
-    """Return the size of the model's vocabulary: its tokenizer's, which is made for that, padded to a multiple of 128; a checkpoint's stays."""
+    """Return the size of the model's vocabulary: its tokenizer's, padded to a multiple of 128; a checkpoint's stays."""
     tokenizer = run_tokenizer(config, before)
     if before is not None:
         return before.config.model.vocab_size
