@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,40 @@ def test_the_proof_is_held_out_or_what_was_given(pretrained: Path, tmp_path: Pat
     on = material(config, tokenizer, documents=3, tries=1, source=str(tmp_path / "given.jsonl"))
     assert [ids.tolist() for ids in on.documents] == [ids[:65].tolist() for ids in tokenizer.encode_documents(texts)]
     assert not within(on.needles.text[:40], train)
+
+
+@pytest.mark.parametrize(("words", "limit"), [(20, 20_000), (400, 10**9)])
+def test_of_a_source_without_an_end_as_much_is_read_as_is_needed(
+    pretrained: Path, monkeypatch: pytest.MonkeyPatch, words: int, limit: int
+) -> None:
+    """Documents that are never long enough are read up to the limit, others until there are as many as asked for."""
+    config = load_checkpoint(pretrained / "run" / "final.pth").config
+    tokenizer = Tokenizer.load(pretrained / "run" / "tokenizer" / "tokenizer.model")
+    data, train = config.data.model_copy(update={"search_tokens": limit}), config.train.model_copy(update={"seq_len": 256})
+    config = config.model_copy(update={"data": data, "train": train})
+    read: list[str] = []
+
+    def endless(*_: Any) -> Iterator[str]:
+        while True:
+            read.append(f"{len(read)} is read " + "and so on " * (words + len(read) % 3))
+            yield read[-1]
+
+    monkeypatch.setattr(proof, "all_documents", endless)
+    monkeypatch.setattr(proof, "TEXT_TOKENS", 8_000)
+    on = material(config, tokenizer, documents=3, tries=1, source="fineweb")
+    ids = tokenizer.encode_documents(read)
+    ends = np.cumsum([len(one) for one in ids])
+    length = config.train.seq_len
+    cut = [one[: length + 1] for one in ids]
+    if max(len(one) for one in ids) <= length:  # 64 are encoded at once
+        used = int(np.searchsorted(ends, limit)) + 1
+        assert used <= len(read) <= used + 64
+        expected = sorted((one for one in cut[:used] if len(one) > config.model.original_seq_len), key=len, reverse=True)[:3]
+    else:
+        assert len(read) == 64
+        expected = cut[:3]
+    assert [one.tolist() for one in on.documents] == [one.tolist() for one in expected] and len(on.documents) == 3
+    assert 7_000 < len(on.needles.text) <= 8_000
 
 
 def test_scaling_by_name_counts_from_the_original_length(pretrained: Path) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import pytest
 import torch
-from torch import Tensor
 
 from minifoundation import config
 from minifoundation.config import REPOSITORY, RunConfig
@@ -19,6 +18,7 @@ from minifoundation.train import finder
 from minifoundation.train.finder import steps_fit, with_batch_size
 from minifoundation.train.plan import plan
 
+T = TypeVar("T")
 H100 = Machine(torch.device("cpu"), "NVIDIA H100 80GB HBM3", 80 * 2**30, 989.4e12)
 
 
@@ -68,6 +68,9 @@ class Pretended(Machine):
     def forget(self) -> None:
         pass
 
+    def synchronize(self) -> None:
+        pass
+
 
 GPU = Pretended(torch.device("cpu"), "GPU", 80 * 2**30, None)
 
@@ -103,8 +106,8 @@ def test_all_processes_go_down_when_one_must(monkeypatch: pytest.MonkeyPatch) ->
     class Crowded(World):
         """Another process, whose GPU has room for four rows."""
 
-        def least(self, values: Tensor) -> Tensor:
-            return values * int(self.room)
+        def of_all(self, value: T) -> list[T]:
+            return [value, cast(T, self.room)]
 
         room = True
 

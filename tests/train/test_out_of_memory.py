@@ -10,10 +10,11 @@ import torch
 
 from minifoundation import config
 from minifoundation.config import REPOSITORY, RunConfig
-from minifoundation.distributed import World
+from minifoundation.distributed import Split, World
 from minifoundation.errors import UserError
 from minifoundation.runtime import Machine
-from minifoundation.train.out_of_memory import is_out_of_memory, refuse_too_large, remedy, too_large
+from minifoundation.train.finder import with_batch_size
+from minifoundation.train.out_of_memory import _changed, is_out_of_memory, refuse_too_large, remedy, too_large
 from minifoundation.train.plan import plan
 
 GIB = 2**30
@@ -48,6 +49,25 @@ def test_where_nothing_fits_the_least_is_proposed() -> None:
         options["train.optimizer_states"] == "int8" and options["model.checkpointing"] in ("offload", "full") and options["batch_size"] == 1
     )
     assert needed > GIB
+
+
+@pytest.mark.parametrize(
+    ("split", "moments", "int8"),
+    [(Split("ddp"), False, True), (Split("ddp"), True, False), (Split("fsdp", 8), False, False), (Split("hsdp", 4), False, False)],
+)
+def test_moments_in_int8_are_proposed_where_they_can_be_had(split: Split, moments: bool, int8: bool) -> None:
+    """Not in parts, and not to a run that goes on with others: both would be refused."""
+    small, eight = replace(H100, memory_bytes=GIB), World(0, 8, 0, 4)
+    options, needed = remedy(made(train={"batch_size": 4}), small, eight, split, moments=moments)
+    assert ("train.optimizer_states" in options) is int8
+    assert needed == plan(_changed(made(train={"batch_size": 4}), options), 8, split).memory_total
+    error = too_large(made(train={"batch_size": 4}), small, eight, going_on={}, split=split, moments=moments)
+    assert ("int8" in str(error)) is int8
+    if moments:
+        return
+    with pytest.raises(UserError, match="not even one row") as caught:
+        with_batch_size(made(train={"batch_size": "auto"}), small, split=split)
+    assert ("int8" in str(caught.value)) is int8
 
 
 def test_the_line_has_it_all(monkeypatch: pytest.MonkeyPatch) -> None:

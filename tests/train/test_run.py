@@ -298,6 +298,22 @@ def test_auto_splits_the_rows_of_a_step_and_trains_the_same(settings: Make) -> N
     assert found.kernels == {"attention": "auto", "swiglu": "own", "rows": "auto"} or torch.cuda.is_available()
 
 
+def test_auto_tries_the_model_that_is_trained(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the one asked for: its vocabulary follows from the tokenizer, which is made first, or from the checkpoint."""
+    tried: list[int] = []
+
+    def fits(one: RunConfig, *_: Any) -> bool:
+        tried.append(one.model.vocab_size)
+        return True
+
+    monkeypatch.setattr("minifoundation.train.run.steps_fit", fits)
+    config = settings(model={"vocab_size": 32_000}, train={"batch_size": "auto", "grad_accum": 4})
+    size = trained(config).config.model.vocab_size
+    assert size == 512 and tried == [size]
+    (config.out_dir / "final.pth").unlink()
+    assert trained(config, resume="auto").config.model.vocab_size == size and tried == [size, size]
+
+
 def test_auto_goes_on_with_the_rows_of_the_run(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where more would fit by now, on another card or because a prediction was too high the first time."""
     made = settings(train={"batch_size": "auto"})

@@ -86,7 +86,8 @@ class LongftOptions(PhaseOptions):
     proof_data: str | None = setting(
         None,
         flag="proof_data",
-        help="text that was not trained on, as --data takes it, for these documents and to hide needles in; default: the held-out split",
+        help="text that was not trained on, as --data takes it, for these documents and to hide needles in, as many tokens of it as are "
+        "trained on, or data.search_tokens, two million at least; default: the held-out split",
     )
     needles: int = setting(2, ge=0, flag="needles", help="prompts of each task, length and depth that hide a number in text; 0: none")
 

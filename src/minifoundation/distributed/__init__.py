@@ -4,10 +4,11 @@ from minifoundation.distributed.context import Context, sharing_rows
 from minifoundation.distributed.split import Parallel, Split, local_gradients, spread
 from minifoundation.distributed.start import is_first_process, join
 from minifoundation.distributed.tensors import is_split, local, part_of, whole
-from minifoundation.distributed.watch import Watch, leave
+from minifoundation.distributed.watch import LONGER, Watch, leave
 from minifoundation.distributed.world import World
 
 __all__ = [
+    "LONGER",
     "Context",
     "Parallel",
     "Split",

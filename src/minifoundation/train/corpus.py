@@ -78,7 +78,7 @@ def _opened(
     stepped_over: list[list[int]],
 ) -> TrainingData:
     before = resumed or (start.checkpoint if start else None)
-    tokenizer = _tokenizer(config, before)
+    tokenizer = run_tokenizer(config, before)
     if resumed:
         progress = Progress(**resumed.progress)
     elif start:
@@ -207,8 +207,8 @@ def _lengths(source: str, long: LongRows, least: int, share: float, rows: float)
     return lines
 
 
-def _tokenizer(config: RunConfig, before: Checkpoint | None) -> Tokenizer:
-    """Return the run's tokenizer; that of a checkpoint is put in place first, so that a later phase can use no other."""
+def run_tokenizer(config: RunConfig, before: Checkpoint | None) -> Tokenizer:
+    """Return the run's tokenizer, made where there is none; that of a checkpoint is put in place first: a later phase can use no other."""
     folder = config.out_dir / "tokenizer"
     if before is None:
         return tokenizer_for(config.tokenizer, config.data, folder)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 
 from minifoundation.config import RunConfig
-from minifoundation.distributed import Split, World
+from minifoundation.distributed import LONGER, Split, World, leave
 from minifoundation.errors import UserError
 from minifoundation.runtime import Machine
+from minifoundation.train.out_of_memory import is_out_of_memory
 from minifoundation.train.plan import ALONE, USABLE_MEMORY, predicted_memory
 from minifoundation.train.trial import trial
 
 MOST_ROWS = 64
 """More rows at once are no faster: the products are large by then."""
+
+PATIENCE = 60.0
+"""Seconds that a process which is out of memory waits for the others, at the least."""
 
 
 def predicted_to_fit(config: RunConfig, machine: Machine, split: Split = ALONE) -> list[RunConfig]:
@@ -58,27 +65,54 @@ def with_batch_size(
     for one in predicted_to_fit(config, machine, split):
         if fits(one):
             return one
+    narrow = "" if split.is_sharded else "--train.optimizer_states int8 "
     raise UserError(
         "train.batch_size",
         f"not even one row of {config.train.seq_len} tokens fits {machine.name} ({machine.memory_bytes / 2**30:.1f} GiB)",
-        "use --model.checkpointing full, --train.optimizer_states int8 or a shorter --seq_len",
+        f"use --model.checkpointing full, {narrow}or a shorter --seq_len",
     )
 
 
 def steps_fit(config: RunConfig, machine: Machine, world: World, say: Callable[[str], None], split: Split = ALONE) -> bool:
-    """Return whether two steps fit the GPU of every process; off CUDA nothing is tried, and the prediction counts alone."""
+    """Return whether two steps fit the GPU of every process, the same on all; off CUDA nothing is tried, and the prediction counts alone.
+
+    Where some run out of memory and others wait for them in the middle of a step, nobody can go on: the process ends with an error.
+    """
     if not machine.is_cuda:
         return True
     # Two micro-batches hold what any number of them do, and are sooner done.
     short = config.model_copy(update={"train": config.train.model_copy(update={"grad_accum": min(2, config.train.grad_accum)})})
+    began = time.monotonic()
     try:
         trial(short, machine, steps=1, warm_up=1, world=world, split=split)
-        fit = True
-    except torch.OutOfMemoryError:
-        fit = False
-    machine.forget()
-    fit = bool(world.least(torch.tensor([int(fit)], device=machine.device)).item())
+        mine = True
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        mine = False
+    with nullcontext() if mine or world.size == 1 else _answered(config, world, max(PATIENCE, LONGER * (time.monotonic() - began))):
+        machine.synchronize()  # what this process has sent is received: the next trial begins with nothing on its way
+        machine.forget()
+        fit = all(world.of_all(mine))  # by words: the device of another may be in a collective still
     if not fit:
         torch.compiler.reset()  # it keeps a limited number of shapes, and these are of no use
         say(f"train.batch_size: {config.train.batch_size} rows were predicted to fit {machine.name}, and do not; trying fewer")
     return fit
+
+
+@contextmanager
+def _answered(config: RunConfig, world: World, seconds: float) -> Iterator[None]:
+    """End this process, and by that all of them, where the context is not left within ``seconds``."""
+    rows, parts = config.train.batch_size, config.train.grad_accum
+    assert isinstance(rows, int)
+    fewer = max((number for number in range(1, rows) if rows * parts % number == 0), default=None)
+    follows = "" if config.train.tokens_per_step else f" --grad_accum {rows * parts // (fewer or 1)}"
+    remedy = f"give --batch_size {fewer}{follows}" if fewer else "give --model.checkpointing full or a shorter --seq_len"
+    problem = f"rank {world.rank} has no memory for {rows} rows, and other processes, which have, do not come out of their step"
+    timer = threading.Timer(seconds, leave, (f"train.batch_size: {problem}; {remedy}",))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -19,32 +19,40 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return "out of memory" in str(error) or "DefaultCPUAllocator" in str(error)
 
 
-def too_large(config: RunConfig, machine: Machine, world: World, *, going_on: dict[str, str], split: Split = ALONE) -> UserError:
+def too_large(
+    config: RunConfig, machine: Machine, world: World, *, going_on: dict[str, str], split: Split = ALONE, moments: bool = False
+) -> UserError:
     """Return the error of a run that does not fit: the peak, the change that helps, the memory predicted with it and the whole line.
 
     Args:
         going_on: the options with which the line goes on, where the run's folder holds something to go on from.
+        moments: whether it goes on with the optimizer's moments of a checkpoint.
     """
     peak = f"peak {machine.peak_memory_bytes() / GIB:.1f}"
-    return _does_not_fit(config, machine, world, split, peak, going_on)
+    return _does_not_fit(config, machine, world, split, peak, going_on, moments=moments)
 
 
-def refuse_too_large(config: RunConfig, machine: Machine, world: World, split: Split = ALONE) -> None:
+def refuse_too_large(config: RunConfig, machine: Machine, world: World, split: Split = ALONE, *, moments: bool = False) -> None:
     """Refuse a run that is predicted to take more memory than there is; off CUDA nothing is.
 
     Peaks lie within a tenth of the prediction (docs/numerics.md), mostly above it.
+
+    Args:
+        moments: whether it goes on with the optimizer's moments of a checkpoint.
 
     Raises:
         UserError: with the setting that makes it fit.
     """
     needed = plan(config, world.size, split).memory_total
     if machine.is_cuda and needed > machine.memory_bytes:
-        raise _does_not_fit(config, machine, world, split, f"predicted {needed / GIB:.1f}", {})
+        raise _does_not_fit(config, machine, world, split, f"predicted {needed / GIB:.1f}", {}, moments=moments)
 
 
-def _does_not_fit(config: RunConfig, machine: Machine, world: World, split: Split, peak: str, more: dict[str, Any]) -> UserError:
+def _does_not_fit(
+    config: RunConfig, machine: Machine, world: World, split: Split, peak: str, more: dict[str, Any], *, moments: bool
+) -> UserError:
     train, memory = config.train, machine.memory_bytes
-    options, needed = remedy(config, machine, world, split)
+    options, needed = remedy(config, machine, world, split, moments=moments)
     if train.tokens_per_step is not None:
         options = {name: value for name, value in options.items() if name != "grad_accum"}  # it follows
     changes = " ".join(f"--{name} {value}" for name, value in options.items())
@@ -58,18 +66,22 @@ def _does_not_fit(config: RunConfig, machine: Machine, world: World, split: Spli
     return UserError("train.batch_size" if train.batch_size != 1 else "train.seq_len", problem, advice)
 
 
-def remedy(config: RunConfig, machine: Machine, world: World, split: Split = ALONE) -> tuple[dict[str, Any], int]:
+def remedy(config: RunConfig, machine: Machine, world: World, split: Split = ALONE, *, moments: bool = False) -> tuple[dict[str, Any], int]:
     """Return the options that make the run fit at the least cost in speed, and the bytes predicted with them.
 
     Fewer rows with more micro-batches cost nearly nothing and leave the tokens of a step as they are; to recompute all but attention costs
     little in long rows, to recompute all a fifth to a third. Where nothing fits, the change with the smallest prediction comes back.
+    Moments in int8 are proposed where they can be had: not in parts (``chosen_split``), nor for ``moments`` that are there.
     """
     usable = min(USABLE_MEMORY * machine.memory_bytes, 0.9 * plan(config, world.size, split).memory_total)
-    tried = [(options, plan(_changed(config, options), world.size, split).memory_total) for options in _changes(config)]
+    tried = [
+        (options, plan(_changed(config, options), world.size, split).memory_total)
+        for options in _changes(config, int8=not (split.is_sharded or moments))
+    ]
     return next(((options, needed) for options, needed in tried if needed <= usable), min(tried, key=lambda one: one[1]))
 
 
-def _changes(config: RunConfig) -> list[dict[str, Any]]:
+def _changes(config: RunConfig, *, int8: bool) -> list[dict[str, Any]]:
     train, model = config.train, config.model
     rows, micro = train.batch_size, train.grad_accum
     assert isinstance(rows, int)
@@ -81,7 +93,8 @@ def _changes(config: RunConfig) -> list[dict[str, Any]]:
     rest = order[order.index(model.checkpointing) + 1 :]
     recomputed = [{**one_row, "model.checkpointing": kind} for kind in rest]
     least: list[dict[str, Any]] = [{**one_row, "model.checkpointing": kind, **smaller} for kind in rest[-2:] or (model.checkpointing,)]
-    return [*splits, *recomputed, {**one_row, **smaller}, *least, *({**one, "train.optimizer_states": "int8"} for one in least)]
+    narrow = [{**one, "train.optimizer_states": "int8"} for one in least] if int8 else []
+    return [*splits, *recomputed, {**one_row, **smaller}, *least, *narrow]
 
 
 def _changed(config: RunConfig, options: dict[str, Any]) -> RunConfig:

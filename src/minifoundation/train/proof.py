@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from minifoundation.data.rows import all_documents
 from minifoundation.data.shards import Shards
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.runtime import Machine
+from minifoundation.train.corpus import searched
 from minifoundation.train.kernels import Kernels, transformer_for
 from minifoundation.train.reach import Ids, Needle, Needles, Place, beginnings, edges, longest, loss_by_position, mean_loss, needle_lengths
 
@@ -27,7 +28,7 @@ WORSE = 0.005
 """The share by which the loss of short rows may rise."""
 
 TEXT_TOKENS = 2_000_000
-"""Held-out tokens at most that needles are hidden in."""
+"""Tokens at most that needles are hidden in."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def material(config: RunConfig, tokenizer: Tokenizer, *, documents: int, tries: 
     Args:
         documents: at most, that are longer than the original length, the longest first.
         tries: prompts of each task, length and depth.
-        source: where the documents, and the text that needles are hidden in, come from instead.
+        source: where the documents, and the text that needles are hidden in, come from instead, as far as ``encoded`` reads it.
 
     Raises:
         UserError: ``source`` cannot be read.
@@ -72,12 +73,12 @@ def material(config: RunConfig, tokenizer: Tokenizer, *, documents: int, tries: 
     shards = [shard for of_one in held_out for shard in of_one]
     original, length = config.model.original_seq_len, config.train.seq_len
     n_rows = Mixture(list(weights.values())).counts(max(1, config.train.eval_tokens // original))
-    read = list(encoded(source, config, tokenizer, length)) if source else list(beginnings(shards, tokenizer.special.eos, length))
-    text = _text(read, tokenizer)
+    read = encoded(source, config, tokenizer, length) if source else beginnings(shards, tokenizer.special.eos, length)
+    long, text = _chosen(read, tokenizer, original=original, length=length, count=documents)
     return Material(
         original=original,
         length=length,
-        documents=longest(read, longer_than=original, count=documents),
+        documents=long,
         short=np.concatenate([rows_of(of_one, count, original) for of_one, count in zip(held_out, n_rows, strict=True)]),
         needles=Needles(tokenizer.encode, tokenizer.prefix, text, seed=config.train.seed),
         tries=tries,
@@ -85,10 +86,41 @@ def material(config: RunConfig, tokenizer: Tokenizer, *, documents: int, tries: 
 
 
 def encoded(source: str, config: RunConfig, tokenizer: Tokenizer, length: int) -> Iterator[Ids]:
-    """Yield the beginnings of the documents of ``source``, ``length`` + 1 ids at most, as ``prepare`` would encode them."""
+    """Yield the beginnings of the documents of ``source``, ``length`` + 1 ids at most, as ``prepare`` would encode them.
+
+    A corpus of the Hub has no end in practice: they end where as many tokens have been read as are searched for long documents before
+    training (``data.search_tokens``), ``TEXT_TOKENS`` at least.
+    """
     texts = all_documents(source, config.data)
+    left = max(searched(config), TEXT_TOKENS)
     while some := list(itertools.islice(texts, 64)):
-        yield from (ids[: length + 1].astype(np.int64) for ids in tokenizer.encode_documents(some))
+        for ids in tokenizer.encode_documents(some):
+            yield ids[: length + 1].astype(np.int64)
+            left -= len(ids)
+            if left <= 0:
+                return
+
+
+def _chosen(read: Iterable[Ids], tokenizer: Tokenizer, *, original: int, length: int, count: int) -> tuple[list[Ids], Ids]:
+    """Return the ``count`` longest documents of ``read`` beyond ``original``, and the text for needles: no more than these is held.
+
+    No more is read either once both are complete: documents come cut to ``length`` + 1 ids, and none can be longer.
+    """
+    beginning: list[Ids] = []
+
+    def until_complete() -> Iterator[Ids]:
+        tokens = whole = 0
+        for ids in read:
+            if tokens < TEXT_TOKENS:
+                beginning.append(ids)
+            tokens += len(ids)
+            whole += len(ids) > length
+            yield ids
+            if tokens >= TEXT_TOKENS and whole >= count:
+                return
+
+    found = longest(until_complete(), longer_than=original, count=count)
+    return found, _text(beginning, tokenizer)
 
 
 def _text(documents: Sequence[Ids], tokenizer: Tokenizer) -> Ids:

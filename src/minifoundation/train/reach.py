@@ -5,6 +5,7 @@ Letters: B rows, T tokens a row.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -77,8 +78,7 @@ def beginnings(shards: Sequence[Shard], eos: int, length: int) -> Iterator[Ids]:
 
 def longest(documents: Iterable[Ids], *, longer_than: int, count: int) -> list[Ids]:
     """Return the ``count`` longest of the documents with more than ``longer_than`` tokens; equally long ones in their order."""
-    found = sorted((ids for ids in documents if len(ids) > longer_than), key=len, reverse=True)
-    return found[:count]
+    return heapq.nlargest(count, (ids for ids in documents if len(ids) > longer_than), key=len)  # and holds no others
 
 
 def sliding_nats(transformer: Transformer, ids: Ids, window: int, device: torch.device) -> Tensor:

@@ -55,6 +55,7 @@ MAY_CHANGE = (
 
 FIXED = (
     *("data.source", "data.mix", "data.min_tokens", "data.long_share", "data.long_repeats", "data.search_tokens", "train.seq_len"),
+    "train.seed",  # of it the order within a shard is drawn
     *("model.d_model", "model.n_layer", "model.n_head", "model.n_kv_head", "model.head_dim", "model.d_ff"),
     *("model.qk_norm", "model.tie_embeddings", "train.optimizer_states"),
 )

@@ -17,14 +17,13 @@ from minifoundation import runtime
 from minifoundation.checkpoint import FINAL, Checkpoint, Saver, load_checkpoint, save_final, step_folders, tidy, write_whole
 from minifoundation.config import RunConfig, changed, to_yaml
 from minifoundation.data.supply import Supply
-from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.distributed import Split, Watch, World, join, sharing_rows
 from minifoundation.errors import Stopped
 from minifoundation.lock import LOCK, held
 from minifoundation.model.attention import resolve
 from minifoundation.model.training import TrainingModel
 from minifoundation.runtime import Machine
-from minifoundation.train.corpus import TrainingData, described, training_data
+from minifoundation.train.corpus import TrainingData, described, run_tokenizer, training_data
 from minifoundation.train.ema import Average
 from minifoundation.train.finder import rows_left_open, steps_fit, with_batch_size, with_rows
 from minifoundation.train.guard import Guard
@@ -79,16 +78,15 @@ def run(
             planned = plan(config, world.size, split)
         if dry_run and world.is_first:
             print(f"plan of {config.out_dir}:\n{describe(config, planned, machine, world.size)}\nnothing was started (--dry_run)")
-        world.agreed(lambda: refuse_too_large(config, machine, world, split))
+        world.agreed(lambda: refuse_too_large(config, machine, world, split, moments=_has_moments(config, resume, start)))
         if dry_run:
             return None
         try:
             with world.together():
                 path, resumed = checkpoint_to_resume(config.out_dir, resume, world, say)
             if resumed is not None and path is not None:
-                if rows_left_open(asked):  # how many fit is found anew, the rows of a step are those of the run
-                    asked = with_rows(asked, max(1, resumed.progress["samples_per_step"] // world.dp_size))
-                    config = world.agreed(lambda: with_batch_size(asked, machine, split=split))
+                asked = _with_rows_of(resumed, asked, world)
+                config = world.agreed(lambda: with_batch_size(asked, machine, split=split))
                 with world.together():
                     planned = plan(config, world.size, split)
                     refuse_another_run(resumed, config, allowed, planned, path, say)
@@ -100,8 +98,12 @@ def run(
                 world.agreed(lambda: owned.enter_context(_owned(config.out_dir)))
                 step = resumed.progress["step"] if resumed else 0
                 world.agreed(lambda: set_later_aside(config.out_dir, step, say))
-                if asked.train.batch_size == "auto":
-                    config = _fitting(asked, planned.split, machine, world, say)
+                before = resumed or (start.checkpoint if start else None)
+                vocabulary = world.agreed(lambda: _vocabulary(config, before, say))
+                config = _with_vocabulary(config, vocabulary)
+                with world.together():
+                    if asked.train.batch_size == "auto":  # only now is it known which model has to fit
+                        config = _fitting(_with_vocabulary(asked, vocabulary), split, machine, world, say)
                     planned = plan(config, world.size, split)
                 with world.together():
                     suite = suite_for(config)
@@ -115,7 +117,8 @@ def run(
             if not is_out_of_memory(error):
                 raise
             begun = bool(step_folders(config.out_dir)) or (config.out_dir / METRICS).exists()
-            fault = too_large(config, machine, world, split=split, going_on=_going_on(config, resume) if begun else {})
+            going_on = _going_on(config, resume) if begun else {}
+            fault = too_large(config, machine, world, split=split, going_on=going_on, moments=_has_moments(config, resume, start))
         raise fault  # outside the handler, so that what the device held for the step is free
 
 
@@ -123,6 +126,12 @@ def _going_on(config: RunConfig, resume: str | None) -> dict[str, str]:
     """Return the option with which the same line goes on: the path that was typed stays until the run has saved something itself."""
     typed_path = resume not in (None, "auto") and not step_folders(config.out_dir)
     return {} if typed_path else {"resume": "auto"}
+
+
+def _has_moments(config: RunConfig, resume: str | None, start: Start | None) -> bool:
+    """Return whether the run, or the line that goes on with it, has its optimizer's moments from a checkpoint."""
+    carried = start is not None and start.with_optimizer
+    return carried or resume not in (None, "auto") or bool(step_folders(config.out_dir))
 
 
 @contextmanager
@@ -178,6 +187,28 @@ def _gone_back(bad: Bad, config: RunConfig, path: Path | None, say: Printer) -> 
     say(f"going back to {folder or elsewhere or 'the beginning'}, and over what was skipped: {bad}")
     record_rollback(bad, folder, config.out_dir)
     return folder or elsewhere
+
+
+def _with_rows_of(resumed: Checkpoint, asked: RunConfig, world: World) -> RunConfig:
+    """Return ``asked`` with the rows a step that the run has; with ``batch_size: auto`` only how many fit at once is found anew."""
+    return with_rows(asked, max(1, resumed.progress["samples_per_step"] // world.dp_size)) if rows_left_open(asked) else asked
+
+
+def _vocabulary(config: RunConfig, before: Checkpoint | None, say: Printer) -> int:
+    """Return the size of the model's vocabulary: its tokenizer's, padded to a multiple of 128; a checkpoint's stays."""
+    tokenizer = run_tokenizer(config, before)
+    if before is not None:
+        return before.config.model.vocab_size
+    size = -(-tokenizer.vocab_size // 128) * 128
+    if size != config.model.vocab_size:
+        asked = f"{config.model.vocab_size:,}"
+        say(f"model.vocab_size: {size:,} instead of {asked}, since the tokenizer has {tokenizer.vocab_size:,} pieces")
+    return size
+
+
+def _with_vocabulary(config: RunConfig, size: int) -> RunConfig:
+    """Return ``config`` with a model of ``size`` pieces."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 
 
 def _fitting(asked: RunConfig, split: Split, machine: Machine, world: World, say: Printer) -> RunConfig:
@@ -262,11 +293,8 @@ def _train(
         Stopped: told to stop; saved.
     """
     out_dir = config.out_dir
-    before = resumed or (start.checkpoint if start else None)
     data = training_data(config, planned, world, say, resumed=resumed, start=start, stepped_over=stepped_over(out_dir))
     same_data(data.loader, data.progress.sample, world)
-    config = _with_vocabulary(config, data.tokenizer, before, say)
-    planned = plan(config, world.size, planned.split)
     if not again:
         _tell(config, planned, machine, world, data, say)
         for line in network(machine, world):
@@ -405,14 +433,3 @@ def _built(
         saver=saver,
         say=say,
     )
-
-
-def _with_vocabulary(config: RunConfig, tokenizer: Tokenizer, before: Checkpoint | None, say: Printer) -> RunConfig:
-    """Return ``config`` with the model's vocabulary: the tokenizer's, padded to a multiple of 128; a checkpoint's stays."""
-    size = before.config.model.vocab_size if before else -(-tokenizer.vocab_size // 128) * 128
-    if size != config.model.vocab_size:
-        if before is None:
-            asked = f"{config.model.vocab_size:,}"
-            say(f"model.vocab_size: {size:,} instead of {asked}, since the tokenizer has {tokenizer.vocab_size:,} pieces")
-        config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
-    return config
