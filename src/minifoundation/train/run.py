@@ -98,6 +98,8 @@ def run(
                 world.agreed(lambda: owned.enter_context(_owned(config.out_dir)))
                 step = resumed.progress["step"] if resumed else 0
                 world.agreed(lambda: set_later_aside(config.out_dir, step, say))
+                with world.together():
+                    suite = suite_for(config)
                 before = resumed or (start.checkpoint if start else None)
                 vocabulary = world.agreed(lambda: _vocabulary(config, before, say))
                 config = _with_vocabulary(config, vocabulary)
@@ -105,8 +107,6 @@ def run(
                     if asked.train.batch_size == "auto":  # only now is it known which model has to fit
                         config = _fitting(_with_vocabulary(asked, vocabulary), split, machine, world, say)
                     planned = plan(config, world.size, split)
-                with world.together():
-                    suite = suite_for(config)
                 return _trained(config, planned, machine, world, say, stop, path=path, resumed=resumed, start=start, suite=suite)
         except KeyboardInterrupt:
             if stop.nothing_to_save:
