@@ -95,7 +95,7 @@ def versions() -> dict[str, str | None]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
-    return found
+    return found | {"torch": torch.__version__}  # with the build, +cu130, which the package's own version leaves out
 
 
 def code() -> dict[str, Any] | None:
