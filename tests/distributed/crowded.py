@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,25 +10,10 @@ import torch.distributed as dist
 
 from minifoundation.config import RunConfig
 from minifoundation.distributed import join
-from minifoundation.runtime import Machine
 from minifoundation.train import finder
 from minifoundation.train.finder import steps_fit, with_batch_size
 from tests.distributed.equal import settings
-
-
-@dataclass(frozen=True)
-class Pretended(Machine):
-    """A CPU that says it is a GPU."""
-
-    @property
-    def is_cuda(self) -> bool:
-        return True
-
-    def forget(self) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
+from tests.pretended import Pretended
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import pytest
@@ -17,6 +17,7 @@ from minifoundation.runtime import Machine
 from minifoundation.train import finder
 from minifoundation.train.finder import steps_fit, with_batch_size
 from minifoundation.train.plan import plan
+from tests.pretended import Pretended
 
 T = TypeVar("T")
 H100 = Machine(torch.device("cpu"), "NVIDIA H100 80GB HBM3", 80 * 2**30, 989.4e12)
@@ -55,21 +56,6 @@ def test_not_even_one_row_is_refused() -> None:
         UserError, match=r"train\.batch_size: not even one row of 4096 tokens fits small card \(4\.0 GiB\); use --model\.checkpointing full"
     ):
         with_batch_size(run_config(batch_size="auto"), small)
-
-
-@dataclass(frozen=True)
-class Pretended(Machine):
-    """A CPU that says it is a GPU."""
-
-    @property
-    def is_cuda(self) -> bool:
-        return True
-
-    def forget(self) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
 
 
 GPU = Pretended(torch.device("cpu"), "GPU", 80 * 2**30, None)
