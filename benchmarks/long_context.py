@@ -132,7 +132,7 @@ def attention(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-SCALINGS = ("none", "linear", "ntk", "yarn", "theta")
+SCALINGS = ("none", "yarn", "theta", "ntk", "linear")
 
 
 class Quality(NamedTuple):
@@ -220,7 +220,12 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
         folder = Path(name)
         train, held_out = split_by_length(corpus, folder, sizes)
         base = {
-            "model": {**sizes.model, "original_seq_len": sizes.original, "vocab_size": sizes.vocabulary},
+            "model": {
+                **sizes.model,
+                "original_seq_len": sizes.original,
+                "vocab_size": sizes.vocabulary,
+                "attention": "auto" if options.quick else "flash",  # the same for all: only the scaling differs
+            },
             "tokenizer": {"vocab_size": sizes.vocabulary, "sample_bytes": 10_000_000},
             "data": {"source": str(train), "shards_dir": str(folder / "shards"), "held_out": 0.01, "shard_tokens": 4_194_304},
             "train": {
@@ -251,7 +256,7 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
             "loss": round(float(steps[-1]["loss"]), 4),
             "held_out_bits_per_byte": float(steps[-1]["held_out_bits_per_byte"] or "nan"),
         }
-        print(found["pretraining"], flush=True)
+        print(json.dumps({"pretraining": found["pretraining"]}), flush=True)
         for scaling in SCALINGS:
             began, out = time.monotonic(), folder / scaling
             line = ["longft", "--ckpt_in", folder / "run" / "final.pth", "--out_dir", out, "--seq_len", sizes.length]
@@ -266,7 +271,7 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
                 "tokens_per_second": round(statistics.median(float(row["tokens_per_second"]) for row in steps)),
                 "seconds": round(time.monotonic() - began, 1),
             }
-            print(f"{scaling}: {[(int(place['first']), place['before'], place['after']) for place in by_position]}", flush=True)
+            print(json.dumps({scaling: found[scaling]}), flush=True)
     if not options.quick:
         plot_quality(found, sizes.original, ROOT / "docs" / "data" / "long_context_quality.png")
     return found
@@ -461,8 +466,10 @@ def summary(parts: dict[str, Any]) -> dict[str, Any]:
             end = next(place for place in places if place["last"] + 1 == rows["pretraining"]["original"])
             figures[f"loss at the end, {scaling}"] = {
                 "before": places[-1]["before"],
+                "before, in windows": places[-1]["before_sliding"],
                 "after": places[-1]["after"],
-                "at the original end": end["after"],
+                "before, at the original end": end["before"],
+                "after, at the original end": end["after"],
                 "documents": places[-1]["documents"],
             }
     if rows := parts.get("recall"):
@@ -498,14 +505,13 @@ def tables(parts: dict[str, Any]) -> str:
         add(["ms (TFLOP/s)", *kernels], cells)
     if rows := parts.get("quality"):
         places = rows["none"]["positions"]
-        windows = "before_sliding" in places[0]
-        header = ["positions", "documents", "before", *(["in windows"] if windows else []), *SCALINGS]
+        header = ["positions", "documents", "before", "in windows", *SCALINGS]
         cells = [
             [
                 f"{place['first']:,.0f} to {place['last']:,.0f}",
                 f"{place['documents']:.0f}",
                 f"{place['before']:.3f}",
-                *([f"{place['before_sliding']:.3f}"] if windows else []),
+                f"{place['before_sliding']:.3f}",
                 *(f"{rows[scaling]['positions'][number]['after']:.3f}" for scaling in SCALINGS),
             ]
             for number, place in enumerate(places)

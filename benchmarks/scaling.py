@@ -6,10 +6,12 @@
     python -m benchmarks.scaling --paper          from the kept rows: what 8, 64 and 512 GPUs would give, and where that comes from
     python -m benchmarks.scaling --quick          two processes and a tiny model on a CPU
 
-Each row is ``train/trial.py`` on random tokens, started by torchrun as a user would: medians after three steps. Its efficiency is its
-tokens/s by those of one GPU at the same rows, times the GPUs; where a row is read together both train on the same rows, and how far their
-losses are apart is told. The curve is ``pretrain`` on a small text with ``tokens_per_step``: once on
-one GPU, and once on all with a process killed on the way, which torchrun starts again.
+Each row is ``train/trial.py`` on random tokens, started by torchrun as a user would: medians, once the GPUs are warm. The rows of one GPU
+are measured on every GPU at once, each by itself: GPUs are not equally fast, and those that sum their gradients wait for the slowest in
+each step. So a row's efficiency is its tokens/s by those of as many GPUs as slow as the slowest of them; ``efficiency_to_first`` is by
+those of the first GPU. What the same GPUs would take for a step if they waited for each other and sent nothing is ``apart_ms``.
+Where a row is read together both train on the same rows, and how far their losses are apart is told. The curve is ``pretrain`` on a small
+text with ``tokens_per_step``: once on one GPU, and once on all with a process killed on the way, which torchrun starts again.
 """
 
 from __future__ import annotations
@@ -20,21 +22,26 @@ import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.record import ROOT, finish, with_kept
 
 NETWORK_BYTES = 2**28
 KEPT = ROOT / "docs" / "data" / "scaling.json"
+WARM_UP = 24
+"""Micro-batches before the first step that counts: a GPU that was idle is 1% faster for some seconds, until its power is at the limit."""
 TINY = {"d_model": 64, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_ff": 128, "vocab_size": 512, "original_seq_len": 64}
 
 
@@ -53,6 +60,8 @@ class Row(NamedTuple):
     together: bool = False
     """All GPUs read a row together (context parallelism)."""
     checkpointing: str = "none"
+    sending: str = "beside the backward"
+    """Of ddp; or "nothing", which shows what DDP itself takes, or "at the end", all at once after the backward."""
 
     def name(self, gpus: int) -> str:
         """Return how the row is called on ``gpus`` GPUs."""
@@ -64,11 +73,12 @@ class Row(NamedTuple):
         parts += [f"of {self.seq_len // 1024}k"] if self.seq_len != 4096 else []
         parts += [f"recomputing all but {self.checkpointing}"] if self.checkpointing != "none" else []
         parts += ["together"] if self.together else []
+        parts += [f"sending {self.sending}"] if self.sending != "beside the backward" else []
         return " ".join(parts)
 
     def alone(self) -> Row:
         """Return the row of one GPU that this one is measured by."""
-        return self._replace(parallel="none", reduce="fp32", together=False)
+        return self._replace(parallel="none", reduce="fp32", together=False, sending="beside the backward")
 
     def like(self) -> str:
         """Return the name of that row."""
@@ -86,6 +96,7 @@ THEN = [
     Row("1B", "fsdp", reduce="bf16"),
     Row("0.5B", "fsdp", swiglu="own"),
 ]
+SENDING = [Row("0.5B", "ddp", sending="nothing"), Row("0.5B", "ddp", sending="at the end")]
 LONG = [
     Row("0.5B", "ddp", batch_size=1, seq_len=2**16, together=True),
     Row("1B", "ddp", batch_size=1, seq_len=2**16, together=True),
@@ -95,6 +106,8 @@ SMALL = [
     Row("tiny", "ddp", batch_size=2, precision="fp32"),
     Row("tiny", "fsdp", batch_size=2, tokens_per_step=512, precision="fp32"),
     Row("tiny", "ddp", batch_size=1, seq_len=1024, precision="fp32", together=True),
+    Row("tiny", "ddp", batch_size=2, precision="fp32", sending="nothing"),
+    Row("tiny", "ddp", batch_size=2, precision="fp32", sending="at the end"),
 ]
 CONFIGS = {"0.5B": "model_0p5b", "1B": "model_1b"}
 
@@ -125,41 +138,79 @@ def settings(row: Row, gpus: int) -> dict[str, Any]:
 
 
 def work(rows: list[Row], steps: int) -> None:
-    """Measure ``rows``, in one of the processes that torchrun has started; the first one prints each as a line of JSON."""
+    """Measure ``rows``, in one of the processes that torchrun has started; the first one prints each as a line of JSON.
+
+    Rows of one GPU are measured by each process for itself, at the same time.
+    """
     from minifoundation import config, runtime
     from minifoundation.config import RunConfig
-    from minifoundation.distributed import join, sharing_rows
+    from minifoundation.distributed import World, join, sharing_rows
     from minifoundation.train.meeting import bus_bandwidth, product_seconds
     from minifoundation.train.parallel import accumulated, chosen_split
-    from minifoundation.train.trial import WARM_UP, trial
+    from minifoundation.train.trial import trial
 
     with join() as world:
         machine = runtime.machine(world.local_rank)
         told: dict[str, Any] = {"gpus": world.size, "device": machine.name}
-        if world.size > 1:
+        if world.size > 1 and rows[0].parallel != "none":
             n_bytes = NETWORK_BYTES if machine.is_cuda else 2**20
             told |= {"name": f"network {world.size}x", "bus_gb_per_second": round(bus_bandwidth(machine, world, n_bytes) / 1e9, 1)}
-            told["nccl"] = {name: value for name, value in os.environ.items() if name.startswith("NCCL_")}
+            told["nccl"] = {name: value for name, value in os.environ.items() if "NCCL_" in name}
             if machine.is_cuda:  # a slower GPU is waited for in every step
                 told["product_ms_of_each"] = [round(1e3 * seconds, 3) for seconds in world.of_all(product_seconds(machine))]
             _print(told, first=world.is_first)
         for row in rows:
-            run = config.build(RunConfig, settings(row, world.size), row.name(world.size))
-            ours = sharing_rows(world, run.train.context_parallel)
+            together = row.parallel != "none"
+            gpus = world.size if together else 1
+            run = config.build(RunConfig, settings(row, gpus), row.name(gpus))
+            ours = sharing_rows(world, run.train.context_parallel) if together else World()
             run = accumulated(run, ours)
             split = chosen_split(run, machine, ours)
-            warm_up = WARM_UP if row.seq_len == 4096 else 2  # they are long, and the second is steady by then
+            warm_up = max(2, round(WARM_UP / run.train.grad_accum)) if machine.is_cuda and row.seq_len == 4096 else 2
+            world.wait()
             began = time.monotonic()
+            found: dict[str, Any]
+            ms: list[float] = []
             try:
-                found = trial(run, machine, steps=steps, warm_up=warm_up, profiled=True, world=ours, split=split).figures()
+                with sending(row.sending):
+                    tried = trial(run, machine, steps=steps, warm_up=warm_up, profiled=True, world=ours, split=split)
+                found, ms = tried.figures(), [round(1e3 * seconds, 2) for seconds in tried.seconds]
             except torch.OutOfMemoryError as error:  # of all GPUs alike: they hold the same
                 found = {"failed": str(error).splitlines()[0]}
             machine.forget()
-            peaks = world.of_all(found.get("peak_gib"))
-            found |= {"name": row.name(world.size), "device": machine.name, "gpus": world.size, "like": row.like(), **row._asdict()}
+            peaks, ms_of_each = world.of_all(found.get("peak_gib")), world.of_all(ms)
+            found |= {"name": row.name(gpus), "device": machine.name, "gpus": gpus, "like": row.like(), **row._asdict()}
             found |= {"peak_gib_of_each": peaks, "measuring_seconds": round(time.monotonic() - began, 1)}
+            found |= {} if together else {"ms_of_each": ms_of_each}
             _print(found, first=world.is_first)
             torch.compiler.reset()
+
+
+@contextmanager
+def sending(when: str) -> Iterator[None]:
+    """Have DDP send gradients as a row asks."""
+    split: Any = import_module("minifoundation.distributed.split")
+
+    def silent(_, bucket):  # type: ignore[no-untyped-def]  # torch compares annotations with its own
+        gradients = bucket.buffer()
+        sent: Any = torch.futures.Future(devices=[gradients.device] if gradients.is_cuda else None)
+        sent.set_result(gradients)
+        return sent
+
+    class Silent(DistributedDataParallel):
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            self.register_comm_hook(None, silent)
+
+    mib = split.BUCKET_MIB
+    if when == "at the end":
+        split.BUCKET_MIB = 2**16
+    elif when == "nothing":
+        split.DistributedDataParallel = Silent
+    try:
+        yield
+    finally:
+        split.BUCKET_MIB, split.DistributedDataParallel = mib, DistributedDataParallel
 
 
 def _print(found: dict[str, Any], *, first: bool) -> None:
@@ -235,12 +286,23 @@ def summary(row: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[str, 
         found["communication_ms"] = sent
         found["communication_hidden"] = round(profile.get("hidden_communication_ms", 0.0) / sent, 3) if sent else None
         if alone and "tokens_per_second" in alone:
-            found["efficiency"] = row["efficiency"] = round(row["tokens_per_second"] / gpus / alone["tokens_per_second"], 4)
+            slowest, row["apart_ms"] = apart(alone, gpus)
+            found["efficiency"] = row["efficiency"] = round(row["tokens_per_second"] / gpus / slowest, 4)
+            row["efficiency_to_first"] = round(row["tokens_per_second"] / gpus / alone["tokens_per_second"], 4)
+            found |= {name: row[name] for name in ("efficiency_to_first", "apart_ms")}
             if row["together"]:
                 found["losses"], found["losses_of_one_gpu"] = row["losses"], alone["losses"]
                 differences = [abs(a - b) for a, b in zip(row["losses"], alone["losses"], strict=True)]
                 found["largest_difference_of_losses"] = row["largest_difference_of_losses"] = max(differences)
     return found
+
+
+def apart(alone: dict[str, Any], gpus: int) -> tuple[float, float]:
+    """Return what the slowest of the first ``gpus`` GPUs does alone, tokens/s, and the milliseconds of a step if each waited for all."""
+    of_each = alone.get("ms_of_each", [[alone["ms_per_step"]]])[:gpus]
+    tokens = alone["tokens_per_second"] * alone["ms_per_step"]
+    steps = [max(at_once) for at_once in zip(*of_each, strict=True)]
+    return tokens / max(statistics.median(ms) for ms in of_each), round(statistics.median(steps), 2)
 
 
 def curves(gpus: int, folder: Path, seconds: float, *, quick: bool) -> dict[str, Any]:
@@ -394,27 +456,29 @@ def on_paper(results: list[dict[str, Any]], node: int, network: float) -> list[d
             continue
         if row["tokens_per_step"] or row["precision"] != "bf16" or row["reduce"] != "fp32" or row["swiglu"] != "auto":
             continue
-        if row.get("seq_len", 4096) != 4096:
+        if row.get("seq_len", 4096) != 4096 or row.get("sending", "beside the backward") != "beside the backward":
             continue
         model = config.build(RunConfig, settings(Row(row["model"], row["parallel"]), 1), "paper").model
+        slowest, _ = apart(alone, row["gpus"])
+        seconds = alone["tokens_per_second"] * alone["ms_per_step"] / 1e3 / slowest
         more = 0.0
         for gpus in (row["gpus"], *(size for size in (8, 64, 512) if size > row["gpus"])):
             rate = rates[row["gpus"]] if gpus <= node else min(network, rates[row["gpus"]])
             told = paper(
                 parameters=n_parameters(model),
                 head=model.vocab_size * model.d_model,
-                seconds=alone["ms_per_step"] / 1e3,
+                seconds=seconds,
                 gpus=gpus,
                 parallel=row["parallel"],
                 bytes_per_second=rate,
             )
             if gpus == row["gpus"]:
                 more = row["ms_per_step"] / 1e3 - told["seconds"]
-            efficiency = alone["ms_per_step"] / 1e3 / (told["seconds"] + more)
+            efficiency = seconds / (told["seconds"] + more)
             figures = {"model": row["model"], "parallel": row["parallel"], "gpus": gpus, "gb_per_second": round(rate / 1e9, 1)}
             figures |= {name: round(value, 4) for name, value in told.items()}
             figures |= {"measured_more_seconds": round(more, 4), "efficiency_with_that": round(efficiency, 4)}
-            figures["tokens_per_second"] = round(gpus * alone["tokens_per_second"] * efficiency)
+            figures["tokens_per_second"] = round(gpus * slowest * efficiency)
             found.append(figures)
     return found
 
@@ -448,7 +512,7 @@ def main() -> None:
     most = options.gpus or (torch.cuda.device_count() if on_gpu else 2)
     sizes = [size for size in (1, 2, 4, 8) if size <= most]
     quick = options.quick or not on_gpu
-    stages = [SMALL] if quick else [FIRST, THEN, LONG]
+    stages = [SMALL] if quick else [FIRST, THEN, SENDING, LONG]
     plan: list[tuple[int, list[Row]]] = []
     for rows in stages:
         for size in sizes:
@@ -470,7 +534,7 @@ def main() -> None:
             print(f"not run: {[row.name(size) for row in rows]}", flush=True)
         if not rows or left < 25:
             continue
-        for row in measured(size, rows, steps, left):
+        for row in measured(most if size == 1 else size, rows, steps, left):
             results.append(row)
             known[row["name"]] = row
             print(f"{time.monotonic() - began:6.1f} s  {row['name']}: {summary(row, known)}", flush=True)

@@ -59,7 +59,7 @@ def memory_bytes(
     context: int = 1,
     shards: int = 1,
     regathers: bool = True,
-    buckets: bool = False,
+    bucket_bytes: int = 0,
 ) -> dict[str, int]:
     """Return the predicted peak of allocated device memory by what it holds, in bytes; the sum is the prediction.
 
@@ -76,7 +76,7 @@ def memory_bytes(
         context: devices that read a row together: each has as small a part of the tokens.
         shards: parts that weights, gradients and moments are in, on as many devices.
         regathers: gathered weights of a block are given up after its forward.
-        buckets: gradients have memory of their own from step to step, which they travel from.
+        bucket_bytes: a parameter, of the memory that gradients travel from, which stays from step to step.
     """
     parameters, N, V, D = n_parameters(config), batch_size * seq_len // context, config.vocab_size, config.d_model
     item = 4 if precision == "fp32" else 2
@@ -120,7 +120,7 @@ def memory_bytes(
         "ema": 4 * parameters // shards if ema else 0,
     }
     # What micro-batches without sending add up is beside the memory that gradients travel from.
-    earlier_gradients = gradients * ((grad_accum > 1) + buckets)
+    earlier_gradients = gradients * (grad_accum > 1) + bucket_bytes * parameters
     at_loss = {
         **always,
         "gradients": earlier_gradients,

@@ -43,8 +43,7 @@ def within_documents(positions: Tensor, first: int, end: int) -> BlockMask:
         place = first + query
         return (place >= key) & (place - key <= positions[row, place])
 
-    # From where documents begin, not from the mask of all places: that is T x T, and compiled to be less it comes back with a mask_mod of
-    # the compiler's own, for which the kernel is compiled again (torch 2.11).
+    # From where documents begin, not from the mask of all places as torch has it, which is T x T or needs the compiler.
     device = positions.device
     begins = torch.arange(positions.shape[1], device=device) - positions  # of the document that a place is in, (B, T); never falls
     query, key = torch.arange(first, end, BLOCK, device=device)[:, None], torch.arange(0, end, BLOCK, device=device)
