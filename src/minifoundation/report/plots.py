@@ -17,7 +17,7 @@ from matplotlib.ticker import NullLocator
 from minifoundation.report.runs import Run
 
 OURS, GRID, INK, MUTED = "#1d4ed8", "#e2e8f0", "#0f172a", "#64748b"
-OTHERS = ("#d97706", "#059669", "#9333ea", "#db2777", "#475569", "#0891b2")
+OTHERS = ("#d97706", "#059669", "#9333ea", "#db2777", "#0891b2", "#475569")
 MARKERS = "sD^vPX"
 PHASES = ("#1d4ed8", "#d97706", "#059669", "#9333ea")
 WIDTH = 4.6
