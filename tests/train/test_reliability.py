@@ -30,7 +30,7 @@ from minifoundation.train import run as running
 from minifoundation.train.plan import plan
 from minifoundation.train.rollback import Bad
 from minifoundation.train.run import run
-from minifoundation.train.state import Progress, beyond
+from minifoundation.train.state import Phase, Progress, beyond
 from minifoundation.train.stop import Stop
 from tests.checkpoint.made import same
 from tests.train.test_run import at_step, rows, steady, trained
@@ -443,9 +443,9 @@ def test_the_former_model_is_gone_before_the_run_goes_back(settings: Make, tmp_p
     monkeypatch.setattr(running, "_train", fails_once)
     monkeypatch.setattr(running, "_gone_back", lambda *_: None)
     config = settings()
-    arguments = config, plan(config, 1), runtime.machine(), World(), running.Printer(World()), Stop()
+    phase = Phase(config, plan(config, 1), runtime.machine(), World(), start=None, suite=None, say=print)
     gc.disable()
     try:
-        assert running._trained(*arguments, path=None, resumed=None, start=None, suite=None) == tmp_path
+        assert running._trained(phase, Stop(), path=None, resumed=None) == tmp_path
     finally:
         gc.enable()

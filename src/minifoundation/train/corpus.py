@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,12 +20,11 @@ from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.distributed import World
 from minifoundation.errors import UserError
 from minifoundation.train.plan import Plan
+from minifoundation.train.printer import Say
 from minifoundation.train.state import Progress, Start
 
 AT_ONCE = 4_194_304
 """Tokens that are made before training begins, to the end of the shard: the work of seconds. The rest is made while it runs."""
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -223,6 +221,19 @@ def run_tokenizer(config: RunConfig, before: Checkpoint | None) -> Tokenizer:
     if not model.exists() or model.read_bytes() != before.tokenizer_model:
         write_whole(model, before.tokenizer_model)
     return Tokenizer.load(model)
+
+
+def with_vocabulary(config: RunConfig, before: Checkpoint | None, say: Say) -> RunConfig:
+    """Return ``config`` with the vocabulary of the run's tokenizer, padded to a multiple of 128; that of a checkpoint stays."""
+    tokenizer = run_tokenizer(config, before)
+    if before is not None:
+        size = before.config.model.vocab_size
+    else:
+        size = -(-tokenizer.vocab_size // 128) * 128
+        if size != config.model.vocab_size:
+            asked = f"{config.model.vocab_size:,}"
+            say(f"model.vocab_size: {size:,} instead of {asked}, since the tokenizer has {tokenizer.vocab_size:,} pieces")
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 
 
 def _first_unread(read: Entry, config: RunConfig, tokenizer: Tokenizer, say: Say) -> int:

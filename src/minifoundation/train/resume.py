@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from minifoundation.checkpoint import (
@@ -20,6 +19,7 @@ from minifoundation.config import RunConfig, dotted_names
 from minifoundation.distributed import World
 from minifoundation.errors import UserError
 from minifoundation.train.plan import Plan
+from minifoundation.train.printer import Say
 
 MAY_CHANGE = (
     "out_dir",
@@ -61,9 +61,6 @@ FIXED = (
 )
 """Settings that cannot change within a run, not even on purpose: the place in the data is a number that they give its meaning, or a
 checkpoint's tensors have their shapes. With ``data.min_tokens`` the first holds of ``train.tokens`` too, by which shares are chosen."""
-
-
-Say = Callable[[str], None]
 
 
 def checkpoint_to_resume(out_dir: Path, resume: str | None, world: World, say: Say) -> tuple[Path | None, Checkpoint | None]:
