@@ -79,6 +79,17 @@ def test_the_proof_lies_beside_the_model(pretrained: Path, capsys: pytest.Captur
     assert load_checkpoint(folder / "final.pth").config.model.max_seq_len == 256
 
 
+def test_the_shortest_context_is_proved_too(pretrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From 8 tokens to 9: no needle has room, and all that lies beyond is one token."""
+    line = f"pretrain --config {pretrained}/run.yaml --data {pretrained}/verse.txt --data.shards_dir {pretrained}/shards --tokens 256"
+    assert cli.main([*line.split(), *f"--out_dir {pretrained}/eight --model.original_seq_len 8 --seq_len 8".split()]) == 0
+    options = "--seq_len 9 --tokens 72 --proof_documents 2 --needles 1"
+    assert extend(pretrained, "nine", *options.split(), ckpt="eight/final.pth") == 0
+    places = table(pretrained / "nine" / "loss_by_position.csv")
+    assert [int(row["last"]) + 1 for row in places] == [2, 4, 8, 9] and [int(row["tokens"]) for row in places] == [4, 4, 8, 2]
+    assert "  beyond 8: " in capsys.readouterr().out and table(pretrained / "nine" / "needles.csv") == []
+
+
 def test_a_proof_that_does_not_fit_leaves_the_model(
     pretrained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
