@@ -89,7 +89,9 @@ def test_the_smallest_windows_read_each_token_once_too(model: Transformer, windo
     np.testing.assert_allclose(reach.sliding_nats(model, ids, window, CPU), expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("original", "length"), [(16, 16), (16, 20), (4096, 65_536), (256, 1024), (8, 100), (1, 1), (1, 9), (2, 3), (3, 4)])
+@pytest.mark.parametrize(
+    ("original", "length"), [(16, 16), (16, 20), (4096, 65_536), (256, 1024), (8, 100), (1, 1), (1, 9), (2, 3), (3, 4)]
+)
 def test_buckets_and_lengths_end_where_the_rows_do(original: int, length: int) -> None:
     bounds, lengths = edges(original, length), needle_lengths(original, length)
     assert bounds[0] == 0 and bounds[-1] == lengths[-1] == length and original in bounds

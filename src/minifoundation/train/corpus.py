@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from minifoundation.checkpoint import Checkpoint, write_whole
-from minifoundation.config import RunConfig
+from minifoundation.config import RunConfig, build
 from minifoundation.data.held_out import HeldOut
 from minifoundation.data.ledger import Entry
 from minifoundation.data.lengths import Documents, LongRows, PackedRows, buckets
@@ -223,17 +223,35 @@ def run_tokenizer(config: RunConfig, before: Checkpoint | None) -> Tokenizer:
     return Tokenizer.load(model)
 
 
-def with_vocabulary(config: RunConfig, before: Checkpoint | None, say: Say) -> RunConfig:
-    """Return ``config`` with the vocabulary of the run's tokenizer, padded to a multiple of 128; that of a checkpoint stays."""
-    tokenizer = run_tokenizer(config, before)
+def given_tokenizer(config: RunConfig) -> Tokenizer | None:
+    """Return the tokenizer that is there before a run begins, in its folder or given; None where one is to be trained.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    own = config.out_dir / "tokenizer" / "tokenizer.model"
+    path = own if own.exists() else config.tokenizer.path
+    return None if path is None else Tokenizer.load(path)
+
+
+def with_vocabulary(config: RunConfig, before: Checkpoint | None, tokenizer: Tokenizer | None, say: Say) -> RunConfig:
+    """Return ``config`` with a model of the vocabulary that is trained: a checkpoint's, or the tokenizer's padded to a multiple of 128.
+
+    Args:
+        tokenizer: None is one that is to be trained, with as many pieces as were asked for, or fewer.
+
+    Raises:
+        UserError: a setting cannot be had with so many.
+    """
     if before is not None:
         size = before.config.model.vocab_size
     else:
-        size = -(-tokenizer.vocab_size // 128) * 128
+        pieces, has = (config.tokenizer.vocab_size, "is to have") if tokenizer is None else (tokenizer.vocab_size, "has")
+        size = -(-pieces // 128) * 128
         if size != config.model.vocab_size:
-            asked = f"{config.model.vocab_size:,}"
-            say(f"model.vocab_size: {size:,} instead of {asked}, since the tokenizer has {tokenizer.vocab_size:,} pieces")
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+            say(f"model.vocab_size: {size:,} instead of {config.model.vocab_size:,}, since the tokenizer {has} {pieces:,} pieces")
+    model = config.model.model_copy(update={"vocab_size": size})
+    return build(RunConfig, {**dict(config), "model": model}, "tokenizer")
 
 
 def _first_unread(read: Entry, config: RunConfig, tokenizer: Tokenizer, say: Say) -> int:

@@ -82,7 +82,7 @@ def longest(documents: Iterable[Ids], *, longer_than: int, count: int) -> list[I
 
 
 def sliding_nats(transformer: Transformer, ids: Ids, window: int, device: torch.device) -> Tensor:
-    """Return the cross entropy of all targets of a document (T + 1), read in windows of ``window`` tokens (1 or more): (T,) nats, on the CPU.
+    """Return the cross entropy of all targets of a document (T + 1), read in windows of ``window`` tokens: (T,) nats, on the CPU.
 
     Windows overlap by half, and a token counts where it has the most before it: at least half a window, as far as there is so much. That
     is what a model of that length can do with a longer text (sliding-window evaluation, arXiv:2108.12409, section 2).

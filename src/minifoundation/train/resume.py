@@ -70,10 +70,9 @@ def checkpoint_to_resume(out_dir: Path, resume: str | None, world: World, say: S
         resume: ``auto``, the path of a checkpoint, or None.
 
     Raises:
-        UserError: the folder holds a run and nothing was said about it, or none of its checkpoints is whole.
+        UserError: there is no such checkpoint, or none of those that the folder holds is whole.
     """
     if resume is None:
-        world.agreed(lambda: _unused(out_dir))
         return None, None
     path = world.agreed(lambda: newest(out_dir, say)) if resume == "auto" else Path(resume)
     if path is None:
@@ -82,7 +81,12 @@ def checkpoint_to_resume(out_dir: Path, resume: str | None, world: World, say: S
     return path, load_checkpoint(path, verified=resume == "auto")
 
 
-def _unused(out_dir: Path) -> None:
+def refuse_used(out_dir: Path) -> None:
+    """Refuse to begin in a folder that holds a run.
+
+    Raises:
+        UserError: it does.
+    """
     steps = step_folders(out_dir)
     done = (out_dir / FINAL).exists()
     if done or steps or (out_dir / "metrics.csv").exists():

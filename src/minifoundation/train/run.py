@@ -20,7 +20,7 @@ from minifoundation.errors import Stopped
 from minifoundation.lock import LOCK, held
 from minifoundation.runtime import Machine
 from minifoundation.train.construction import built
-from minifoundation.train.corpus import TrainingData, described, training_data, with_vocabulary
+from minifoundation.train.corpus import TrainingData, described, given_tokenizer, run_tokenizer, training_data, with_vocabulary
 from minifoundation.train.fallbacks import supported
 from minifoundation.train.finder import rows_left_open, steps_fit, with_batch_size, with_rows
 from minifoundation.train.kernels import chosen_kernels
@@ -32,7 +32,7 @@ from minifoundation.train.parallel import accumulated, as_asked, chosen_split
 from minifoundation.train.plan import describe, plan
 from minifoundation.train.printer import Printer, Say
 from minifoundation.train.provenance import record_start, typed
-from minifoundation.train.resume import checkpoint_to_resume, refuse_another_run, set_later_aside
+from minifoundation.train.resume import checkpoint_to_resume, refuse_another_run, refuse_used, set_later_aside
 from minifoundation.train.rollback import Bad, checkpoint_before, record_rollback, stepped_over
 from minifoundation.train.state import Phase, Start
 from minifoundation.train.stop import Stop, stop_on_signals
@@ -61,61 +61,78 @@ def run(
         Stopped: told to stop; saved, with the line that goes on.
     """
     with join() as world, stop_on_signals(config.train.max_hours) as stop:
-        machine = runtime.machine(world.local_rank)
-        # What fits the smallest of the devices fits all of them, and no process finds other rows than the others.
-        machine = replace(machine, memory_bytes=min(world.of_all(machine.memory_bytes)))
         say = Printer(world)
         same_run(config, world)
-        with world.together():
-            world = sharing_rows(world, config.train.context_parallel)
-            asked = accumulated(supported(config, machine, say), world)
-            split = world.agreed(lambda: chosen_split(asked, machine, world))
-            config = world.agreed(lambda: with_batch_size(asked, machine, split=split))
-            planned = plan(config, world.size, split)
-        if dry_run and world.is_first:
-            print(f"plan of {config.out_dir}:\n{describe(config, planned, machine, world.size)}\nnothing was started (--dry_run)")
-        world.agreed(lambda: refuse_too_large(config, machine, world, split, moments=_has_moments(config, resume, start)))
-        if dry_run:
-            return None
         try:
-            with world.together():
-                path, resumed = checkpoint_to_resume(config.out_dir, resume, world, say)
-            if resumed is not None and path is not None:
-                asked = _with_rows_of(resumed, asked, world)
-                config = world.agreed(lambda: with_batch_size(asked, machine, split=split))
-                with world.together():
-                    planned = plan(config, world.size, split)
-                    refuse_another_run(resumed, config, allowed, planned, path, say)
-            final = config.out_dir / FINAL
-            if resumed is not None and resumed.progress["step"] >= planned.steps and not resumed.optimizer:
-                say(f"{final} is finished: {planned.steps:,} of {planned.steps:,} steps")
-                return final
-            with ExitStack() as owned:
-                world.agreed(lambda: owned.enter_context(_owned(config.out_dir)))
-                step = resumed.progress["step"] if resumed else 0
-                world.agreed(lambda: set_later_aside(config.out_dir, step, say))
-                with world.together():
-                    suite = suite_for(config)
-                before = resumed or (start.checkpoint if start else None)
-                config = world.agreed(lambda: with_vocabulary(config, before, say))
-                with world.together():
-                    if asked.train.batch_size == "auto":  # only now is it known which model has to fit
-                        config = _fitting(asked.model_copy(update={"model": config.model}), split, machine, world, say)
-                    planned = plan(config, world.size, split)
-                phase = Phase(config, planned, machine, world, start, suite, say)
-                return _trained(phase, stop, path=path, resumed=resumed)
+            return _run(config, world, stop, say, resume=resume, dry_run=dry_run, allowed=allowed, start=start, suite_for=suite_for)
         except KeyboardInterrupt:
             if stop.nothing_to_save:
                 there = "nothing is lost" if step_folders(config.out_dir) else "no step was done yet"
                 raise Stopped(f"stopped ({there}); go on with: {typed(world, **_going_on(config, resume))}") from None
             raise
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            begun = bool(step_folders(config.out_dir)) or (config.out_dir / METRICS).exists()
-            going_on = _going_on(config, resume) if begun else {}
-            fault = too_large(config, machine, world, split=split, going_on=going_on, moments=_has_moments(config, resume, start))
-        raise fault  # outside the handler, so that what the device held for the step is free
+
+
+def _run(
+    config: RunConfig,
+    world: World,
+    stop: Stop,
+    say: Say,
+    *,
+    resume: str | None,
+    dry_run: bool,
+    allowed: tuple[str, ...],
+    start: Start | None,
+    suite_for: Callable[[RunConfig], Suite | None],
+) -> Path | None:
+    machine = runtime.machine(world.local_rank)
+    # What fits the smallest of the devices fits all of them, and no process finds other rows than the others.
+    machine = replace(machine, memory_bytes=min(world.of_all(machine.memory_bytes)))
+    with world.together():
+        world = sharing_rows(world, config.train.context_parallel)
+        asked = accumulated(supported(config, machine, say), world)
+        path, resumed = checkpoint_to_resume(config.out_dir, resume, world, say)
+    before = resumed or (start.checkpoint if start else None)
+    asked = world.agreed(lambda: with_vocabulary(asked, before, None if before else given_tokenizer(asked), say))
+    if resumed is not None:
+        asked = _with_rows_of(resumed, asked, world)
+    split = world.agreed(lambda: chosen_split(asked, machine, world))
+    config = world.agreed(lambda: with_batch_size(asked, machine, split=split))
+    with world.together():
+        planned = plan(config, world.size, split)
+        if resumed is not None and path is not None:
+            refuse_another_run(resumed, config, allowed, planned, path, say)
+    if dry_run and world.is_first:
+        print(f"plan of {config.out_dir}:\n{describe(config, planned, machine, world.size)}\nnothing was started (--dry_run)")
+    world.agreed(lambda: refuse_too_large(config, machine, world, split, moments=_has_moments(config, resumed, start)))
+    if dry_run:
+        return None
+    if resumed is not None and resumed.progress["step"] >= planned.steps and not resumed.optimizer:
+        say(f"{path} is finished: {planned.steps:,} of {planned.steps:,} steps")
+        return path
+    try:
+        with ExitStack() as owned:
+            world.agreed(lambda: owned.enter_context(_owned(config.out_dir)))
+            if resume is None:
+                world.agreed(lambda: refuse_used(config.out_dir))
+            step = resumed.progress["step"] if resumed else 0
+            world.agreed(lambda: set_later_aside(config.out_dir, step, say))
+            with world.together():
+                suite = suite_for(config)
+            # One that is trained now may have fewer pieces than were planned with.
+            config = world.agreed(lambda: with_vocabulary(config, before, run_tokenizer(config, before), say))
+            with world.together():
+                if asked.train.batch_size == "auto":  # only now is it known which model has to fit
+                    config = _fitting(asked.model_copy(update={"model": config.model}), split, machine, world, say)
+                planned = plan(config, world.size, split)
+            phase = Phase(config, planned, machine, world, start, suite, say)
+            return _trained(phase, stop, path=path, resumed=resumed)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        begun = bool(step_folders(config.out_dir)) or (config.out_dir / METRICS).exists()
+        going_on = _going_on(config, resume) if begun else {}
+        fault = too_large(config, machine, world, split=split, going_on=going_on, moments=_has_moments(config, resumed, start))
+    raise fault  # outside the handler, so that what the device held for the step is free
 
 
 def _going_on(config: RunConfig, resume: str | None) -> dict[str, str]:
@@ -124,10 +141,10 @@ def _going_on(config: RunConfig, resume: str | None) -> dict[str, str]:
     return {} if typed_path else {"resume": "auto"}
 
 
-def _has_moments(config: RunConfig, resume: str | None, start: Start | None) -> bool:
+def _has_moments(config: RunConfig, resumed: Checkpoint | None, start: Start | None) -> bool:
     """Return whether the run, or the line that goes on with it, has its optimizer's moments from a checkpoint."""
     carried = start is not None and start.with_optimizer
-    return carried or resume not in (None, "auto") or bool(step_folders(config.out_dir))
+    return carried or resumed is not None or bool(step_folders(config.out_dir))
 
 
 @contextmanager
