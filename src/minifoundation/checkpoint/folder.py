@@ -94,6 +94,14 @@ class Checkpoint:
                 setattr(made, section, {name: found[f"{section}/{name}"] for name in tensors})
         return made
 
+    def let_go(self) -> None:
+        """Drop the tensors, once they have been copied to where they are used.
+
+        Those of a step folder lie in its file, which else keeps its place on the disk for as long as the run goes on, removed or not.
+        """
+        for section in SECTIONS:
+            setattr(self, section, None if section == "ema" else {})
+
     def state(self) -> dict[str, Any]:
         """Return all but the tensors and the tokenizer, as JSON has it."""
         return {

@@ -34,7 +34,7 @@ from minifoundation.train.printer import Printer, Say
 from minifoundation.train.provenance import record_start, typed
 from minifoundation.train.resume import checkpoint_to_resume, refuse_another_run, refuse_used, set_later_aside
 from minifoundation.train.rollback import Bad, checkpoint_before, record_rollback, stepped_over
-from minifoundation.train.state import Phase, Start
+from minifoundation.train.state import Phase, Progress, Start
 from minifoundation.train.stop import Stop, stop_on_signals
 from minifoundation.train.suite import Suite
 
@@ -227,13 +227,9 @@ def _train(phase: Phase, stop: Stop, *, resumed: Checkpoint | None, again: bool)
     with background as supply, _saver(config, say) as saver:
         training = built(phase, data, kernels=kernels, supply=supply, saver=saver, resumed=resumed)
         progress = data.progress
-        if world.is_first:
-            write_whole(out_dir / "config.yaml", to_yaml(as_asked(config)).encode())
-            record_start(out_dir, world, machine, step=progress.step)
-        resumed_at = progress.step - (progress.due is not None)
-        folder = out_dir if world.is_first else None
-        scores = phase.suite.columns if phase.suite is not None else ()
-        with MetricsLog(folder, resumed_at=resumed_at, tensorboard=config.train.tensorboard, also=scores) as log:
+        if resumed is not None:
+            resumed.let_go()
+        with _log(phase, progress) as log:
             outcome = fit(training, log, stop)
         if isinstance(outcome, Bad):
             return outcome
@@ -262,6 +258,25 @@ def _tell(phase: Phase, data: TrainingData) -> None:
     if planned.disk_bytes > runtime.free_disk_bytes(out_dir):
         remedy = "free some space, lower --train.keep, or give another --out_dir"
         phase.say(f"warning: {out_dir}: the disk is too small for the checkpoints; {remedy}")
+
+
+def _log(phase: Phase, progress: Progress) -> MetricsLog:
+    """Write down the settings and this start of the run, and return its table of metrics, which ends where the run goes on.
+
+    Raises:
+        UserError, OSError: the first process cannot do it; on all of them.
+    """
+    config, world, out_dir = phase.config, phase.world, phase.config.out_dir
+    with world.together():
+        if world.is_first:
+            write_whole(out_dir / "config.yaml", to_yaml(as_asked(config)).encode())
+            record_start(out_dir, world, phase.machine, step=progress.step)
+        return MetricsLog(
+            out_dir if world.is_first else None,
+            resumed_at=progress.step - (progress.due is not None),
+            tensorboard=config.train.tensorboard,
+            also=phase.suite.columns if phase.suite is not None else (),
+        )
 
 
 def _saver(config: RunConfig, say: Say) -> Saver:
