@@ -132,8 +132,7 @@ def test_of_a_source_without_an_end_as_much_is_read_as_is_needed(
     """Documents that are never long enough are read up to the limit, others until there are as many as asked for."""
     config = load_checkpoint(pretrained / "run" / "final.pth").config
     tokenizer = Tokenizer.load(pretrained / "run" / "tokenizer" / "tokenizer.model")
-    data, train = config.data.model_copy(update={"search_tokens": limit}), config.train.model_copy(update={"seq_len": 256})
-    config = config.model_copy(update={"data": data, "train": train})
+    config = config.replaced(data={"search_tokens": limit}, train={"seq_len": 256})
     read: list[str] = []
 
     def endless(*_: Any) -> Iterator[str]:
@@ -196,7 +195,7 @@ def test_short_rows_of_the_proof_are_from_every_source(pretrained: Path) -> None
     other = pretrained / "other.txt"
     other.write_text("".join(f"{number} bottles of beer on the wall\n" for number in range(2000)))
     mix = dict.fromkeys(config.data.weights, 0.75) | {str(other): 0.25}
-    config = config.model_copy(update={"data": config.data.model_copy(update={"source": None, "mix": mix})})
+    config = config.replaced(data={"source": None, "mix": mix})
     prepare_shards(str(other), config.data, tokenizer, tokens=None, show_progress=False)
     short = material(config, tokenizer, documents=1, tries=1).short
     counted = ["bottles" in tokenizer.decode(row.tolist()) for row in short]

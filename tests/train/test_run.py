@@ -289,7 +289,7 @@ def test_how_the_model_is_split_follows_from_the_model_that_is_trained(settings:
 def test_a_vocabulary_that_8_bits_cannot_have_is_refused(settings: Make, as_if_8_bits_could_run: None) -> None:
     """The settings' own may be one that they can, and is not the one that is trained."""
     first = trained(settings())
-    odd = replace(first, config=first.config.model_copy(update={"model": first.config.model.model_copy(update={"vocab_size": 520})}))
+    odd = replace(first, config=first.config.replaced(model={"vocab_size": 520}))
     with pytest.raises(UserError, match=r"model\.vocab_size 520 is no multiple of 16, which train\.precision fp8 needs; choose one"):
         run(settings("long", train={"precision": "fp8", "loss_chunk": 64}), resume=None, dry_run=True, start=Start("longft", odd))
 

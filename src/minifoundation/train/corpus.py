@@ -250,8 +250,7 @@ def with_vocabulary(config: RunConfig, before: Checkpoint | None, tokenizer: Tok
         size = -(-pieces // 128) * 128
         if size != config.model.vocab_size:
             say(f"model.vocab_size: {size:,} instead of {config.model.vocab_size:,}, since the tokenizer {has} {pieces:,} pieces")
-    model = config.model.model_copy(update={"vocab_size": size})
-    return build(RunConfig, {**dict(config), "model": model}, "tokenizer")
+    return build(RunConfig, dict(config.replaced(model={"vocab_size": size})), "tokenizer")  # checked again
 
 
 def _first_unread(read: Entry, config: RunConfig, tokenizer: Tokenizer, say: Say) -> int:

@@ -13,7 +13,7 @@ def supported(config: RunConfig, machine: Machine, say: Say) -> RunConfig:
     """Return ``config`` with what this machine cannot do replaced by the fallback, each said in one line."""
     if config.train.precision == "fp8" and (obstacle := runtime.fp8_obstacle(machine)):
         say(f"warning: train.precision: fp8 cannot run here: {obstacle}; using bf16")
-        config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "bf16"})})
+        config = config.replaced(train={"precision": "bf16"})
     dtype = runtime.compute_dtype(config.train.precision, machine)
     if config.train.precision == "fp16" and not machine.is_cuda:
         say("warning: --amp alone is fp16, which is slow on a CPU; --amp --bf16 is faster")
@@ -30,16 +30,16 @@ def supported(config: RunConfig, machine: Machine, say: Say) -> RunConfig:
         say(f"warning: model.attention: {warning}")
     if config.model.checkpointing == "offload" and (obstacle := _offload_obstacle(config, machine)):
         say(f"warning: model.checkpointing: offload {obstacle}; using attention")
-        config = config.model_copy(update={"model": config.model.model_copy(update={"checkpointing": "attention"})})
+        config = config.replaced(model={"checkpointing": "attention"})
     if config.train.deterministic:
         runtime.make_deterministic()
         if machine.is_cuda and config.model.attention == "auto":  # of the fast kernels, the one whose backward follows torch's switch
-            config = config.model_copy(update={"model": config.model.model_copy(update={"attention": "flash"})})
+            config = config.replaced(model={"attention": "flash"})
     compiled = config.train.compile
     if compiled and (reason := runtime.can_compile(machine)):
         say(f"warning: --compile: {reason}; running without it")
         compiled = False
-    return config.model_copy(update={"train": config.train.model_copy(update={"compile": compiled})})
+    return config.replaced(train={"compile": compiled})
 
 
 def _offload_obstacle(config: RunConfig, machine: Machine) -> str | None:

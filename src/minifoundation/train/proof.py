@@ -138,7 +138,7 @@ def found(checkpoint: Checkpoint, on: Material, machine: Machine, *, precision: 
         precision: of compute, the same for both models: else the dtype is compared with them. In fp8, whose scales belong to a run, bf16.
     """
     precision = "bf16" if precision == "fp8" else precision
-    config = checkpoint.config.model_copy(update={"train": checkpoint.config.train.model_copy(update={"precision": precision})})
+    config = checkpoint.config.replaced(train={"precision": precision})
     transformer = transformer_for(config, machine, Kernels("auto", "own"))
     transformer.load_state_dict(checkpoint.model)
     transformer.eval()

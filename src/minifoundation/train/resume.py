@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
 
 from minifoundation.checkpoint import (
@@ -52,6 +53,9 @@ MAY_CHANGE = (
     "eval.",
 )
 """Settings (or sections, with a dot at the end) that a resumed run may change: the data and the arithmetic stay what they were."""
+
+FOLLOWS = ("model.vocab_size", "tokenizer.path", "out_dir")
+"""Of those that may change, what is not worth a word."""
 
 FIXED = (
     *("data.source", "data.mix", "data.min_tokens", "data.long_share", "data.long_repeats", "data.search_tokens", "train.seq_len"),
@@ -138,7 +142,7 @@ def refuse_another_run(checkpoint: Checkpoint, config: RunConfig, allowed: tuple
     """
     told = []
     for name in dotted_names(RunConfig):
-        before, now = _value(checkpoint.config, name), _value(config, name)
+        before, now = map(attrgetter(name), (checkpoint.config, config))
         if before == now:
             continue
         fixed = name in FIXED or (name == "train.tokens" and config.data.min_tokens is not None)
@@ -162,14 +166,3 @@ def refuse_another_run(checkpoint: Checkpoint, config: RunConfig, allowed: tuple
     if told:
         say(f"changed since {path}: {', '.join(told)}")
     say(f"going on from {path} at step {checkpoint.progress['step']:,} of {planned.steps:,}")
-
-
-FOLLOWS = ("model.vocab_size", "tokenizer.path", "out_dir")
-"""Of those that may change, what is not worth a word."""
-
-
-def _value(config: RunConfig, name: str) -> object:
-    value: object = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value

@@ -22,7 +22,7 @@ from minifoundation.runtime import Machine
 from minifoundation.train.construction import built
 from minifoundation.train.corpus import TrainingData, described, given_tokenizer, run_tokenizer, training_data, with_vocabulary
 from minifoundation.train.fallbacks import supported
-from minifoundation.train.finder import rows_left_open, steps_fit, with_batch_size, with_rows
+from minifoundation.train.finder import rows_left_open, steps_fit, with_batch_size
 from minifoundation.train.kernels import chosen_kernels
 from minifoundation.train.loop import fit
 from minifoundation.train.meeting import network, same_data, same_run
@@ -90,6 +90,7 @@ def _run(
     with world.together():
         world = sharing_rows(world, config.train.context_parallel)
         asked = accumulated(supported(config, machine, say), world)
+    with world.together():
         path, resumed = checkpoint_to_resume(config.out_dir, resume, world, say)
     before = resumed or (start.checkpoint if start else None)
     asked = world.agreed(lambda: with_vocabulary(asked, before, None if before else given_tokenizer(asked), say))
@@ -122,7 +123,7 @@ def _run(
             config = world.agreed(lambda: with_vocabulary(config, before, run_tokenizer(config, before), say))
             with world.together():
                 if asked.train.batch_size == "auto":  # only now is it known which model has to fit
-                    config = _fitting(asked.model_copy(update={"model": config.model}), split, machine, world, say)
+                    config = _fitting(asked.replaced(model={"vocab_size": config.model.vocab_size}), split, machine, world, say)
                 planned = plan(config, world.size, split)
             phase = Phase(config, planned, machine, world, start, suite, say)
             return _trained(phase, stop, path=path, resumed=resumed)
@@ -193,7 +194,8 @@ def _gone_back(bad: Bad, phase: Phase, path: Path | None) -> Path | None:
 
 def _with_rows_of(resumed: Checkpoint, asked: RunConfig, world: World) -> RunConfig:
     """Return ``asked`` with the rows a step that the run has; with ``batch_size: auto`` only how many fit at once is found anew."""
-    return with_rows(asked, max(1, resumed.progress["samples_per_step"] // world.dp_size)) if rows_left_open(asked) else asked
+    rows = max(1, resumed.progress["samples_per_step"] // world.dp_size)
+    return asked.replaced(train={"grad_accum": rows}) if rows_left_open(asked) else asked
 
 
 def _fitting(asked: RunConfig, split: Split, machine: Machine, world: World, say: Say) -> RunConfig:
