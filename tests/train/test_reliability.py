@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from minifoundation import runtime
-from minifoundation.checkpoint import TENSORS, Checkpoint, load_checkpoint, saver, step_folders, step_of
+from minifoundation.checkpoint import TENSORS, Checkpoint, load_checkpoint, saver, set_aside, step_folders, step_of
 from minifoundation.cli import main
 from minifoundation.config import RunConfig
 from minifoundation.data.loader import Loader
@@ -370,6 +370,56 @@ def test_a_run_that_goes_back_while_its_data_fails_is_no_traceback(settings: Mak
         UserError, match=r"train\.max_rollbacks: steps 1 to 3 \(samples 0 to 11\): loss not finite, after going back 2 times"
     ):
         trained(settings(train={"max_rollbacks": 2}))
+
+
+def test_a_run_that_is_stopped_where_it_went_on_saves_nothing_again(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings()
+    trained(config)
+    (config.out_dir / "final.pth").unlink()
+
+    def waits(*_: Any) -> None:
+        raise NoData(None, everywhere=True)
+
+    monkeypatch.setattr(loop, "_train", waits)
+    with pytest.raises(Stopped, match="stopped at step 8 of 12"):
+        trained(config, resume="auto")
+    assert sorted(found.name for found in config.out_dir.glob("step_*")) == ["step_00000004", "step_00000008"]
+
+
+def test_the_checkpoints_of_another_run_are_set_aside(settings: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """The next start, or going back, would take them for this run's."""
+    trained(settings("other"))
+    trained(settings("run", train={"seed": 5}))
+    begun, folder = settings("other").out_dir / "step_00000008", settings("run").out_dir
+    at_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped):
+        trained(settings("run"), resume=str(begun))
+    assert f"step_00000004: is of another run than {begun}; kept as step_00000004.aside" in capsys.readouterr().err
+    assert sorted(found.name for found in folder.glob("step_*")) == ["step_00000004.aside", "step_00000008.aside"]
+    assert (folder / "final.pth.aside").exists() and [step_of(found) for found in step_folders(begun.parent)] == [4, 8]
+
+
+def test_a_checkpoint_that_was_set_aside_can_be_gone_on_from(settings: Make) -> None:
+    """In the place of the one of the same step, which is another."""
+    config = settings()
+    expected = trained(config)
+    aside = set_aside(config.out_dir / "step_00000008")
+    again = trained(config, resume=str(config.out_dir / "step_00000004"))
+    assert same(again, expected) and (config.out_dir / "step_00000008").exists()
+    assert same(trained(config, resume=str(aside)), expected)
+    assert sorted(found.name for found in config.out_dir.glob("step_00000008*")) == ["step_00000008.aside", "step_00000008.aside2"]
+
+
+def test_fewer_skips_than_there_were_already_have_the_run_go_back(settings: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    sections: dict[str, Any] = {"tokens": 32 * 4 * 16, "save_every": 4}
+    poisoned(monkeypatch, lambda sample: 32 <= sample < 52)  # steps 9 to 13
+    begun = settings(train={**sections, "max_skips": 100})
+    trained(begun)
+    (begun.out_dir / "final.pth").unlink()
+    assert load_checkpoint(begun.out_dir / "step_00000012").progress["skipped_in_a_row"] == 4
+    path = run(settings(train={**sections, "max_skips": 3}), resume="auto", dry_run=False, allowed=("train.max_skips",))
+    assert path is not None and load_checkpoint(path).progress["stepped_over"] == [[32, 52]]
+    assert "going back to" in capsys.readouterr().err
 
 
 def test_a_row_that_was_made_up_for_and_cannot_be_written_is_as_any_other(

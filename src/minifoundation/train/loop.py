@@ -65,11 +65,7 @@ def fit(training: Training, log: MetricsLog, stop: Stop) -> Literal["finished", 
 def _fit(training: Training, feed: Feed, report: _Report, stop: Stop, collect: Callable[[], None]) -> Literal["finished", "stopped"]:
     try:
         if not _made_up(training, feed, report, stop):
-            here = step_folder(training.config.out_dir, training.progress.step)
-            if not training.world.agreed(here.exists):  # it went on from another folder
-                training.save()
-                training.saver.finish()
-            training.world.wait()
+            _save_here(training)
             return "stopped"
         with feed.open() as steps:
             return _train(training, feed, steps, report, stop, collect)
@@ -77,12 +73,19 @@ def _fit(training: Training, feed: Feed, report: _Report, stop: Stop, collect: C
         training.watch.rest()  # writing may take its time
         report.catch_up()
         if lack.everywhere or training.world.size == 1:  # else the others are in a step, and cannot save with this one
-            training.save()
-            training.saver.finish()
-            training.world.wait()
+            _save_here(training)
         if lack.error is not None:
             raise lack.error from None
         return "stopped"
+
+
+def _save_here(training: Training) -> None:
+    """Save, unless the run stands where it went on from in its folder, and return when that is written and all processes are here."""
+    here = step_folder(training.config.out_dir, training.progress.step)
+    if not training.world.agreed(here.exists):
+        training.save()
+    training.saver.finish()
+    training.world.wait()
 
 
 def _made_up(training: Training, feed: Feed, report: _Report, stop: Stop) -> bool:
@@ -287,7 +290,7 @@ class _Report:
         progress.skipped.append({"step": pending.step, "first_sample": pending.sample, "end": end, "reason": reason})
         progress.skipped_in_a_row += 1
         row = progress.skipped[-progress.skipped_in_a_row :]
-        if len(row) == training.config.train.max_skips:
+        if len(row) >= training.config.train.max_skips:
             raise _Diverged(Bad(row[0]["step"], pending.step, row[0]["first_sample"], end, seen))
 
     def write(self, figures: Row, *, evaluated: bool) -> None:

@@ -116,14 +116,18 @@ def newest(out_dir: Path, say: Say) -> Path | None:
     return folder
 
 
-def set_later_aside(out_dir: Path, step: int, say: Say) -> None:
-    """Set aside what lies after ``step``, at which the run goes on: damaged checkpoints, or those of another course that it took.
+def set_others_aside(out_dir: Path, path: Path, step: int, say: Say) -> None:
+    """Set aside what is not of the run that goes on from ``path``, which is of ``step``.
 
-    A ``final.pth`` is among them: the next ``--resume auto`` would take it for the end of this run.
+    The next ``--resume auto``, or going back, would take it for that: later checkpoints, damaged or of another course that the run took, a
+    ``final.pth`` among them; all, where ``path`` lies in another folder.
     """
+    elsewhere = path.parent.resolve() != out_dir.resolve()
     for folder in step_folders(out_dir):
         if step_of(folder) > step:
             say(f"{folder}: is after the step to go on from; kept as {set_aside(folder).name}")
+        elif elsewhere or (step_of(folder) == step and folder.resolve() != path.resolve()):
+            say(f"{folder}: is of another run than {path}; kept as {set_aside(folder).name}")
     final, manifest = out_dir / FINAL, out_dir / FINAL_MANIFEST
     if final.exists():
         say(f"{final}: is after the step to go on from; kept as {set_aside(final).name}")

@@ -32,7 +32,7 @@ from minifoundation.train.parallel import accumulated, as_asked, chosen_split
 from minifoundation.train.plan import describe, plan
 from minifoundation.train.printer import Printer, Say
 from minifoundation.train.provenance import record_start, typed
-from minifoundation.train.resume import checkpoint_to_resume, refuse_another_run, refuse_used, set_later_aside
+from minifoundation.train.resume import checkpoint_to_resume, refuse_another_run, refuse_used, set_others_aside
 from minifoundation.train.rollback import Bad, checkpoint_before, record_rollback, stepped_over
 from minifoundation.train.state import Phase, Progress, Start
 from minifoundation.train.stop import Stop, stop_on_signals
@@ -115,8 +115,8 @@ def _run(
             world.agreed(lambda: owned.enter_context(_owned(config.out_dir)))
             if resume is None:
                 world.agreed(lambda: refuse_used(config.out_dir))
-            step = resumed.progress["step"] if resumed else 0
-            world.agreed(lambda: set_later_aside(config.out_dir, step, say))
+            if resumed is not None and path is not None:
+                world.agreed(partial(set_others_aside, config.out_dir, path, resumed.progress["step"], say))
             with world.together():
                 suite = suite_for(config)
             # One that is trained now may have fewer pieces than were planned with.
