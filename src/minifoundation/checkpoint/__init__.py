@@ -9,9 +9,6 @@ from minifoundation.checkpoint.folder import (
     STATE,
     TENSORS,
     Checkpoint,
-    fault,
-    latest_good,
-    load_checkpoint,
     save_final,
     save_step,
     set_aside,
@@ -21,6 +18,7 @@ from minifoundation.checkpoint.folder import (
     tidy,
     write_step,
 )
+from minifoundation.checkpoint.reading import fault, latest_good, load_checkpoint
 from minifoundation.checkpoint.saver import Saver
 
 __all__ = [
