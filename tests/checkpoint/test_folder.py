@@ -15,12 +15,11 @@ from minifoundation.checkpoint import (
     fault,
     load_checkpoint,
     save_final,
-    save_step,
     set_aside,
     step_folders,
     tidy,
 )
-from tests.checkpoint.made import full, made, same
+from tests.checkpoint.made import full, made, same, save_step
 
 
 def test_a_step_folder_gives_back_every_bit(tmp_path: Path) -> None:

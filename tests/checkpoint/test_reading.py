@@ -23,11 +23,10 @@ from minifoundation.checkpoint import (
     latest_good,
     load_checkpoint,
     save_final,
-    save_step,
     set_aside,
 )
 from minifoundation.errors import UserError
-from tests.checkpoint.made import full, made, same
+from tests.checkpoint.made import full, made, same, save_step
 
 
 def silent(_line: str) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from minifoundation.checkpoint.files import HashedFile, Record, put, sync_folder, write_whole
-from minifoundation.checkpoint.tensors import Layout, raw
+from minifoundation.checkpoint.tensors import Layout
 from minifoundation.config import RunConfig
 from minifoundation.distributed import whole
 
@@ -150,15 +150,6 @@ def write_step(state: Mapping[str, Any], layout: Layout, body: Iterable[memoryvi
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return folder
-
-
-def save_step(checkpoint: Checkpoint, out_dir: Path, *, keep: int, keep_every: int | None = None) -> Path:
-    """Write ``step_<n>/`` whole or not at all, remove what ``prune`` does, and return the folder."""
-    tensors = checkpoint.tensors()
-    body = (raw(tensors[field.name]) for field in checkpoint.layout.fields)
-    folder = write_step(checkpoint.state(), checkpoint.layout, body, checkpoint.tokenizer_model, out_dir)
-    prune(folder, keep=keep, keep_every=keep_every)
     return folder
 
 
