@@ -95,7 +95,8 @@ def test_what_a_killed_write_has_left_is_removed(tmp_path: Path) -> None:
     save_final(made(1), tmp_path)
     (tmp_path / "step_00000002.part").mkdir()
     (tmp_path / "step_00000002.part" / TENSORS).write_bytes(b"half")
-    (tmp_path / "final.pth.part").write_bytes(b"half")
+    for name in ("final.pth", "rollbacks.json"):
+        (tmp_path / f"{name}.part").write_bytes(b"half")
     tidy(tmp_path)
     assert sorted(found.name for found in tmp_path.iterdir()) == ["final.json", "final.pth", "step_00000001"]
 

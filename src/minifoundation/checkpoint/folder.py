@@ -188,7 +188,7 @@ def tidy(out_dir: Path) -> None:
     """Remove what a write that was killed has left; for the one run that holds the folder."""
     for part in out_dir.glob(f"step_*{PART}"):
         shutil.rmtree(part, ignore_errors=True)
-    for part in (out_dir / (name + PART) for name in (FINAL, FINAL_MANIFEST, "metrics.csv", "config.yaml", "run.json")):
+    for part in (out_dir / (name + PART) for name in (FINAL, FINAL_MANIFEST, "metrics.csv", "config.yaml", "run.json", "rollbacks.json")):
         part.unlink(missing_ok=True)
 
 

@@ -135,6 +135,11 @@ def set_others_aside(out_dir: Path, path: Path, step: int, say: Say) -> None:
         set_aside(manifest)
 
 
+def _may_change(name: str) -> bool:
+    section, dot, _ = name.partition(".")
+    return name in MAY_CHANGE or section + dot in MAY_CHANGE
+
+
 def refuse_another_run(checkpoint: Checkpoint, config: RunConfig, allowed: tuple[str, ...], planned: Plan, path: Path, say: Say) -> None:
     """Refuse to go on with settings under which the rest of the run would not be the run that was begun; tell of others that differ.
 
@@ -150,7 +155,7 @@ def refuse_another_run(checkpoint: Checkpoint, config: RunConfig, allowed: tuple
         if before == now:
             continue
         fixed = name in FIXED or (name == "train.tokens" and config.data.min_tokens is not None)
-        if name.startswith(MAY_CHANGE) or (name in allowed and not fixed):
+        if _may_change(name) or (name in allowed and not fixed):
             if name not in FOLLOWS:
                 told.append(f"{name} {now} instead of {before}")
             continue
