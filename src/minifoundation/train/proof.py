@@ -20,8 +20,8 @@ from minifoundation.data.rows import all_documents
 from minifoundation.data.shards import Shards
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.runtime import Machine
-from minifoundation.train.corpus import searched
 from minifoundation.train.kernels import Kernels, transformer_for
+from minifoundation.train.long_rows import searched
 from minifoundation.train.reach import Ids, Needle, Needles, Place, beginnings, edges, longest, loss_by_position, mean_loss, needle_lengths
 
 WORSE = 0.005
