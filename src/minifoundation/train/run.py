@@ -110,11 +110,11 @@ def _run(
     if resumed is not None and resumed.progress["step"] >= planned.steps and not resumed.optimizer:
         say(f"{path} is finished: {planned.steps:,} of {planned.steps:,} steps")
         return path
+    if resume is None:
+        world.agreed(lambda: refuse_used(config.out_dir))
     try:
         with ExitStack() as owned:
             world.agreed(lambda: owned.enter_context(_owned(config.out_dir)))
-            if resume is None:
-                world.agreed(lambda: refuse_used(config.out_dir))
             if resumed is not None and path is not None:
                 world.agreed(partial(set_others_aside, config.out_dir, path, resumed.progress["step"], say))
             with world.together():
