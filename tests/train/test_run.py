@@ -290,7 +290,7 @@ def test_a_vocabulary_that_8_bits_cannot_have_is_refused(settings: Make, as_if_8
     """The settings' own may be one that they can, and is not the one that is trained."""
     first = trained(settings())
     odd = replace(first, config=first.config.replaced(model={"vocab_size": 520}))
-    with pytest.raises(UserError, match=r"model\.vocab_size 520 is no multiple of 16, which train\.precision fp8 needs; choose one"):
+    with pytest.raises(UserError, match=r"model\.vocab_size: 520 in the checkpoint is no multiple of 16, which train\.precision fp8"):
         run(settings("long", train={"precision": "fp8", "loss_chunk": 64}), resume=None, dry_run=True, start=Start("longft", odd))
 
 
@@ -393,6 +393,18 @@ def test_compiled_training_follows_eager_training(settings: Make) -> None:
     trained(compiled)
     for a, b in zip(rows(eager), rows(compiled), strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=2e-4)
+
+
+def test_tokens_per_step_are_so_many_micro_batches(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = trained(settings("given"))
+    config = settings("followed", train={"grad_accum": 1, "tokens_per_step": 128})
+    at_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match="stopped at step 5 of 12"):
+        trained(config)
+    monkeypatch.undo()
+    found = trained(config, resume="auto")
+    assert found.progress == expected.progress and (found.config.train.grad_accum, found.config.train.tokens_per_step) == (1, 128)
+    assert all(torch.equal(value, found.model[name]) for name, value in expected.model.items())
 
 
 def test_auto_splits_the_rows_of_a_step_and_trains_the_same(settings: Make) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from minifoundation.checkpoint import Checkpoint, write_whole
-from minifoundation.config import RunConfig, build
+from minifoundation.config import RunConfig
 from minifoundation.data.held_out import HeldOut
 from minifoundation.data.ledger import Entry
 from minifoundation.data.loader import Loader, source_of
@@ -169,7 +169,7 @@ def with_vocabulary(config: RunConfig, before: Checkpoint | None, tokenizer: Tok
         tokenizer: None is one that is to be trained, with as many pieces as were asked for, or fewer.
 
     Raises:
-        UserError: a setting cannot be had with so many.
+        UserError: fp8 cannot be had with so many.
     """
     if before is not None:
         size = before.config.model.vocab_size
@@ -178,7 +178,10 @@ def with_vocabulary(config: RunConfig, before: Checkpoint | None, tokenizer: Tok
         size = -(-pieces // 128) * 128
         if size != config.model.vocab_size:
             say(f"model.vocab_size: {size:,} instead of {config.model.vocab_size:,}, since the tokenizer {has} {pieces:,} pieces")
-    return build(RunConfig, dict(config.replaced(model={"vocab_size": size})), "tokenizer")  # checked again
+    if config.train.precision == "fp8" and size % 16:
+        problem = f"{size} in the checkpoint is no multiple of 16, which train.precision fp8 needs"
+        raise UserError("model.vocab_size", problem, "take bf16")
+    return config.replaced(model={"vocab_size": size})
 
 
 def _first_unread(read: Entry, config: RunConfig, tokenizer: Tokenizer, say: Say) -> int:
