@@ -29,8 +29,10 @@ from minifoundation.data.tokenizer import BOS, EOS, Tokenizer, train_tokenizer
 from minifoundation.errors import UserError
 from minifoundation.evaluate import harness
 from minifoundation.evaluate.contamination import SIZES, items_of
-from minifoundation.evaluate.overlap import Index, Item, Scan, Vocabulary
+from minifoundation.evaluate.ngrams import Index, Item
 from minifoundation.evaluate.requests import read_tasks
+from minifoundation.evaluate.scan import Scan
+from minifoundation.evaluate.vocabulary import Vocabulary
 
 KINDS = ("verbatim", "capitals and other punctuation", "1 word in 20 replaced", "1 word in 10 replaced")
 LEAKS = 500

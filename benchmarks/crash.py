@@ -252,9 +252,7 @@ def soaked(work: Path, steps: int) -> dict[str, Any]:
     one = settings(
         work, "soak", tokens=16 * 2 * steps, seq_len=16, batch_size=2, grad_accum=1, save_every=50, eval_every=200, eval_tokens=64
     )
-    one = one.model_copy(
-        update={"model": one.model.model_copy(update={"d_model": 32, "n_head": 2, "n_kv_head": 1, "d_ff": 64, "n_layer": 1})}
-    )
+    one = one.replaced(model={"d_model": 32, "n_head": 2, "n_kv_head": 1, "d_ff": 64, "n_layer": 1})
     shutil.copytree(work / "whole" / "tokenizer", one.out_dir / "tokenizer")
     resident, descriptors, seconds = [], [], []
     real = loop.train_step  # type: ignore[attr-defined]

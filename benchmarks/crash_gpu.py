@@ -82,7 +82,7 @@ def killed(work: Path, kills: int, *, quick: bool) -> dict[str, Any]:
     whole, one = (config.build(RunConfig, {**values, "out_dir": str(work / name)}, "crash") for name in ("whole", "killed"))
     rates = {}
     for deterministic in (False, True):  # the first also fills the caches of the compiler
-        reference = whole.model_copy(update={"train": whole.train.model_copy(update={"deterministic": deterministic})})
+        reference = whole.replaced(train={"deterministic": deterministic})
         shutil.rmtree(reference.out_dir, ignore_errors=True)
         assert Life(reference, work).ended(600) == 0, (work / "whole.log").read_text(encoding="utf-8")[-3000:]
         rates[deterministic] = statistics.median(float(row["tokens_per_second"]) for row in _table(reference))

@@ -64,7 +64,7 @@ def trained(config: RunConfig) -> dict[str, Any]:
 def held_out_in_bf16(config: RunConfig, path: Path) -> float:
     """Return the held-out loss of a checkpoint, nats a token, computed in bf16."""
     machine = runtime.machine()
-    half = config.model_copy(update={"train": config.train.model_copy(update={"precision": "bf16"})})
+    half = config.replaced(train={"precision": "bf16"})
     checkpoint = load_checkpoint(path)
     half = half.model_copy(update={"model": checkpoint.config.model})
     data = training_data(half, plan(half, 1), World(), lambda _: None, resumed=None, start=None, stepped_over=[])

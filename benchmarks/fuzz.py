@@ -25,14 +25,14 @@ from hypothesis import strategies as st
 
 from benchmarks.record import ROOT, finish
 from minifoundation import cli, config
-from minifoundation.checkpoint import MANIFEST, fault, load_checkpoint, save_final, save_step
+from minifoundation.checkpoint import MANIFEST, fault, load_checkpoint, save_final
 from minifoundation.checkpoint.files import record_of
 from minifoundation.checkpoint.folder import sealed
 from minifoundation.config import DataConfig, RunConfig, TokenizerConfig
 from minifoundation.data.prepare import prepare_shards, tokenizer_for
 from minifoundation.errors import UserError
 from minifoundation.train.plan import plan
-from tests.checkpoint.made import full
+from tests.checkpoint.made import full, save_step
 
 Outcomes = Counter[str]
 SCALARS = st.one_of(

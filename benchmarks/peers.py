@@ -204,7 +204,7 @@ def measured(row: Row, name: str, batch_size: int, grad_accum: int, precision: s
     run = settings(name, batch_size, precision, grad_accum)
     if row.name == "ours":
         kernel, _ = attention_kernel(run, machine, World(), None)
-        found = trial(run.model_copy(update={"model": run.model.model_copy(update={"attention": kernel})}), machine, steps=steps)
+        found = trial(run.replaced(model={"attention": kernel}), machine, steps=steps)
         shown = found.figures()
         return {
             name: shown[name]

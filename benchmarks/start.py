@@ -83,7 +83,7 @@ def child(folder: Path, began: float, arguments: list[str]) -> None:
     mark("import torch's compiler")  # which making an optimizer does too
     timed(run, "training_data", "open the data")
     timed(run, "chosen_kernels", "choose the kernels")
-    timed(run, "_built", "model and optimizer")
+    timed(run, "built", "model and optimizer")
 
     def first_step(*args: Any, **kwargs: Any) -> Any:
         mark("first batch")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from minifoundation.checkpoint import Checkpoint
+from minifoundation.checkpoint import Checkpoint, Saver, step_folder
 from minifoundation.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 
 
@@ -33,6 +34,13 @@ def full(step: int = 3) -> Checkpoint:
         kernel_state={"amax": torch.rand(3), "half": torch.ones(3, dtype=torch.bfloat16)},
         kernels={"attention": "flash"},
     )
+
+
+def save_step(checkpoint: Checkpoint, out_dir: Path, *, keep: int, keep_every: int | None = None) -> Path:
+    """Return the step folder of ``checkpoint``, written as a run writes it that waits for it."""
+    saver = Saver(out_dir, keep=keep, keep_every=keep_every, background=False, if_fails="stop", say=print)
+    saver.save(checkpoint)
+    return step_folder(out_dir, checkpoint.progress["step"])
 
 
 def same(a: Checkpoint, b: Checkpoint) -> bool:

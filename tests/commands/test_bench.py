@@ -50,7 +50,7 @@ def pretended(rows_that_fit: dict[str, int], rates: dict[str, float]) -> Any:
         way = run.model.checkpointing
         if run.train.batch_size > rows_that_fit[way]:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        small = run.model_copy(update={"train": run.train.model_copy(update={"batch_size": 1, "grad_accum": 1, "seq_len": 16})})
+        small = run.replaced(train={"batch_size": 1, "grad_accum": 1, "seq_len": 16})
         found = real(small, Machine(torch.device("cpu"), "CPU", 2**34, None), steps=1, warm_up=1, profiled=how.get("profiled", False))
         object.__setattr__(found, "seconds", [found.tokens_per_step / rates[way]])
         return found

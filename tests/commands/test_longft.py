@@ -79,6 +79,17 @@ def test_the_proof_lies_beside_the_model(pretrained: Path, capsys: pytest.Captur
     assert load_checkpoint(folder / "final.pth").config.model.max_seq_len == 256
 
 
+def test_the_shortest_context_is_proved_too(pretrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From 8 tokens to 9: no needle has room, and all that lies beyond is one token."""
+    line = f"pretrain --config {pretrained}/run.yaml --data {pretrained}/verse.txt --data.shards_dir {pretrained}/shards --tokens 256"
+    assert cli.main([*line.split(), *f"--out_dir {pretrained}/eight --model.original_seq_len 8 --seq_len 8".split()]) == 0
+    options = "--seq_len 9 --tokens 72 --proof_documents 2 --needles 1"
+    assert extend(pretrained, "nine", *options.split(), ckpt="eight/final.pth") == 0
+    places = table(pretrained / "nine" / "loss_by_position.csv")
+    assert [int(row["last"]) + 1 for row in places] == [2, 4, 8, 9] and [int(row["tokens"]) for row in places] == [4, 4, 8, 2]
+    assert "  beyond 8: " in capsys.readouterr().out and table(pretrained / "nine" / "needles.csv") == []
+
+
 def test_a_proof_that_does_not_fit_leaves_the_model(
     pretrained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,8 +132,7 @@ def test_of_a_source_without_an_end_as_much_is_read_as_is_needed(
     """Documents that are never long enough are read up to the limit, others until there are as many as asked for."""
     config = load_checkpoint(pretrained / "run" / "final.pth").config
     tokenizer = Tokenizer.load(pretrained / "run" / "tokenizer" / "tokenizer.model")
-    data, train = config.data.model_copy(update={"search_tokens": limit}), config.train.model_copy(update={"seq_len": 256})
-    config = config.model_copy(update={"data": data, "train": train})
+    config = config.replaced(data={"search_tokens": limit}, train={"seq_len": 256})
     read: list[str] = []
 
     def endless(*_: Any) -> Iterator[str]:
@@ -185,7 +195,7 @@ def test_short_rows_of_the_proof_are_from_every_source(pretrained: Path) -> None
     other = pretrained / "other.txt"
     other.write_text("".join(f"{number} bottles of beer on the wall\n" for number in range(2000)))
     mix = dict.fromkeys(config.data.weights, 0.75) | {str(other): 0.25}
-    config = config.model_copy(update={"data": config.data.model_copy(update={"source": None, "mix": mix})})
+    config = config.replaced(data={"source": None, "mix": mix})
     prepare_shards(str(other), config.data, tokenizer, tokens=None, show_progress=False)
     short = material(config, tokenizer, documents=1, tries=1).short
     counted = ["bottles" in tokenizer.decode(row.tolist()) for row in short]

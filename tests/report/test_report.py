@@ -14,7 +14,7 @@ from minifoundation.cli import main
 from minifoundation.report.evaluations import over_tokens, read_evaluation
 from minifoundation.report.runs import read_run
 from tests.browser import CHROMIUM, MISSING
-from tests.report.made import SCORES, SPIKE, write_contamination, write_evaluation, write_run
+from tests.report.made import FINEWEB_EDU, SCORES, SPIKE, write_contamination, write_evaluation, write_run
 
 PARITY = {"checks": [{"difference": 3e-6}, {"difference": 1e-7}], "tolerance": 1e-4, "compared": "float32 on the CPU"}
 
@@ -124,6 +124,26 @@ def test_the_card_names_every_data_set_of_the_hub_as_the_hub_does_and_tells_file
     for text in (card.text, (tmp_path / "out" / "report.html").read_text()):
         assert "HuggingFaceTB/cosmopedia (web) at 0ae6ec6" in text
         assert "1,203 files, 34.5MB, sha256 abababababab" in text and "2 files, sha256 cdcdcdcdcdcd" in text
+
+
+@pytest.mark.parametrize(
+    ("corpora", "imported_from", "language"),
+    [
+        ({"fineweb-edu": FINEWEB_EDU, "fineweb": {"hub": "HuggingFaceFW/fineweb", "subset": "sample-10BT", "revision": "ab"}}, None, "en"),
+        ({"fineweb-edu": FINEWEB_EDU}, "models/SmolLM2-135M", None),
+        ({"fineweb-edu": FINEWEB_EDU, "private/notes": {"files": 3, "bytes": 345, "sha256": "ab" * 32}}, None, None),
+        ({"wikimedia/wikipedia:20231101.de": {"hub": "wikimedia/wikipedia", "subset": "20231101.de", "revision": "ab"}}, None, None),
+    ],
+    ids=["catalogued", "imported", "files beside it", "not catalogued"],
+)
+def test_the_card_says_a_language_only_where_all_that_was_read_is_known_to_be_in_it(
+    tmp_path: Path, corpora: dict[str, dict[str, Any]], imported_from: str | None, language: str | None
+) -> None:
+    from huggingface_hub import ModelCard
+
+    write_run(tmp_path / "run", corpora=corpora, imported_from=imported_from)
+    assert main(["report", "--runs", str(tmp_path / "run"), "--out_dir", str(tmp_path / "out")]) == 0
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.to_dict().get("language") == language
 
 
 @pytest.mark.parametrize("imported_from", [None, "models/SmolLM2-135M"])

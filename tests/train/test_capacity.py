@@ -21,7 +21,7 @@ def half_billion(**model: Any) -> RunConfig:
 
 
 def takes(run: RunConfig, **train: int) -> int:
-    return sum(predicted_memory(run.model_copy(update={"train": run.train.model_copy(update=train)})).values())
+    return sum(predicted_memory(run.replaced(train=train)).values())
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])

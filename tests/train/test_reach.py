@@ -81,7 +81,17 @@ def test_in_sliding_windows_each_token_is_read_once_with_at_least_half_a_window_
     assert [place.nats for place in places] == pytest.approx([np.mean(expected[a:b]) for a, b in itertools.pairwise(bounds)], rel=1e-5)
 
 
-@pytest.mark.parametrize(("original", "length"), [(16, 16), (16, 20), (4096, 65_536), (256, 1024), (8, 100)])
+@pytest.mark.parametrize("length", [1, 2, 3, 10])
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_the_smallest_windows_read_each_token_once_too(model: Transformer, window: int, length: int) -> None:
+    ids = np.random.default_rng(3).integers(0, 256, length + 1)
+    expected = [plain(model, ids[max(0, target - window) : target + 1])[-1] for target in range(1, length + 1)]
+    np.testing.assert_allclose(reach.sliding_nats(model, ids, window, CPU), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("original", "length"), [(16, 16), (16, 20), (4096, 65_536), (256, 1024), (8, 100), (1, 1), (1, 9), (2, 3), (3, 4)]
+)
 def test_buckets_and_lengths_end_where_the_rows_do(original: int, length: int) -> None:
     bounds, lengths = edges(original, length), needle_lengths(original, length)
     assert bounds[0] == 0 and bounds[-1] == lengths[-1] == length and original in bounds

@@ -11,6 +11,7 @@ import signal
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,25 @@ import pytest
 import torch
 
 from minifoundation import runtime
-from minifoundation.checkpoint import TENSORS, Checkpoint, load_checkpoint, saver, step_folders, step_of
+from minifoundation.checkpoint import TENSORS, Checkpoint, load_checkpoint, saver, set_aside, step_folders, step_of
 from minifoundation.cli import main
 from minifoundation.config import RunConfig
 from minifoundation.data.loader import Loader
 from minifoundation.distributed import World
 from minifoundation.errors import Stopped, UserError
 from minifoundation.lock import held
-from minifoundation.train import loop, step
+from minifoundation.train import loop, rollback, step
 from minifoundation.train import run as running
+from minifoundation.train.feed import NoData
+from minifoundation.train.metrics import MetricsLog, Row
 from minifoundation.train.plan import plan
 from minifoundation.train.rollback import Bad
 from minifoundation.train.run import run
-from minifoundation.train.state import Progress, beyond
+from minifoundation.train.state import Phase, Progress, beyond
 from minifoundation.train.stop import Stop
 from tests.checkpoint.made import same
 from tests.train.test_run import at_step, rows, steady, trained
+from tests.train.threads import threads
 
 Make = Callable[..., RunConfig]
 Capture = pytest.CaptureFixture[str]
@@ -327,6 +331,145 @@ def test_a_run_killed_after_going_back_steps_over_the_same_samples(settings: Mak
     assert [steady(row) for row in rows(killed)] == [steady(row) for row in rows(whole)]
 
 
+def test_a_run_killed_while_it_goes_back_is_the_one_that_was_not(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    sections: dict[str, Any] = {"train": {"tokens": 32 * 4 * 20, "max_skips": 3, "save_every": 4}}
+    whole, killed = settings("whole", **sections), settings("killed", **sections)
+    poisoned(monkeypatch, lambda sample: 40 <= sample < 60)  # the checkpoint of step 12 is one that it goes back over
+    expected = trained(whole)
+    calls = iter(range(100))
+
+    def dies(what: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any) -> Any:
+            if next(calls) == 1:  # the second thing that is done to go back
+                raise MemoryError("as if killed")
+            return what(*arguments)
+
+        return called
+
+    with monkeypatch.context() as patch:
+        for name in ("set_aside", "write_whole"):
+            patch.setattr(rollback, name, dies(getattr(rollback, name)))
+        with pytest.raises(MemoryError):
+            trained(killed)
+    assert same(trained(killed, resume="auto"), Checkpoint(**{**vars(expected), "config": killed}))
+    assert [steady(row) for row in rows(killed)] == [steady(row) for row in rows(whole)]
+
+
+def test_a_run_that_goes_back_while_its_data_fails_is_no_traceback(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the figures of a step are read when the next one is there, or will not come."""
+
+    def fails(*_: Any) -> None:
+        raise NoData(UserError("data", "is gone", "look for it"), everywhere=True)
+
+    def diverged(_: Any) -> None:
+        raise loop._Diverged(Bad(1, 3, 0, 12, "loss not finite"))
+
+    monkeypatch.setattr(loop, "_train", fails)
+    monkeypatch.setattr(loop._Report, "catch_up", diverged)
+    with pytest.raises(
+        UserError, match=r"train\.max_rollbacks: steps 1 to 3 \(samples 0 to 11\): loss not finite, after going back 2 times"
+    ):
+        trained(settings(train={"max_rollbacks": 2}))
+
+
+def test_a_run_that_is_stopped_where_it_went_on_saves_nothing_again(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings()
+    trained(config)
+    (config.out_dir / "final.pth").unlink()
+
+    def waits(*_: Any) -> None:
+        raise NoData(None, everywhere=True)
+
+    monkeypatch.setattr(loop, "_train", waits)
+    with pytest.raises(Stopped, match="stopped at step 8 of 12"):
+        trained(config, resume="auto")
+    assert sorted(found.name for found in config.out_dir.glob("step_*")) == ["step_00000004", "step_00000008"]
+
+
+def test_the_checkpoints_of_another_run_are_set_aside(settings: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """The next start, or going back, would take them for this run's."""
+    trained(settings("other"))
+    trained(settings("run", train={"seed": 5}))
+    begun, folder = settings("other").out_dir / "step_00000008", settings("run").out_dir
+    at_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped):
+        trained(settings("run"), resume=str(begun))
+    assert f"step_00000004: is of another run than {begun}; kept as step_00000004.aside" in capsys.readouterr().err
+    assert sorted(found.name for found in folder.glob("step_*")) == ["step_00000004.aside", "step_00000008.aside"]
+    assert (folder / "final.pth.aside").exists() and [step_of(found) for found in step_folders(begun.parent)] == [4, 8]
+
+
+def test_a_checkpoint_that_was_set_aside_can_be_gone_on_from(settings: Make) -> None:
+    """In the place of the one of the same step, which is another."""
+    config = settings()
+    expected = trained(config)
+    aside = set_aside(config.out_dir / "step_00000008")
+    again = trained(config, resume=str(config.out_dir / "step_00000004"))
+    assert same(again, expected) and (config.out_dir / "step_00000008").exists()
+    assert same(trained(config, resume=str(aside)), expected)
+    assert sorted(found.name for found in config.out_dir.glob("step_00000008*")) == ["step_00000008.aside", "step_00000008.aside2"]
+
+
+def test_fewer_skips_than_there_were_already_have_the_run_go_back(settings: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    sections: dict[str, Any] = {"tokens": 32 * 4 * 16, "save_every": 4}
+    poisoned(monkeypatch, lambda sample: 32 <= sample < 52)  # steps 9 to 13
+    begun = settings(train={**sections, "max_skips": 100})
+    trained(begun)
+    (begun.out_dir / "final.pth").unlink()
+    assert load_checkpoint(begun.out_dir / "step_00000012").progress["skipped_in_a_row"] == 4
+    path = run(settings(train={**sections, "max_skips": 3}), resume="auto", dry_run=False, allowed=("train.max_skips",))
+    assert path is not None and load_checkpoint(path).progress["stepped_over"] == [[32, 52]]
+    assert "going back to" in capsys.readouterr().err
+
+
+def test_a_row_that_was_made_up_for_and_cannot_be_written_is_as_any_other(
+    settings: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    config = settings(train={"if_save_fails": "continue"})
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "held_out_loss", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped, match="stopped at step 5 of 12"):
+            trained(config)
+    real = MetricsLog.write
+
+    def full(self: MetricsLog, row: Row) -> None:
+        if row["step"] == 5:
+            raise OSError(28, "No space left on device", "metrics.csv")
+        real(self, row)
+
+    monkeypatch.setattr(MetricsLog, "write", full)
+    assert trained(config, resume="auto").progress["step"] == 12
+    assert "warning: not written: metrics.csv: no space left on device; training on" in capsys.readouterr().err
+
+
+def test_what_is_resumed_from_is_held_neither_in_memory_nor_on_the_disk(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(train={"ema": 0.9})
+    trained(config)
+    (config.out_dir / "final.pth").unlink()
+    mapped: list[bool] = []
+    maps = Path("/proc/self/maps")
+    at_step(monkeypatch, 2, lambda: mapped.append("step_00000004" in maps.read_text()))
+    assert trained(config, resume=str(config.out_dir / "step_00000004")).progress["step"] == 12
+    assert mapped == [False]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "run.json", "metrics.csv"])
+def test_what_the_first_process_cannot_write_stops_all(settings: Make, name: str) -> None:
+    """In their first step the others would wait for it, until they are killed."""
+    config = settings()
+    (config.out_dir / name).mkdir(parents=True)
+
+    def one(world: World) -> str:
+        phase = Phase(config, plan(config, 2), runtime.machine(), world, start=None, suite=None, say=print)
+        with pytest.raises(OSError, match=name) as caught:
+            running._log(phase, Progress())
+        return str(caught.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(one, threads(2))
+    assert first == second
+
+
 def test_a_run_that_learns_nothing_ends_with_what_it_saw(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings(train={"tokens": 32 * 4 * 20, "max_skips": 2, "max_rollbacks": 2, "save_every": 2})
     poisoned(monkeypatch, lambda sample: sample >= 24)
@@ -443,9 +586,9 @@ def test_the_former_model_is_gone_before_the_run_goes_back(settings: Make, tmp_p
     monkeypatch.setattr(running, "_train", fails_once)
     monkeypatch.setattr(running, "_gone_back", lambda *_: None)
     config = settings()
-    arguments = config, plan(config, 1), runtime.machine(), World(), running.Printer(World()), Stop()
+    phase = Phase(config, plan(config, 1), runtime.machine(), World(), start=None, suite=None, say=print)
     gc.disable()
     try:
-        assert running._trained(*arguments, path=None, resumed=None, start=None, suite=None) == tmp_path
+        assert running._trained(phase, Stop(), path=None, resumed=None) == tmp_path
     finally:
         gc.enable()

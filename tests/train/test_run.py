@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,18 @@ import torch
 
 from minifoundation import runtime
 from minifoundation.checkpoint import TENSORS, Checkpoint, load_checkpoint
-from minifoundation.config import RunConfig, TrainConfig
-from minifoundation.distributed import World
+from minifoundation.config import RunConfig, TokenizerConfig, TrainConfig
+from minifoundation.data.tokenizer import train_tokenizer
+from minifoundation.distributed import Split, World
 from minifoundation.errors import Stopped, UserError
+from minifoundation.runtime import Machine
 from minifoundation.train import finder, loop, step
+from minifoundation.train import run as running
+from minifoundation.train.parallel import chosen_split
+from minifoundation.train.plan import Plan, plan
 from minifoundation.train.run import run
 from minifoundation.train.state import Start
+from tests.pretended import Pretended
 
 Make = Callable[..., RunConfig]
 
@@ -202,6 +209,105 @@ def test_dry_run_writes_nothing_and_prints_the_plan(settings: Make, capsys: pyte
     assert not config.out_dir.exists() and not config.data.shards_dir.exists()
 
 
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """Every plan that a run makes."""
+    made: list[Plan] = []
+
+    def noted(*arguments: Any) -> Plan:
+        made.append(plan(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(running, "plan", noted)
+    return made
+
+
+HUGE = {"vocab_size": 32_000}
+"""What the settings say of the model's vocabulary, which is another one."""
+
+
+@pytest.mark.parametrize("known_by", ["a tokenizer given", "one to be trained", "the checkpoint to begin from", "the one resumed"])
+def test_a_dry_run_plans_the_model_that_is_trained(
+    settings: Make, plans: list[Plan], capsys: pytest.CaptureFixture[str], tmp_path: Path, known_by: str
+) -> None:
+    config, resume, start = settings("planned", model=HUGE), None, None
+    if known_by == "a tokenizer given":
+        text = (Path(__file__).parents[2] / "examples" / "shakespeare.txt").read_text(encoding="utf-8")[:60_000]
+        given = train_tokenizer([text], TokenizerConfig(vocab_size=700), tmp_path / "given.model")
+        assert given.vocab_size > 512
+        config = settings("planned", model=HUGE, tokenizer={"path": str(given.path)})
+    elif known_by != "one to be trained":
+        path = trained_part(settings("before"))
+        if known_by == "the one resumed":
+            resume = str(path)
+        else:
+            start = Start("longft", load_checkpoint(path))
+    plans.clear()
+    assert run(config, resume=resume, dry_run=True, start=start) is None
+    (planned,) = plans
+    shown = capsys.readouterr().out
+    assert not config.out_dir.exists()
+    assert run(config, resume=resume, dry_run=False, start=start) is not None
+    found = load_checkpoint(config.out_dir / "final.pth")
+    assert found.config.model.vocab_size == (768 if known_by == "a tokenizer given" else 512)
+    assert f"{planned.parameters:,} parameters" in shown and f"vocabulary {found.config.model.vocab_size:,}\n" in shown
+    assert planned.parameters == sum(weight.numel() for weight in found.model.values())
+    assert planned.memory["weights"] == sum(weight.nbytes for weight in found.model.values())
+    moments = load_checkpoint(config.out_dir / "step_00000008").optimizer
+    assert planned.memory["optimizer"] == sum(tensor.nbytes for name, tensor in moments.items() if not name.startswith("step/"))
+    assert all(later.memory == planned.memory for later in plans)
+
+
+def trained_part(config: RunConfig) -> Path:
+    """Return a checkpoint from the middle of a run of ``config``."""
+    trained(config)
+    return config.out_dir / "step_00000004"
+
+
+def test_what_is_refused_as_too_large_is_the_model_that_is_trained(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = (plan(settings(model={"vocab_size": size}), 1).memory_total for size in (512, 32_000))
+    between = Pretended(torch.device("cpu"), "a GPU", (small + large) // 2, None)
+    monkeypatch.setattr(runtime, "machine", lambda *_: between)
+    monkeypatch.setattr(running, "supported", lambda config, *_: config)
+    assert run(settings(model=HUGE), resume=None, dry_run=True) is None
+    with pytest.raises(UserError, match=r"do not fit the memory of a GPU"):
+        run(settings(model={"vocab_size": 512}, tokenizer={"vocab_size": 32_000}), resume=None, dry_run=True)
+
+
+def test_how_the_model_is_split_follows_from_the_model_that_is_trained(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def split(config: RunConfig, machine: Machine, world: World) -> Split:
+        sizes.append(config.model.vocab_size)
+        return chosen_split(config, machine, world)
+
+    monkeypatch.setattr(running, "chosen_split", split)
+    run(settings(model=HUGE), resume=None, dry_run=True)
+    assert sizes == [512]
+
+
+def test_a_vocabulary_that_8_bits_cannot_have_is_refused(settings: Make, as_if_8_bits_could_run: None) -> None:
+    """The settings' own may be one that they can, and is not the one that is trained."""
+    first = trained(settings())
+    odd = replace(first, config=first.config.replaced(model={"vocab_size": 520}))
+    with pytest.raises(UserError, match=r"model\.vocab_size: 520 in the checkpoint is no multiple of 16, which train\.precision fp8"):
+        run(settings("long", train={"precision": "fp8", "loss_chunk": 64}), resume=None, dry_run=True, start=Start("longft", odd))
+
+
+def test_the_checkpoint_that_was_given_is_the_one_that_is_finished(settings: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not the ``final.pth`` of the new folder, where there is none."""
+    path = run(settings("first"), resume=None, dry_run=False)
+    assert run(settings("second"), resume=str(path), dry_run=False) == path
+    assert f"{path} is finished: 12 of 12 steps" in capsys.readouterr().err and not settings("second").out_dir.exists()
+
+
+def test_a_dry_run_tells_what_a_resumed_run_would_refuse(settings: Make) -> None:
+    path = trained_part(settings())
+    with pytest.raises(UserError, match=r"train\.lr: 0\.5 here, but 0\.01 in .*step_00000004; set it to 0\.01"):
+        run(settings(train={"lr": 0.5}), resume=str(path), dry_run=True)
+    assert path.exists() and (path.parent / "final.pth").exists()
+
+
 def test_faults_are_one_line(settings: Make, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -287,6 +393,18 @@ def test_compiled_training_follows_eager_training(settings: Make) -> None:
     trained(compiled)
     for a, b in zip(rows(eager), rows(compiled), strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=2e-4)
+
+
+def test_tokens_per_step_are_so_many_micro_batches(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = trained(settings("given"))
+    config = settings("followed", train={"grad_accum": 1, "tokens_per_step": 128})
+    at_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match="stopped at step 5 of 12"):
+        trained(config)
+    monkeypatch.undo()
+    found = trained(config, resume="auto")
+    assert found.progress == expected.progress and (found.config.train.grad_accum, found.config.train.tokens_per_step) == (1, 128)
+    assert all(torch.equal(value, found.model[name]) for name, value in expected.model.items())
 
 
 def test_auto_splits_the_rows_of_a_step_and_trains_the_same(settings: Make) -> None:

@@ -9,11 +9,7 @@ from minifoundation.checkpoint.folder import (
     STATE,
     TENSORS,
     Checkpoint,
-    fault,
-    latest_good,
-    load_checkpoint,
     save_final,
-    save_step,
     set_aside,
     step_folder,
     step_folders,
@@ -21,6 +17,7 @@ from minifoundation.checkpoint.folder import (
     tidy,
     write_step,
 )
+from minifoundation.checkpoint.reading import fault, latest_good, load_checkpoint
 from minifoundation.checkpoint.saver import Saver
 
 __all__ = [
@@ -36,7 +33,6 @@ __all__ = [
     "latest_good",
     "load_checkpoint",
     "save_final",
-    "save_step",
     "set_aside",
     "step_folder",
     "step_folders",

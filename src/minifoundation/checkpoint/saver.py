@@ -10,7 +10,8 @@ from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ class Saver:
 
     In the background a save only has the state copied to host memory, which is kept from one save to the next; ``hold`` has to be
     called before the state is changed. One thread then writes and hashes the copy, in large blocks that leave the interpreter free.
-    A second save waits for the first, and what went wrong in one is raised by ``check`` or the next call.
+    A second save waits for the first, and what went wrong in one is raised by ``check`` or the next call. As a context it waits at its end
+    for what is being written (``close``).
 
     Args:
         background: write beside the training.
@@ -149,6 +151,13 @@ class Saver:
         if self._copy is not None:
             self._copy.close()
             self._copy = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not isinstance(error, KeyboardInterrupt):  # a second signal leaves at once, whatever is being written
+            self.close()
 
     def failed(self, error: BaseException) -> None:
         """Raise what could not be written, or say it and go on, as ``if_fails`` has it."""

@@ -68,22 +68,18 @@ def _measured(asked: RunConfig, machine: Machine, steps: int) -> dict[str, Any]:
     figures["attention_ms"] = _attention(expected, machine)
     click.echo(line or f"attention: {kernel}")
     warm_up, steps = (WARM_UP, steps) if machine.is_cuda else (1, 2)
-    chosen, found = _largest(_with_model(asked, attention=kernel), machine, steps=steps, warm_up=warm_up, profiled=True)
+    chosen, found = _largest(asked.replaced(model={"attention": kernel}), machine, steps=steps, warm_up=warm_up, profiled=True)
     figures["step"] = _split(chosen) | found.figures()
     _step(chosen, found, machine)
     _time(found)
     if asked.train.batch_size == "auto":
         tried: dict[str, tuple[RunConfig, Trial]] = {chosen.model.checkpointing: (chosen, found)}
         for way in CHECKPOINTING:
-            other = _with_model(asked, attention=kernel, checkpointing=way)
+            other = asked.replaced(model={"attention": kernel, "checkpointing": way})
             if way not in tried and predicted_to_fit(other, machine):
                 tried[way] = _largest(other, machine, steps=min(steps, 5), warm_up=warm_up)
         figures["settings"] = _settings(tried)
     return figures
-
-
-def _with_model(run: RunConfig, **changes: str) -> RunConfig:
-    return run.model_copy(update={"model": run.model.model_copy(update=changes)})
 
 
 def _largest(asked: RunConfig, machine: Machine, *, steps: int, warm_up: int, profiled: bool = False) -> tuple[RunConfig, Trial]:
@@ -177,7 +173,7 @@ def _what_fits(asked: RunConfig, sizes: Sequence[float]) -> dict[str, Any]:
     rows, figures = [], []
     for size in sizes:
         for way in CHECKPOINTING:
-            run, memory = _with_model(asked, checkpointing=way), size * 2**30
+            run, memory = asked.replaced(model={"checkpointing": way}), size * 2**30
             largest = capacity.largest_model(run, memory)
             found = {
                 "gib": size,

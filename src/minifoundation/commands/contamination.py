@@ -24,9 +24,11 @@ from minifoundation.data.shards import Shard, Shards
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.errors import UserError
 from minifoundation.evaluate.contamination import SIZES, findings, items_of, separated
-from minifoundation.evaluate.overlap import Index, Item, Scan, Vocabulary
+from minifoundation.evaluate.ngrams import Index, Item
 from minifoundation.evaluate.requests import read_tasks
 from minifoundation.evaluate.results import read_items, read_results
+from minifoundation.evaluate.scan import Scan
+from minifoundation.evaluate.vocabulary import Vocabulary
 
 Seen = dict[int, npt.NDArray[np.bool_]]
 

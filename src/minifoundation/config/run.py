@@ -358,6 +358,10 @@ class RunConfig(Settings):
     train: TrainConfig
     eval: EvalConfig = EvalConfig()
 
+    def replaced(self, **sections: dict[str, Any]) -> Self:
+        """Return a copy with some settings of its sections replaced, ``replaced(train={"grad_accum": 2})``; none is checked again."""
+        return self.model_copy(update={name: getattr(self, name).model_copy(update=values) for name, values in sections.items()})
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.train.precision == "fp8":

@@ -18,16 +18,21 @@ class HubCorpus(NamedTuple):
     """The data set's own name of a part; None is its default."""
     instead: str
     """What to use when the Hub does not have it (any more)."""
+    language: str | None = None
+    """The ISO 639-1 code of what it is written in, where that is known."""
 
 
 HUB = {
-    "fineweb": HubCorpus("HuggingFaceFW/fineweb", "sample-10BT", "use fineweb-edu"),
-    "fineweb-edu": HubCorpus("HuggingFaceFW/fineweb-edu", "sample-10BT", "use fineweb"),
+    "fineweb": HubCorpus("HuggingFaceFW/fineweb", "sample-10BT", "use fineweb-edu", "en"),
+    "fineweb-edu": HubCorpus("HuggingFaceFW/fineweb-edu", "sample-10BT", "use fineweb", "en"),
     "slimpajama": HubCorpus(
-        "cerebras/SlimPajama-627B", None, "use fineweb-edu, or download a copy such as DKYoon/SlimPajama-6B and give --data its folder"
+        "cerebras/SlimPajama-627B",
+        None,
+        "use fineweb-edu, or download a copy such as DKYoon/SlimPajama-6B and give --data its folder",
+        "en",
     ),
 }
-"""Corpora by short name.
+"""Corpora by short name; their languages are those of their cards.
 
 ``sample-10BT`` is drawn at random from all crawls and is a few files, so streaming begins at once and the first tokens are as
 mixed as the Hub offers them. The default subset is thousands of files crawl after crawl: what a small run reads is 2013 alone.
@@ -42,6 +47,11 @@ def hub_corpus(source: str) -> HubCorpus | None:
     if named is None or Path(source).exists() or Path(source).parent.exists():  # a slip in the name of a file stays a path
         return None
     return HubCorpus(named[1], named[2], "check the name, org/name or org/name:subset, or give --data a path")
+
+
+def language_of(repository: str) -> str | None:
+    """Return the language of a data set that has a short name here; None of another one."""
+    return next((corpus.language for corpus in HUB.values() if corpus.repository == repository), None)
 
 
 def unreachable() -> str | None:

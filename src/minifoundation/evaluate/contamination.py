@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minifoundation.errors import UserError
-from minifoundation.evaluate.overlap import Index, Item
+from minifoundation.evaluate.ngrams import Index, Item
 
 SIZES = (13, 8)
 

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from minifoundation import __version__
+from minifoundation.data.hub import language_of
 from minifoundation.evaluate.tables import again, computed, table
 from minifoundation.report.page import Content, architecture, corpus_in_words, tiles
 
@@ -86,7 +87,7 @@ def _metadata(content: Content, license: str) -> str:
     read = [entry.corpus.get("hub") for entry in content.runs[-1].ledger] if content.runs else []
     known = dict.fromkeys(name for corpus in read if corpus and (name := hub_name(corpus)))
     data = ModelCardData(
-        language="en",
+        language=_language(content),
         license=license,
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -95,6 +96,14 @@ def _metadata(content: Content, license: str) -> str:
         eval_results=results or None,
     )
     return str(data.to_yaml()) + "\n"
+
+
+def _language(content: Content) -> str | None:
+    """Return the language of all that the model has read; None where that of a part is not known."""
+    if not content.runs or content.imported_from is not None:
+        return None
+    known = {language_of(str(entry.corpus.get("hub"))) for entry in content.runs[-1].ledger}
+    return known.pop() if len(known) == 1 else None
 
 
 def hub_name(corpus: str) -> str | None:

@@ -13,13 +13,13 @@ LENGTH_STEP = 1024
 
 def most_rows(config: RunConfig, memory_bytes: float) -> int:
     """Return how many rows of ``train.seq_len`` fit at once; 0 when not even one does."""
-    return _most(lambda rows: _with(config, batch_size=rows), range(1, 1025), memory_bytes)
+    return _most(lambda rows: config.replaced(train={"batch_size": rows}), range(1, 1025), memory_bytes)
 
 
 def longest_row(config: RunConfig, memory_bytes: float) -> int:
     """Return the longest row that fits by itself, in steps of 1,024 tokens up to a million; 0 when none does."""
     lengths = range(LENGTH_STEP, 2**20 + 1, LENGTH_STEP)
-    return _most(lambda length: _with(config, batch_size=1, seq_len=length), lengths, memory_bytes)
+    return _most(lambda length: config.replaced(train={"batch_size": 1, "seq_len": length}), lengths, memory_bytes)
 
 
 def largest_model(config: RunConfig, memory_bytes: float) -> ModelConfig | None:
@@ -28,7 +28,8 @@ def largest_model(config: RunConfig, memory_bytes: float) -> ModelConfig | None:
     Widths are whole groups of heads of the same width, in the same proportion of query to key/value heads. None when none fits.
     """
     model = config.model
-    groups = _most(lambda groups: _with(config, batch_size=1, model=scaled(model, groups)), range(1, 257), memory_bytes)
+    one_row = config.replaced(train={"batch_size": 1})
+    groups = _most(lambda groups: one_row.model_copy(update={"model": scaled(model, groups)}), range(1, 257), memory_bytes)
     return scaled(model, groups) if groups else None
 
 
@@ -53,10 +54,6 @@ def _rounded(width: float) -> int:
 def billions(model: ModelConfig) -> float:
     """Return the parameters of ``model`` in billions."""
     return n_parameters(model) / 1e9
-
-
-def _with(config: RunConfig, *, model: ModelConfig | None = None, **train: int) -> RunConfig:
-    return config.model_copy(update={"train": config.train.model_copy(update=train), "model": model or config.model})
 
 
 def _most(made: Callable[[int], RunConfig], sizes: Iterable[int], memory_bytes: float) -> int:

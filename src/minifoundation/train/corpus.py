@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -10,8 +9,7 @@ from minifoundation.checkpoint import Checkpoint, write_whole
 from minifoundation.config import RunConfig
 from minifoundation.data.held_out import HeldOut
 from minifoundation.data.ledger import Entry
-from minifoundation.data.lengths import Documents, LongRows, PackedRows, buckets
-from minifoundation.data.loader import Loader, Readable, part_of, source_of
+from minifoundation.data.loader import Loader, source_of
 from minifoundation.data.mixture import Mixture
 from minifoundation.data.prepare import tokenizer_for
 from minifoundation.data.samples import Order, Samples
@@ -20,13 +18,13 @@ from minifoundation.data.supply import Want, prepared
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.distributed import World
 from minifoundation.errors import UserError
+from minifoundation.train.long_rows import by_lengths, searched
 from minifoundation.train.plan import Plan
+from minifoundation.train.printer import Say
 from minifoundation.train.state import Progress, Start
 
 AT_ONCE = 4_194_304
 """Tokens that are made before training begins, to the end of the shard: the work of seconds. The rest is made while it runs."""
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -135,78 +133,6 @@ def _opened(
     return TrainingData(tokenizer, loader, held_out, progress, to_make)
 
 
-def searched(config: RunConfig) -> int:
-    """Return the tokens of the corpus that are looked through for long documents."""
-    return config.data.search_tokens or config.train.tokens
-
-
-def by_lengths(windows: Loader, config: RunConfig, planned: Plan, say: Say) -> Loader:
-    """Return the loader that reads the long documents of each source of ``windows`` more often than they occur, and packs the short ones.
-
-    ``data.long_share`` of the rows begin with a long document: fewer where these would be read more than ``data.long_repeats`` times, more
-    where they would be read less often than the text as a whole.
-
-    Raises:
-        UserError: no document of a source is as long as ``data.min_tokens``; where that is auto, its windows are kept, and it is said.
-    """
-    data, seq_len, seed = config.data, config.train.seq_len, config.train.seed
-    auto = data.min_tokens == "auto"
-    least = seq_len // 2 if auto else data.min_tokens
-    assert isinstance(least, int)
-    rows = planned.steps * planned.samples_per_step
-    sources: dict[str, Readable] = {}
-    weights: dict[str, float] = {}
-    for source, samples in windows.sources.items():
-        order = samples.order
-        enough, tokens = [], 0
-        for shard in order.turns:
-            if tokens < searched(config) * data.weights[source]:
-                enough.append(order.shards.train[shard])
-                tokens += enough[-1].n_tokens
-        documents = Documents.of(enough, order.shards.manifest.eos)
-        long = LongRows(documents, order, min_tokens=least, seed=seed)
-        packed = PackedRows(documents, order, min_tokens=least, seed=seed)
-        weight = data.weights[source]
-        once = long.samples_per_epoch / (weight * rows)  # the share under which each piece is read once
-        as_often_as_all = once * weight * rows * seq_len / tokens
-        share = min(1.0, max(as_often_as_all, min(data.long_share, data.long_repeats * once)))
-        if not packed.samples_per_epoch:
-            share = 1.0
-        if long.samples_per_epoch == 0:
-            longest = int(documents.length.max())
-            problem = f"no document of {source} has {least:,} tokens: the longest of {tokens:,} tokens searched has {longest:,}"
-            if not auto:
-                raise UserError("data.min_tokens", problem, "lower it, or raise data.search_tokens to look further")
-            say(f"warning: {problem}; rows are windows of {seq_len:,} tokens cut from documents one after the other (data.search_tokens)")
-            sources[source], weights[source] = samples, round(weight, 9)
-            continue
-        for line in _lengths(source, long, least, share, rows * weight):
-            say(line)
-        sources |= {part_of(source, "long"): long}
-        weights |= {part_of(source, "long"): round(weight * share, 9)}
-        if share < 1:
-            sources |= {part_of(source, "short"): packed}
-            weights |= {part_of(source, "short"): round(weight * (1 - share), 9)}
-    return Loader(sources, weights, mask_documents=data.mask_documents)
-
-
-def _lengths(source: str, long: LongRows, least: int, share: float, rows: float) -> list[str]:
-    """Return lines for a person: the share of each length in what was searched and in what is trained on."""
-    times = share * rows / long.samples_per_epoch
-    lines = [
-        f"  lengths  {source}: {share:.0%} of the rows begin with one of {long.samples_per_epoch:,} pieces of documents of {least:,} "
-        f"tokens and more (read {times:.2g} times); the rest is short documents, packed"
-    ]
-    for bucket in buckets(long, share):
-        if bucket.documents:
-            most = "and more" if bucket.longest is None else f"to {bucket.longest:,}"
-            lines.append(
-                f"           {bucket.shortest:>7,} {most:<10} {bucket.documents:>9,} documents, {bucket.corpus:6.1%} of the tokens there, "
-                f"{bucket.mix:6.1%} of those trained on"
-            )
-    return lines
-
-
 def run_tokenizer(config: RunConfig, before: Checkpoint | None) -> Tokenizer:
     """Return the run's tokenizer, made where there is none; that of a checkpoint is put in place first: a later phase can use no other."""
     folder = config.out_dir / "tokenizer"
@@ -223,6 +149,39 @@ def run_tokenizer(config: RunConfig, before: Checkpoint | None) -> Tokenizer:
     if not model.exists() or model.read_bytes() != before.tokenizer_model:
         write_whole(model, before.tokenizer_model)
     return Tokenizer.load(model)
+
+
+def given_tokenizer(config: RunConfig) -> Tokenizer | None:
+    """Return the tokenizer that is there before a run begins, in its folder or given; None where one is to be trained.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    own = config.out_dir / "tokenizer" / "tokenizer.model"
+    path = own if own.exists() else config.tokenizer.path
+    return None if path is None else Tokenizer.load(path)
+
+
+def with_vocabulary(config: RunConfig, before: Checkpoint | None, tokenizer: Tokenizer | None, say: Say) -> RunConfig:
+    """Return ``config`` with a model of the vocabulary that is trained: a checkpoint's, or the tokenizer's padded to a multiple of 128.
+
+    Args:
+        tokenizer: None is one that is to be trained, with as many pieces as were asked for, or fewer.
+
+    Raises:
+        UserError: fp8 cannot be had with so many.
+    """
+    if before is not None:
+        size = before.config.model.vocab_size
+    else:
+        pieces, has = (config.tokenizer.vocab_size, "is to have") if tokenizer is None else (tokenizer.vocab_size, "has")
+        size = -(-pieces // 128) * 128
+        if size != config.model.vocab_size:
+            say(f"model.vocab_size: {size:,} instead of {config.model.vocab_size:,}, since the tokenizer {has} {pieces:,} pieces")
+    if config.train.precision == "fp8" and size % 16:
+        problem = f"{size} in the checkpoint is no multiple of 16, which train.precision fp8 needs"
+        raise UserError("model.vocab_size", problem, "take bf16")
+    return config.replaced(model={"vocab_size": size})
 
 
 def _first_unread(read: Entry, config: RunConfig, tokenizer: Tokenizer, say: Say) -> int:

@@ -35,21 +35,13 @@ def predicted_to_fit(config: RunConfig, machine: Machine, split: Split = ALONE) 
         splits = [(most, rows // most) for most in range(min(rows, MOST_ROWS), 0, -1) if rows % most == 0]
     else:
         splits = [(2**power, 1) for power in range(MOST_ROWS.bit_length() - 1, -1, -1)]
-    tried = [
-        config.model_copy(update={"train": config.train.model_copy(update={"batch_size": most, "grad_accum": parts})})
-        for most, parts in splits
-    ]
+    tried = [config.replaced(train={"batch_size": most, "grad_accum": parts}) for most, parts in splits]
     return [one for one in tried if sum(predicted_memory(one, split).values()) <= USABLE_MEMORY * machine.memory_bytes]
 
 
 def rows_left_open(config: RunConfig) -> bool:
     """Return whether a step has as many rows as fit."""
     return config.train.batch_size == "auto" and "grad_accum" not in config.train.model_fields_set
-
-
-def with_rows(config: RunConfig, rows: int) -> RunConfig:
-    """Return ``config`` with so many rows a step on each device, however many of them fit at once."""
-    return config.model_copy(update={"train": config.train.model_copy(update={"grad_accum": rows})})
 
 
 def with_batch_size(
@@ -81,7 +73,7 @@ def steps_fit(config: RunConfig, machine: Machine, world: World, say: Callable[[
     if not machine.is_cuda:
         return True
     # Two micro-batches hold what any number of them do, and are sooner done.
-    short = config.model_copy(update={"train": config.train.model_copy(update={"grad_accum": min(2, config.train.grad_accum)})})
+    short = config.replaced(train={"grad_accum": min(2, config.train.grad_accum)})
     began = time.monotonic()
     try:
         trial(short, machine, steps=1, warm_up=1, world=world, split=split)

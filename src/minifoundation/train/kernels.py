@@ -50,7 +50,7 @@ def chosen_kernels(config: RunConfig, machine: Machine, world: World, recorded: 
     attention, of_attention = attention_kernel(config, machine, world, recorded.get("attention"))
     rows, of_rows = attention, None
     if config.data.mask_documents and config.data.min_tokens is not None:
-        whole = config.model_copy(update={"data": config.data.model_copy(update={"mask_documents": False})})
+        whole = config.replaced(data={"mask_documents": False})
         rows, line = attention_kernel(whole, machine, world, recorded.get("rows"))
         of_rows = line and f"rows of one document: {line}"
     swiglu, of_swiglu = swiglu_kernel(config, machine, recorded.get("swiglu"))

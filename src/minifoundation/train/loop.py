@@ -57,27 +57,35 @@ def fit(training: Training, log: MetricsLog, stop: Stop) -> Literal["finished", 
     feed = Feed(training, lambda: stop.asked, report.bar)
     with report.bar, collector_held() as collect, training.watch.watching():
         try:
-            if not _made_up(training, feed, report, stop):
-                here = step_folder(training.config.out_dir, training.progress.step)
-                if not training.world.agreed(here.exists):  # it went on from another folder
-                    training.save()
-                    training.saver.finish()
-                training.world.wait()
-                return "stopped"
-            with feed.open() as steps:
-                return _train(training, feed, steps, report, stop, collect)
+            return _fit(training, feed, report, stop, collect)
         except _Diverged as diverged:
             return diverged.bad
-        except NoData as lack:
-            training.watch.rest()  # writing may take its time
-            report.catch_up()
-            if lack.everywhere or training.world.size == 1:  # else the others are in a step, and cannot save with this one
-                training.save()
-                training.saver.finish()
-                training.world.wait()
-            if lack.error is not None:
-                raise lack.error from None
+
+
+def _fit(training: Training, feed: Feed, report: _Report, stop: Stop, collect: Callable[[], None]) -> Literal["finished", "stopped"]:
+    try:
+        if not _made_up(training, feed, report, stop):
+            _save_here(training)
             return "stopped"
+        with feed.open() as steps:
+            return _train(training, feed, steps, report, stop, collect)
+    except NoData as lack:
+        training.watch.rest()  # writing may take its time
+        report.catch_up()
+        if lack.everywhere or training.world.size == 1:  # else the others are in a step, and cannot save with this one
+            _save_here(training)
+        if lack.error is not None:
+            raise lack.error from None
+        return "stopped"
+
+
+def _save_here(training: Training) -> None:
+    """Save, unless the run stands where it went on from in its folder, and return when that is written and all processes are here."""
+    here = step_folder(training.config.out_dir, training.progress.step)
+    if not training.world.agreed(here.exists):
+        training.save()
+    training.saver.finish()
+    training.world.wait()
 
 
 def _made_up(training: Training, feed: Feed, report: _Report, stop: Stop) -> bool:
@@ -87,7 +95,7 @@ def _made_up(training: Training, feed: Feed, report: _Report, stop: Stop) -> boo
         return True
     if not _evaluated(training, feed, stop, progress.due):
         return False
-    report.log.write(progress.due)
+    report.add(progress.due)
     progress.due = None
     return True
 
@@ -282,7 +290,7 @@ class _Report:
         progress.skipped.append({"step": pending.step, "first_sample": pending.sample, "end": end, "reason": reason})
         progress.skipped_in_a_row += 1
         row = progress.skipped[-progress.skipped_in_a_row :]
-        if len(row) == training.config.train.max_skips:
+        if len(row) >= training.config.train.max_skips:
             raise _Diverged(Bad(row[0]["step"], pending.step, row[0]["first_sample"], end, seen))
 
     def write(self, figures: Row, *, evaluated: bool) -> None:
@@ -297,7 +305,11 @@ class _Report:
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(1)
         if evaluated or figures["step"] % self.training.config.train.log_every == 0:
-            try:
-                self.log.write(figures)
-            except OSError as error:
-                self.training.saver.failed(error)
+            self.add(figures)
+
+    def add(self, row: Row) -> None:
+        """Add a row to metrics.csv; where that fails, ``train.if_save_fails`` says what follows."""
+        try:
+            self.log.write(row)
+        except OSError as error:
+            self.training.saver.failed(error)

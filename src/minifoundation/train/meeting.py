@@ -8,8 +8,8 @@ import socket
 import statistics
 from collections.abc import Callable, Mapping
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -37,7 +37,7 @@ def same_run(config: RunConfig, world: World) -> None:
         UserError: on every process.
     """
     with world.together():
-        mine = {name: _shown(config, name) for name in dotted_names(RunConfig)}
+        mine = {name: str(attrgetter(name)(config)) for name in dotted_names(RunConfig)}
         mine |= {"the code of minifoundation": code_sha256(), "torch": torch.__version__}
         _alike(mine, world, "start all processes with the same line, files and versions")
 
@@ -83,13 +83,6 @@ def _alike(mine: Mapping[str, str], world: World, remedy: str) -> None:
         for name, value in values.items():
             if value != first[1].get(name):
                 raise UserError(name, f"{value} on rank {rank} ({host}), and {first[1].get(name)} on rank 0 ({first[0]})", remedy)
-
-
-def _shown(config: RunConfig, name: str) -> str:
-    value: Any = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return str(value)
 
 
 def code_sha256() -> str:

@@ -100,4 +100,4 @@ def _changes(config: RunConfig, *, int8: bool) -> list[dict[str, Any]]:
 def _changed(config: RunConfig, options: dict[str, Any]) -> RunConfig:
     train = {name.removeprefix("train."): value for name, value in options.items() if not name.startswith("model.")}
     model = {name.removeprefix("model."): value for name, value in options.items() if name.startswith("model.")}
-    return config.model_copy(update={"train": config.train.model_copy(update=train), "model": config.model.model_copy(update=model)})
+    return config.replaced(train=train, model=model)

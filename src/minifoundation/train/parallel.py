@@ -50,7 +50,7 @@ def chosen_split(config: RunConfig, machine: Machine, world: World) -> Split:
 
 def _fits(config: RunConfig, machine: Machine, split: Split) -> bool:
     rows = 1 if config.train.batch_size == "auto" else config.train.batch_size
-    one = config.model_copy(update={"train": config.train.model_copy(update={"batch_size": rows})})
+    one = config.replaced(train={"batch_size": rows})
     return sum(predicted_memory(one, split).values()) <= USABLE_MEMORY * machine.memory_bytes
 
 
@@ -90,7 +90,7 @@ def accumulated(config: RunConfig, world: World) -> RunConfig:
             f"(batch_size {rows} x seq_len {train.seq_len} x {sharers(config, world.size)})",
             f"set it to {near:,}, or choose another --batch_size or number of processes",
         )
-    return config.model_copy(update={"train": train.model_copy(update={"grad_accum": train.tokens_per_step // once})})
+    return config.replaced(train={"grad_accum": train.tokens_per_step // once})
 
 
 def share_of(batch: Batch, world: World) -> Batch:
@@ -102,4 +102,4 @@ def as_asked(config: RunConfig) -> RunConfig:
     """Return ``config`` with ``grad_accum`` left to ``tokens_per_step`` again, where that is set: what is kept for another start."""
     if config.train.tokens_per_step is None:
         return config
-    return config.model_copy(update={"train": config.train.model_copy(update={"grad_accum": 1})})
+    return config.replaced(train={"grad_accum": 1})

@@ -20,8 +20,8 @@ from minifoundation.data.rows import all_documents
 from minifoundation.data.shards import Shards
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.runtime import Machine
-from minifoundation.train.corpus import searched
 from minifoundation.train.kernels import Kernels, transformer_for
+from minifoundation.train.long_rows import searched
 from minifoundation.train.reach import Ids, Needle, Needles, Place, beginnings, edges, longest, loss_by_position, mean_loss, needle_lengths
 
 WORSE = 0.005
@@ -138,7 +138,7 @@ def found(checkpoint: Checkpoint, on: Material, machine: Machine, *, precision: 
         precision: of compute, the same for both models: else the dtype is compared with them. In fp8, whose scales belong to a run, bf16.
     """
     precision = "bf16" if precision == "fp8" else precision
-    config = checkpoint.config.model_copy(update={"train": checkpoint.config.train.model_copy(update={"precision": precision})})
+    config = checkpoint.config.replaced(train={"precision": precision})
     transformer = transformer_for(config, machine, Kernels("auto", "own"))
     transformer.load_state_dict(checkpoint.model)
     transformer.eval()

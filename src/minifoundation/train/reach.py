@@ -82,14 +82,14 @@ def longest(documents: Iterable[Ids], *, longer_than: int, count: int) -> list[I
 
 
 def sliding_nats(transformer: Transformer, ids: Ids, window: int, device: torch.device) -> Tensor:
-    """Return the cross entropy of all targets of a document (T + 1), read in windows of ``window`` tokens: (T,) in nats, on the CPU.
+    """Return the cross entropy of all targets of a document (T + 1), read in windows of ``window`` tokens: (T,) nats, on the CPU.
 
     Windows overlap by half, and a token counts where it has the most before it: at least half a window, as far as there is so much. That
     is what a model of that length can do with a longer text (sliding-window evaluation, arXiv:2108.12409, section 2).
     """
     count = len(ids) - 1
     last = max(0, count - window)
-    firsts = [*range(0, last, window // 2), last]
+    firsts = [*range(0, last, max(1, window // 2)), last]
     rows = np.stack([ids[first : first + window + 1] for first in firsts])
     at_once = max(1, TOKENS_AT_ONCE // window)
     nats = torch.cat([token_nats(transformer, rows[row : row + at_once], device)[0] for row in range(0, len(rows), at_once)])
@@ -152,7 +152,7 @@ class Needle:
 
 def needle_lengths(original: int, length: int) -> list[int]:
     """Return the lengths that are tried: half the original one, doubled up to ``length``."""
-    powers = itertools.takewhile(lambda tried: tried < length, (original // 2 * 2**power for power in itertools.count()))
+    powers = itertools.takewhile(lambda tried: tried < length, (max(1, original // 2) * 2**power for power in itertools.count()))
     return [*powers, length]
 
 

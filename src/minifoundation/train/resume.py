@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 
 from minifoundation.checkpoint import (
@@ -20,6 +20,7 @@ from minifoundation.config import RunConfig, dotted_names
 from minifoundation.distributed import World
 from minifoundation.errors import UserError
 from minifoundation.train.plan import Plan
+from minifoundation.train.printer import Say
 
 MAY_CHANGE = (
     "out_dir",
@@ -53,6 +54,9 @@ MAY_CHANGE = (
 )
 """Settings (or sections, with a dot at the end) that a resumed run may change: the data and the arithmetic stay what they were."""
 
+FOLLOWS = ("model.vocab_size", "tokenizer.path", "out_dir")
+"""Of those that may change, what is not worth a word."""
+
 FIXED = (
     *("data.source", "data.mix", "data.min_tokens", "data.long_share", "data.long_repeats", "data.search_tokens", "train.seq_len"),
     "train.seed",  # of it the order within a shard is drawn
@@ -63,9 +67,6 @@ FIXED = (
 checkpoint's tensors have their shapes. With ``data.min_tokens`` the first holds of ``train.tokens`` too, by which shares are chosen."""
 
 
-Say = Callable[[str], None]
-
-
 def checkpoint_to_resume(out_dir: Path, resume: str | None, world: World, say: Say) -> tuple[Path | None, Checkpoint | None]:
     """Return the checkpoint to go on from and where it lies, or None to begin.
 
@@ -73,10 +74,9 @@ def checkpoint_to_resume(out_dir: Path, resume: str | None, world: World, say: S
         resume: ``auto``, the path of a checkpoint, or None.
 
     Raises:
-        UserError: the folder holds a run and nothing was said about it, or none of its checkpoints is whole.
+        UserError: there is no such checkpoint, or none of those that the folder holds is whole.
     """
     if resume is None:
-        world.agreed(lambda: _unused(out_dir))
         return None, None
     path = world.agreed(lambda: newest(out_dir, say)) if resume == "auto" else Path(resume)
     if path is None:
@@ -85,7 +85,12 @@ def checkpoint_to_resume(out_dir: Path, resume: str | None, world: World, say: S
     return path, load_checkpoint(path, verified=resume == "auto")
 
 
-def _unused(out_dir: Path) -> None:
+def refuse_used(out_dir: Path) -> None:
+    """Refuse to begin in a folder that holds a run.
+
+    Raises:
+        UserError: it does.
+    """
     steps = step_folders(out_dir)
     done = (out_dir / FINAL).exists()
     if done or steps or (out_dir / "metrics.csv").exists():
@@ -111,19 +116,28 @@ def newest(out_dir: Path, say: Say) -> Path | None:
     return folder
 
 
-def set_later_aside(out_dir: Path, step: int, say: Say) -> None:
-    """Set aside what lies after ``step``, at which the run goes on: damaged checkpoints, or those of another course that it took.
+def set_others_aside(out_dir: Path, path: Path, step: int, say: Say) -> None:
+    """Set aside what is not of the run that goes on from ``path``, which is of ``step``.
 
-    A ``final.pth`` is among them: the next ``--resume auto`` would take it for the end of this run.
+    The next ``--resume auto``, or going back, would take it for that: later checkpoints, damaged or of another course that the run took, a
+    ``final.pth`` among them; all, where ``path`` lies in another folder.
     """
+    elsewhere = path.parent.resolve() != out_dir.resolve()
     for folder in step_folders(out_dir):
         if step_of(folder) > step:
             say(f"{folder}: is after the step to go on from; kept as {set_aside(folder).name}")
+        elif elsewhere or (step_of(folder) == step and folder.resolve() != path.resolve()):
+            say(f"{folder}: is of another run than {path}; kept as {set_aside(folder).name}")
     final, manifest = out_dir / FINAL, out_dir / FINAL_MANIFEST
     if final.exists():
         say(f"{final}: is after the step to go on from; kept as {set_aside(final).name}")
     if manifest.exists():
         set_aside(manifest)
+
+
+def _may_change(name: str) -> bool:
+    section, dot, _ = name.partition(".")
+    return name in MAY_CHANGE or section + dot in MAY_CHANGE
 
 
 def refuse_another_run(checkpoint: Checkpoint, config: RunConfig, allowed: tuple[str, ...], planned: Plan, path: Path, say: Say) -> None:
@@ -137,11 +151,11 @@ def refuse_another_run(checkpoint: Checkpoint, config: RunConfig, allowed: tuple
     """
     told = []
     for name in dotted_names(RunConfig):
-        before, now = _value(checkpoint.config, name), _value(config, name)
+        before, now = map(attrgetter(name), (checkpoint.config, config))
         if before == now:
             continue
         fixed = name in FIXED or (name == "train.tokens" and config.data.min_tokens is not None)
-        if name.startswith(MAY_CHANGE) or (name in allowed and not fixed):
+        if _may_change(name) or (name in allowed and not fixed):
             if name not in FOLLOWS:
                 told.append(f"{name} {now} instead of {before}")
             continue
@@ -161,14 +175,3 @@ def refuse_another_run(checkpoint: Checkpoint, config: RunConfig, allowed: tuple
     if told:
         say(f"changed since {path}: {', '.join(told)}")
     say(f"going on from {path} at step {checkpoint.progress['step']:,} of {planned.steps:,}")
-
-
-FOLLOWS = ("model.vocab_size", "tokenizer.path", "out_dir")
-"""Of those that may change, what is not worth a word."""
-
-
-def _value(config: RunConfig, name: str) -> object:
-    value: object = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value

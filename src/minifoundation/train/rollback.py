@@ -78,9 +78,13 @@ def checkpoint_before(bad: Bad, out_dir: Path, *, most: int, say: Callable[[str]
 
 
 def record_rollback(bad: Bad, folder: Path | None, out_dir: Path) -> None:
-    """Note that the run goes back to ``folder`` and steps over ``bad``, and set the checkpoints after that one aside."""
+    """Set the checkpoints after ``folder`` aside, and note that the run goes back to that one and steps over ``bad``.
+
+    In this order: a run that is killed in between comes to the same steps again and goes back then. The other way round it would go on
+    from a later checkpoint.
+    """
     step = step_of(folder) if folder else 0
-    write_whole(out_dir / ROLLBACKS, json.dumps([*rollbacks(out_dir), {"to": step, **asdict(bad)}], indent=1).encode())
     for later in step_folders(out_dir):
         if step_of(later) > step:
             set_aside(later)
+    write_whole(out_dir / ROLLBACKS, json.dumps([*rollbacks(out_dir), {"to": step, **asdict(bad)}], indent=1).encode())

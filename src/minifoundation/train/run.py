@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -11,34 +10,31 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from minifoundation import runtime
 from minifoundation.checkpoint import FINAL, Checkpoint, Saver, load_checkpoint, save_final, step_folders, tidy, write_whole
 from minifoundation.config import RunConfig, changed, to_yaml
 from minifoundation.data.supply import Supply
-from minifoundation.distributed import Split, Watch, World, join, sharing_rows
+from minifoundation.distributed import Split, World, join, sharing_rows
 from minifoundation.errors import Stopped
 from minifoundation.lock import LOCK, held
-from minifoundation.model.attention import resolve
-from minifoundation.model.training import TrainingModel
 from minifoundation.runtime import Machine
-from minifoundation.train.corpus import TrainingData, described, run_tokenizer, training_data
-from minifoundation.train.ema import Average
-from minifoundation.train.finder import rows_left_open, steps_fit, with_batch_size, with_rows
-from minifoundation.train.guard import Guard
-from minifoundation.train.kernels import Kernels, chosen_kernels, transformer_for
+from minifoundation.train.construction import built
+from minifoundation.train.corpus import TrainingData, described, given_tokenizer, run_tokenizer, training_data, with_vocabulary
+from minifoundation.train.fallbacks import supported
+from minifoundation.train.finder import rows_left_open, steps_fit, with_batch_size
+from minifoundation.train.kernels import chosen_kernels
 from minifoundation.train.loop import fit
-from minifoundation.train.meeting import network, same_data, same_run, same_weights
+from minifoundation.train.meeting import network, same_data, same_run
 from minifoundation.train.metrics import METRICS, MetricsLog
-from minifoundation.train.optimizer import adamw, restore_optimizer
 from minifoundation.train.out_of_memory import is_out_of_memory, refuse_too_large, too_large
-from minifoundation.train.parallel import accumulated, as_asked, chosen_split, spread_over
-from minifoundation.train.plan import Plan, describe, plan
+from minifoundation.train.parallel import accumulated, as_asked, chosen_split
+from minifoundation.train.plan import describe, plan
+from minifoundation.train.printer import Printer, Say
 from minifoundation.train.provenance import record_start, typed
-from minifoundation.train.resume import checkpoint_to_resume, refuse_another_run, set_later_aside
+from minifoundation.train.resume import checkpoint_to_resume, refuse_another_run, refuse_used, set_others_aside
 from minifoundation.train.rollback import Bad, checkpoint_before, record_rollback, stepped_over
-from minifoundation.train.state import Start, Training
+from minifoundation.train.state import Phase, Progress, Start
 from minifoundation.train.stop import Stop, stop_on_signals
 from minifoundation.train.suite import Suite
 
@@ -65,61 +61,79 @@ def run(
         Stopped: told to stop; saved, with the line that goes on.
     """
     with join() as world, stop_on_signals(config.train.max_hours) as stop:
-        machine = runtime.machine(world.local_rank)
-        # What fits the smallest of the devices fits all of them, and no process finds other rows than the others.
-        machine = replace(machine, memory_bytes=min(world.of_all(machine.memory_bytes)))
         say = Printer(world)
         same_run(config, world)
-        with world.together():
-            world = sharing_rows(world, config.train.context_parallel)
-            asked = accumulated(_supported(config, machine, say), world)
-            split = world.agreed(lambda: chosen_split(asked, machine, world))
-            config = world.agreed(lambda: with_batch_size(asked, machine, split=split))
-            planned = plan(config, world.size, split)
-        if dry_run and world.is_first:
-            print(f"plan of {config.out_dir}:\n{describe(config, planned, machine, world.size)}\nnothing was started (--dry_run)")
-        world.agreed(lambda: refuse_too_large(config, machine, world, split, moments=_has_moments(config, resume, start)))
-        if dry_run:
-            return None
         try:
-            with world.together():
-                path, resumed = checkpoint_to_resume(config.out_dir, resume, world, say)
-            if resumed is not None and path is not None:
-                asked = _with_rows_of(resumed, asked, world)
-                config = world.agreed(lambda: with_batch_size(asked, machine, split=split))
-                with world.together():
-                    planned = plan(config, world.size, split)
-                    refuse_another_run(resumed, config, allowed, planned, path, say)
-            final = config.out_dir / FINAL
-            if resumed is not None and resumed.progress["step"] >= planned.steps and not resumed.optimizer:
-                say(f"{final} is finished: {planned.steps:,} of {planned.steps:,} steps")
-                return final
-            with ExitStack() as owned:
-                world.agreed(lambda: owned.enter_context(_owned(config.out_dir)))
-                step = resumed.progress["step"] if resumed else 0
-                world.agreed(lambda: set_later_aside(config.out_dir, step, say))
-                with world.together():
-                    suite = suite_for(config)
-                before = resumed or (start.checkpoint if start else None)
-                vocabulary = world.agreed(lambda: _vocabulary(config, before, say))
-                config = _with_vocabulary(config, vocabulary)
-                with world.together():
-                    if asked.train.batch_size == "auto":  # only now is it known which model has to fit
-                        config = _fitting(_with_vocabulary(asked, vocabulary), split, machine, world, say)
-                    planned = plan(config, world.size, split)
-                return _trained(config, planned, machine, world, say, stop, path=path, resumed=resumed, start=start, suite=suite)
+            return _run(config, world, stop, say, resume=resume, dry_run=dry_run, allowed=allowed, start=start, suite_for=suite_for)
         except KeyboardInterrupt:
             if stop.nothing_to_save:
                 there = "nothing is lost" if step_folders(config.out_dir) else "no step was done yet"
                 raise Stopped(f"stopped ({there}); go on with: {typed(world, **_going_on(config, resume))}") from None
             raise
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            begun = bool(step_folders(config.out_dir)) or (config.out_dir / METRICS).exists()
-            going_on = _going_on(config, resume) if begun else {}
-            fault = too_large(config, machine, world, split=split, going_on=going_on, moments=_has_moments(config, resume, start))
-        raise fault  # outside the handler, so that what the device held for the step is free
+
+
+def _run(
+    config: RunConfig,
+    world: World,
+    stop: Stop,
+    say: Say,
+    *,
+    resume: str | None,
+    dry_run: bool,
+    allowed: tuple[str, ...],
+    start: Start | None,
+    suite_for: Callable[[RunConfig], Suite | None],
+) -> Path | None:
+    machine = runtime.machine(world.local_rank)
+    # What fits the smallest of the devices fits all of them, and no process finds other rows than the others.
+    machine = replace(machine, memory_bytes=min(world.of_all(machine.memory_bytes)))
+    with world.together():
+        world = sharing_rows(world, config.train.context_parallel)
+        asked = accumulated(supported(config, machine, say), world)
+    with world.together():
+        path, resumed = checkpoint_to_resume(config.out_dir, resume, world, say)
+    before = resumed or (start.checkpoint if start else None)
+    asked = world.agreed(lambda: with_vocabulary(asked, before, None if before else given_tokenizer(asked), say))
+    if resumed is not None:
+        asked = _with_rows_of(resumed, asked, world)
+    split = world.agreed(lambda: chosen_split(asked, machine, world))
+    config = world.agreed(lambda: with_batch_size(asked, machine, split=split))
+    with world.together():
+        planned = plan(config, world.size, split)
+        if resumed is not None and path is not None:
+            refuse_another_run(resumed, config, allowed, planned, path, say)
+    if dry_run and world.is_first:
+        print(f"plan of {config.out_dir}:\n{describe(config, planned, machine, world.size)}\nnothing was started (--dry_run)")
+    world.agreed(lambda: refuse_too_large(config, machine, world, split, moments=_has_moments(config, resumed, start)))
+    if dry_run:
+        return None
+    if resumed is not None and resumed.progress["step"] >= planned.steps and not resumed.optimizer:
+        say(f"{path} is finished: {planned.steps:,} of {planned.steps:,} steps")
+        return path
+    if resume is None:
+        world.agreed(lambda: refuse_used(config.out_dir))
+    try:
+        with ExitStack() as owned:
+            world.agreed(lambda: owned.enter_context(_owned(config.out_dir)))
+            if resumed is not None and path is not None:
+                world.agreed(partial(set_others_aside, config.out_dir, path, resumed.progress["step"], say))
+            with world.together():
+                suite = suite_for(config)
+            # One that is trained now may have fewer pieces than were planned with.
+            config = world.agreed(lambda: with_vocabulary(config, before, run_tokenizer(config, before), say))
+            with world.together():
+                if asked.train.batch_size == "auto":  # only now is it known which model has to fit
+                    config = _fitting(asked.replaced(model={"vocab_size": config.model.vocab_size}), split, machine, world, say)
+                planned = plan(config, world.size, split)
+            phase = Phase(config, planned, machine, world, start, suite, say)
+            return _trained(phase, stop, path=path, resumed=resumed)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        begun = bool(step_folders(config.out_dir)) or (config.out_dir / METRICS).exists()
+        going_on = _going_on(config, resume) if begun else {}
+        fault = too_large(config, machine, world, split=split, going_on=going_on, moments=_has_moments(config, resumed, start))
+    raise fault  # outside the handler, so that what the device held for the step is free
 
 
 def _going_on(config: RunConfig, resume: str | None) -> dict[str, str]:
@@ -128,10 +142,10 @@ def _going_on(config: RunConfig, resume: str | None) -> dict[str, str]:
     return {} if typed_path else {"resume": "auto"}
 
 
-def _has_moments(config: RunConfig, resume: str | None, start: Start | None) -> bool:
+def _has_moments(config: RunConfig, resumed: Checkpoint | None, start: Start | None) -> bool:
     """Return whether the run, or the line that goes on with it, has its optimizer's moments from a checkpoint."""
     carried = start is not None and start.with_optimizer
-    return carried or resume not in (None, "auto") or bool(step_folders(config.out_dir))
+    return carried or resumed is not None or bool(step_folders(config.out_dir))
 
 
 @contextmanager
@@ -147,19 +161,7 @@ def _owned(out_dir: Path) -> Iterator[None]:
                 shutil.rmtree(out_dir)
 
 
-def _trained(
-    config: RunConfig,
-    planned: Plan,
-    machine: Machine,
-    world: World,
-    say: Printer,
-    stop: Stop,
-    *,
-    path: Path | None,
-    resumed: Checkpoint | None,
-    start: Start | None,
-    suite: Suite | None,
-) -> Path:
+def _trained(phase: Phase, stop: Stop, *, path: Path | None, resumed: Checkpoint | None) -> Path:
     """Train to the end and return ``final.pth``, going back to a checkpoint as often as that is needed and allowed.
 
     Args:
@@ -167,123 +169,43 @@ def _trained(
     """
     again = False
     while True:
-        outcome = _train(config, planned, machine, world, say, stop, resumed=resumed, start=start, suite=suite, again=again)
+        outcome = _train(phase, stop, resumed=resumed, again=again)
         if isinstance(outcome, Path):
             return outcome
-        folder = world.agreed(partial(_gone_back, outcome, config, path, say))
+        folder = phase.world.agreed(partial(_gone_back, outcome, phase, path))
         resumed = load_checkpoint(folder, verified=True) if folder else None
         torch.compiler.reset()
-        machine.forget()  # a model that is split lies in a cycle, and there is no room for two
+        phase.machine.forget()  # a model that is split lies in a cycle, and there is no room for two
         again = True
 
 
-def _gone_back(bad: Bad, config: RunConfig, path: Path | None, say: Printer) -> Path | None:
+def _gone_back(bad: Bad, phase: Phase, path: Path | None) -> Path | None:
     """Return the checkpoint from which the run goes on, once the folder says so; None for the beginning.
 
     Where the run has none of its own from before that it is the one it went on from (``path``).
     """
-    folder = checkpoint_before(bad, config.out_dir, most=config.train.max_rollbacks, say=say)
-    elsewhere = path if folder is None and path is not None and path.parent.resolve() != config.out_dir.resolve() else None
-    say(f"going back to {folder or elsewhere or 'the beginning'}, and over what was skipped: {bad}")
-    record_rollback(bad, folder, config.out_dir)
+    out_dir = phase.config.out_dir
+    folder = checkpoint_before(bad, out_dir, most=phase.config.train.max_rollbacks, say=phase.say)
+    elsewhere = path if folder is None and path is not None and path.parent.resolve() != out_dir.resolve() else None
+    phase.say(f"going back to {folder or elsewhere or 'the beginning'}, and over what was skipped: {bad}")
+    record_rollback(bad, folder, out_dir)
     return folder or elsewhere
 
 
 def _with_rows_of(resumed: Checkpoint, asked: RunConfig, world: World) -> RunConfig:
     """Return ``asked`` with the rows a step that the run has; with ``batch_size: auto`` only how many fit at once is found anew."""
-    return with_rows(asked, max(1, resumed.progress["samples_per_step"] // world.dp_size)) if rows_left_open(asked) else asked
+    rows = max(1, resumed.progress["samples_per_step"] // world.dp_size)
+    return asked.replaced(train={"grad_accum": rows}) if rows_left_open(asked) else asked
 
 
-def _vocabulary(config: RunConfig, before: Checkpoint | None, say: Printer) -> int:
-    """Return the size of the model's vocabulary: its tokenizer's, padded to a multiple of 128; a checkpoint's stays."""
-    tokenizer = run_tokenizer(config, before)
-    if before is not None:
-        return before.config.model.vocab_size
-    size = -(-tokenizer.vocab_size // 128) * 128
-    if size != config.model.vocab_size:
-        asked = f"{config.model.vocab_size:,}"
-        say(f"model.vocab_size: {size:,} instead of {asked}, since the tokenizer has {tokenizer.vocab_size:,} pieces")
-    return size
-
-
-def _with_vocabulary(config: RunConfig, size: int) -> RunConfig:
-    """Return ``config`` with a model of ``size`` pieces."""
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
-
-
-def _fitting(asked: RunConfig, split: Split, machine: Machine, world: World, say: Printer) -> RunConfig:
+def _fitting(asked: RunConfig, split: Split, machine: Machine, world: World, say: Say) -> RunConfig:
     """Return ``asked`` with the batch size that real steps show to fit."""
     config = with_batch_size(asked, machine, lambda one: steps_fit(one, machine, world, say, split), split)
     say(f"train.batch_size: auto is {config.train.batch_size} rows x {config.train.grad_accum} micro-batches")
     return config
 
 
-class Printer:
-    """Prints on the first process only, above the progress bar."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-
-    def __call__(self, line: str) -> None:
-        if self.world.is_first:
-            tqdm.write(line, file=sys.stderr)
-
-
-def _supported(config: RunConfig, machine: Machine, say: Printer) -> RunConfig:
-    """Return ``config`` with what this machine cannot do replaced by the fallback, each said in one line."""
-    if config.train.precision == "fp8" and (obstacle := runtime.fp8_obstacle(machine)):
-        say(f"warning: train.precision: fp8 cannot run here: {obstacle}; using bf16")
-        config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "bf16"})})
-    dtype = runtime.compute_dtype(config.train.precision, machine)
-    if config.train.precision == "fp16" and not machine.is_cuda:
-        say("warning: --amp alone is fp16, which is slow on a CPU; --amp --bf16 is faster")
-    _, warning = resolve(
-        config.model.attention,
-        machine.device.type,
-        dtype=dtype,
-        head_dim=config.model.head_width,
-        capability=machine.capability,
-        masked=config.data.mask_documents,
-        chunked=config.train.context_parallel > 1,
-    )
-    if warning:
-        say(f"warning: model.attention: {warning}")
-    if config.model.checkpointing == "offload" and (obstacle := _offload_obstacle(config, machine)):
-        say(f"warning: model.checkpointing: offload {obstacle}; using attention")
-        config = config.model_copy(update={"model": config.model.model_copy(update={"checkpointing": "attention"})})
-    if config.train.deterministic:
-        runtime.make_deterministic()
-        if machine.is_cuda and config.model.attention == "auto":  # of the fast kernels, the one whose backward follows torch's switch
-            config = config.model_copy(update={"model": config.model.model_copy(update={"attention": "flash"})})
-    compiled = config.train.compile
-    if compiled and (reason := runtime.can_compile(machine)):
-        say(f"warning: --compile: {reason}; running without it")
-        compiled = False
-    return config.model_copy(update={"train": config.train.model_copy(update={"compile": compiled})})
-
-
-def _offload_obstacle(config: RunConfig, machine: Machine) -> str | None:
-    """Return why activations cannot be kept in host memory, or None: it is the blocks by hand that do it."""
-    if not machine.is_cuda:
-        return f"needs a CUDA GPU and this is {machine.device.type}"
-    if config.train.precision == "fp32":
-        return "is for half precision"
-    return "cannot do dropout" if config.model.dropout else None
-
-
-def _train(
-    config: RunConfig,
-    planned: Plan,
-    machine: Machine,
-    world: World,
-    say: Printer,
-    stop: Stop,
-    *,
-    resumed: Checkpoint | None,
-    start: Start | None,
-    suite: Suite | None,
-    again: bool,
-) -> Path | Bad:
+def _train(phase: Phase, stop: Stop, *, resumed: Checkpoint | None, again: bool) -> Path | Bad:
     """Train from ``resumed`` or the beginning, and return ``final.pth``, or the steps from which nothing could be learnt.
 
     Args:
@@ -292,11 +214,12 @@ def _train(
     Raises:
         Stopped: told to stop; saved.
     """
+    config, planned, machine, world, say = phase.config, phase.plan, phase.machine, phase.world, phase.say
     out_dir = config.out_dir
-    data = training_data(config, planned, world, say, resumed=resumed, start=start, stepped_over=stepped_over(out_dir))
+    data = training_data(config, planned, world, say, resumed=resumed, start=phase.start, stepped_over=stepped_over(out_dir))
     same_data(data.loader, data.progress.sample, world)
     if not again:
-        _tell(config, planned, machine, world, data, say)
+        _tell(phase, data)
         for line in network(machine, world):
             say(line)
     kernels, choices = chosen_kernels(config, machine, world, resumed.kernels if resumed else {})
@@ -304,17 +227,11 @@ def _train(
         say(choice)
     background = Supply(data.to_make, config.data, data.tokenizer.path) if data.to_make and world.is_first else nullcontext()
     with background as supply, _saver(config, say) as saver:
-        training = _built(
-            config, planned, machine, world, data, supply, saver, say, kernels=kernels, resumed=resumed, start=start, suite=suite
-        )
+        training = built(phase, data, kernels=kernels, supply=supply, saver=saver, resumed=resumed)
         progress = data.progress
-        if world.is_first:
-            write_whole(out_dir / "config.yaml", to_yaml(as_asked(config)).encode())
-            record_start(out_dir, world, machine, step=progress.step)
-        resumed_at = progress.step - (progress.due is not None)
-        folder = out_dir if world.is_first else None
-        scores = suite.columns if suite is not None else ()
-        with MetricsLog(folder, resumed_at=resumed_at, tensorboard=config.train.tensorboard, also=scores) as log:
+        if resumed is not None:
+            resumed.let_go()
+        with _log(phase, progress) as log:
             outcome = fit(training, log, stop)
         if isinstance(outcome, Bad):
             return outcome
@@ -333,103 +250,44 @@ def _train(
         return path
 
 
-def _tell(config: RunConfig, planned: Plan, machine: Machine, world: World, data: TrainingData, say: Printer) -> None:
+def _tell(phase: Phase, data: TrainingData) -> None:
     """Print the plan, and warn of what it needs more than there is."""
-    out_dir = config.out_dir
+    config, planned, out_dir = phase.config, phase.plan, phase.config.out_dir
     settings = ", ".join(f"{name} {value}" for name, value in changed(config).items() if not name.startswith(("model.", "out_dir")))
-    say(f"{out_dir}:\n{describe(config, planned, machine, world.size)}\n  settings {settings}")
+    phase.say(f"{out_dir}:\n{describe(config, planned, phase.machine, phase.world.size)}\n  settings {settings}")
     for line in described(data, planned):
-        say(line)
+        phase.say(line)
     if planned.disk_bytes > runtime.free_disk_bytes(out_dir):
-        say(
-            f"warning: {out_dir}: the disk is too small for the checkpoints; free some space, lower --train.keep, or give another --out_dir"
+        remedy = "free some space, lower --train.keep, or give another --out_dir"
+        phase.say(f"warning: {out_dir}: the disk is too small for the checkpoints; {remedy}")
+
+
+def _log(phase: Phase, progress: Progress) -> MetricsLog:
+    """Write down the settings and this start of the run, and return its table of metrics, which ends where the run goes on.
+
+    Raises:
+        UserError, OSError: the first process cannot do it; on all of them.
+    """
+    config, world, out_dir = phase.config, phase.world, phase.config.out_dir
+    with world.together():
+        if world.is_first:
+            write_whole(out_dir / "config.yaml", to_yaml(as_asked(config)).encode())
+            record_start(out_dir, world, phase.machine, step=progress.step)
+        return MetricsLog(
+            out_dir if world.is_first else None,
+            resumed_at=progress.step - (progress.due is not None),
+            tensorboard=config.train.tensorboard,
+            also=phase.suite.columns if phase.suite is not None else (),
         )
 
 
-@contextmanager
-def _saver(config: RunConfig, say: Printer) -> Iterator[Saver]:
+def _saver(config: RunConfig, say: Say) -> Saver:
     train = config.train
-    saver = Saver(
+    return Saver(
         config.out_dir,
         keep=train.keep,
         keep_every=train.keep_every,
         background=train.async_save,
         if_fails=train.if_save_fails,
-        say=say,
-    )
-    try:
-        yield saver
-    except KeyboardInterrupt:
-        raise  # a second signal leaves at once, whatever is being written
-    except BaseException:
-        saver.close()
-        raise
-    saver.close()
-
-
-def _built(
-    config: RunConfig,
-    planned: Plan,
-    machine: Machine,
-    world: World,
-    data: TrainingData,
-    supply: Supply | None,
-    saver: Saver,
-    say: Printer,
-    *,
-    kernels: Kernels,
-    resumed: Checkpoint | None,
-    start: Start | None,
-    suite: Suite | None,
-) -> Training:
-    """Return the model, optimizer and the rest in the state in which the phase begins or goes on."""
-    before = resumed or (start.checkpoint if start else None)
-    transformer = transformer_for(config, machine, kernels, planned.split, world.context)
-    if before is None:
-        transformer.initialise(config.train.seed)
-    else:
-        transformer.load_state_dict(before.model)
-    same_weights(transformer, world)
-    training_model = TrainingModel(transformer, z_loss=config.train.z_loss, chunk=config.train.loss_chunk)
-    if config.train.compile:
-        transformer.compile_blocks()
-    model = spread_over(training_model, config, machine, world, planned.split)
-    optimizer = adamw(transformer, config.train)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=config.train.precision == "fp16")
-    average = None
-    if config.train.ema is not None:
-        average = Average(dict(transformer.named_parameters()), config.train.ema, resumed.ema if resumed else None)
-    guard = Guard(config.train.spike_z, config.train.spike_window, machine.device, resumed.window if resumed else None)
-    earlier = start.checkpoint.ledger if start else []
-    if start is not None and start.with_optimizer and resumed is None:
-        restore_optimizer(optimizer, {weight: name for name, weight in transformer.named_parameters()}, start.checkpoint.optimizer)
-    if resumed is not None:
-        restore_optimizer(optimizer, {weight: name for name, weight in transformer.named_parameters()}, resumed.optimizer)
-        if transformer.scales is not None:
-            transformer.scales.load({name: value.to(machine.device) for name, value in resumed.kernel_state.items()})
-        if resumed.scaler:
-            scaler.load_state_dict(resumed.scaler)
-        earlier = resumed.ledger[: -len(data.loader.sources)]
-    return Training(
-        config=config,
-        plan=planned,
-        machine=machine,
-        world=world,
-        kernels=kernels,
-        transformer=transformer,
-        model=model,
-        optimizer=optimizer,
-        scaler=scaler,
-        average=average,
-        loader=data.loader,
-        held_out=data.held_out,
-        supply=supply,
-        progress=data.progress,
-        tokenizer_model=data.tokenizer.model,
-        earlier=earlier,
-        guard=guard,
-        watch=Watch(world, config.train.rank_timeout, config.out_dir),
-        suite=suite,
-        saver=saver,
         say=say,
     )

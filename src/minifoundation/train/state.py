@@ -24,6 +24,7 @@ from minifoundation.train.kernels import Kernels
 from minifoundation.train.optimizer import optimizer_state
 from minifoundation.train.parallel import as_asked
 from minifoundation.train.plan import Plan
+from minifoundation.train.printer import Say
 from minifoundation.train.suite import Suite
 
 
@@ -89,13 +90,25 @@ def beyond(sample: int, size: int, holes: Sequence[Sequence[int]]) -> int:
 
 
 @dataclass(frozen=True)
-class Training:
-    """What a phase of training is made of."""
+class Phase:
+    """One phase of training: what it is to do, where, and what it begins from."""
 
     config: RunConfig
     plan: Plan
     machine: Machine
     world: World
+    start: Start | None
+    """What it begins from; None: random weights."""
+    suite: Suite | None
+    """The benchmarks that are run on the weights as they are."""
+    say: Say
+    """Prints a line for the person, on the first process."""
+
+
+@dataclass(frozen=True)
+class Training(Phase):
+    """A phase and what is built for it."""
+
     kernels: Kernels
     transformer: Transformer
     model: nn.Module
@@ -113,11 +126,7 @@ class Training:
     """The ledger of the phases before."""
     guard: Guard
     watch: Watch
-    suite: Suite | None
-    """The benchmarks that are run on the weights as they are."""
     saver: Saver
-    say: Callable[[str], None]
-    """Prints a line for the person, on the first process."""
 
     def checkpoint(self, *, with_optimizer: bool) -> Checkpoint:
         """Return the run as it stands.

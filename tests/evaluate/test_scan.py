@@ -1,4 +1,4 @@
-"""Hashes of words and n-grams against plain Python on strings."""
+"""The n-grams that a stream of tokens shares with items, against plain Python on strings."""
 
 from __future__ import annotations
 
@@ -8,37 +8,13 @@ import re
 import numpy as np
 import pytest
 
-from minifoundation.evaluate import overlap
-from minifoundation.evaluate.overlap import BREAK, CHUNK, Index, Item, Scan, Vocabulary, Words
+from minifoundation.evaluate import scan as scan_module
+from minifoundation.evaluate.ngrams import BREAK, Index, Item
+from minifoundation.evaluate.scan import CHUNK, Scan, Sieve
+from minifoundation.evaluate.vocabulary import Vocabulary
+from tests.evaluate.pieces import ENDS, PIECES, raw
 
-PIECES = [
-    b"",
-    b"\x01",
-    b"\x02",
-    b" the",
-    b"the",
-    b" ",
-    b"cat",
-    b" Cat",
-    b",",
-    b"s. ",
-    b"don't",
-    b"a,b",
-    b"\n\n",
-    b"42",
-    b"\xc3",
-    b"\xa9t\xc3\xa9",
-    b" \xe2\x98\x83 ",
-    b"\xff",
-    b"a-b-c.d",
-]
-ENDS = (1, 2)
 BYTES = Vocabulary.of([bytes([value]) for value in range(256)], breaks=(BREAK,))
-
-
-def plain_words(text: str) -> list[str]:
-    """Return the words of a text: runs of ASCII letters and digits and of anything beyond ASCII, in lower case."""
-    return [word.lower() for word in re.findall(r"[0-9A-Za-z\x80-\U0010ffff]+", text)]
 
 
 def plain_ngrams(text: bytes, n: int) -> list[tuple[bytes, ...]]:
@@ -52,35 +28,11 @@ def scanned(indexes: list[Index], *documents: str) -> Scan:
     return scan
 
 
-def raw(*documents: str) -> np.ndarray:
-    return np.frombuffer(b"".join(text.encode() + bytes([BREAK]) for text in documents), np.uint8)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_words_of_tokens_are_those_of_their_bytes(seed: int) -> None:
-    tokens = np.array(random.Random(seed).choices(range(len(PIECES)), k=400))
-    text = b"".join(bytes([BREAK]) if token in ENDS else PIECES[token].replace(b"\xff", b"!") for token in tokens)
-    vocabulary = Vocabulary.of(PIECES, breaks=ENDS)
-    runs = vocabulary.runs(tokens)
-    ours, theirs = vocabulary.words(runs, vocabulary.starts(runs)), Words.of(np.frombuffer(text, np.uint8))
-    assert ours.hashes.tolist() == theirs.hashes.tolist() and len(ours.hashes) > 50
-    every = np.arange(len(ours.hashes))
-    assert ours.documents(every).tolist() == theirs.documents(every).tolist()
-
-
-def test_equal_words_have_equal_hashes_and_others_do_not() -> None:
-    text = "The cat, the CAT's hat; naïve NAÏVE 42x 4 2 été"
-    hashes, words = Words.of(raw(text)).hashes.tolist(), plain_words(text)
-    same = {(i, j) for i in range(len(words)) for j in range(len(words)) if words[i] == words[j]}
-    assert {(i, j) for i in range(len(words)) for j in range(len(words)) if hashes[i] == hashes[j]} <= same
-    assert hashes[0] == hashes[2] and hashes[1] == hashes[3]
-
-
 @pytest.mark.parametrize("chunk", [40, 333, CHUNK])
 @pytest.mark.parametrize("seed", range(6))
 def test_found_ngrams_are_those_that_both_texts_have(seed: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overlap, "CHUNK", chunk)
-    monkeypatch.setattr(overlap, "TOGETHER", chunk // 4)
+    monkeypatch.setattr(scan_module, "CHUNK", chunk)
+    monkeypatch.setattr(scan_module, "TOGETHER", chunk // 4)
     chance = random.Random(seed)
     pieces = chance.sample(PIECES[3:], 6)  # few, so that texts have much in common
     tokens = [PIECES.index(piece) for piece in pieces]
@@ -104,7 +56,7 @@ def test_found_ngrams_are_those_that_both_texts_have(seed: int, chunk: int, monk
 def test_few_pass_the_sieve_and_none_of_its_own_is_held_back() -> None:
     chance = np.random.default_rng(0)
     own, others = (chance.integers(0, 1 << 32, 200_000, dtype=np.uint32) for _ in range(2))
-    sieve = overlap._Sieve(own)
+    sieve = Sieve(own)
     assert sieve.passed(own).tolist() == list(range(200_000))
     assert len(sieve.passed(others)) < 200_000 / 200
 
@@ -127,15 +79,6 @@ def test_an_ngram_across_documents_or_fields_is_none() -> None:
     assert index.coverage(scan.seen[8])[0] == 0 and np.isnan(index.coverage(scan.seen[8])[1])
 
 
-def test_what_many_items_share_is_a_template() -> None:
-    template = "which of the following statements about it is true or false"
-    items = [Item("b", "t", "", (f"{template} x{i} a{i} b{i} c{i} d{i} e{i} f{i} g{i}",)) for i in range(20)]
-    index = Index(items, 8)
-    assert not index.coverage(scanned([index], template).seen[8]).any()
-    scan = scanned([index], f"{template} x3 a3 b3 c3")
-    assert np.flatnonzero(index.coverage(scan.seen[8])).tolist() == [3]
-
-
 def test_an_ngram_across_the_cut_of_chunks_is_found() -> None:
     words = [f" w{i}".encode() for i in range(40)]
     vocabulary = Vocabulary.of([b"\x00", b"", *words, b" filler"], breaks=(1,))
@@ -150,7 +93,7 @@ def test_an_ngram_across_the_cut_of_chunks_is_found() -> None:
 
 
 def test_a_word_longer_than_a_chunk_hides_nothing_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overlap, "CHUNK", 32)
+    monkeypatch.setattr(scan_module, "CHUNK", 32)
     index = Index([Item("b", "t", "", ("one two three four five",)), Item("b", "t", "", ("x one two three four",))], 5)
     for length in (20, 31, 32, 33, 64, 100, 300):
         scan = scanned([index], f"{'x' * length} one two three four five {'x' * length} y")
