@@ -114,8 +114,8 @@ def test_the_card_names_every_data_set_of_the_hub_as_the_hub_does_and_tells_file
         "HuggingFaceTB/cosmopedia:web": {"hub": "HuggingFaceTB/cosmopedia", "subset": "web", "revision": "0ae6ec6"},
         "hf://datasets/org/na.me@main/some/*.parquet": {"hub": "hf://datasets/org/na.me@main/some/*.parquet", "revision": "abc"},
         "hf://org/model/data": {"hub": "hf://org/model/data", "revision": "abc"},
-        "private/notes": {"files": 1_203, "bytes": 34_500_000, "sha256": "ab" * 32},
-        "s3://bucket/text": {"files": 2, "bytes": None, "sha256": "cd" * 32},
+        "private/notes": {"files": 1_203, "bytes": 34_500_000_000, "sha256": "ab" * 32},
+        "s3://bucket/text": {"files": 1, "bytes": None, "sha256": "cd" * 32},
     }
     write_run(tmp_path / "run", corpora=corpora)
     assert main(["report", "--runs", str(tmp_path / "run"), "--out_dir", str(tmp_path / "out")]) == 0
@@ -123,7 +123,7 @@ def test_the_card_names_every_data_set_of_the_hub_as_the_hub_does_and_tells_file
     assert card.data.to_dict()["datasets"] == ["cerebras/SlimPajama-627B", "HuggingFaceTB/cosmopedia", "org/na.me"]
     for text in (card.text, (tmp_path / "out" / "report.html").read_text()):
         assert "HuggingFaceTB/cosmopedia (web) at 0ae6ec6" in text
-        assert "1,203 files, 34.5MB, sha256 abababababab" in text and "2 files, sha256 cdcdcdcdcdcd" in text
+        assert "1,203 files, 34.5 GB, sha256 abababababab" in text and "1 file, sha256 cdcdcdcdcdcd" in text
 
 
 @pytest.mark.parametrize("imported_from", [None, "models/SmolLM2-135M"])

@@ -106,6 +106,13 @@ class BenchOptions(RunOptions):
     def _sizes_in_words(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
+    @field_validator("fit")
+    @classmethod
+    def _sizes_above_nothing(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if none := [size for size in value if size <= 0]:
+            raise ValueError(f"{none[0]:g} GiB is no memory; give numbers above 0")
+        return value
+
 
 class PrepareOptions(Settings):
     """``prepare``: corpus to token shards, by hand."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
@@ -14,7 +16,7 @@ def setting(default: Any = ..., *, help: str, flag: str | None = None, **bounds:
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, no unknown names, ``none`` spelled as a word means off."""
+    """Base of all settings: frozen, no unknown names, ``none`` spelled as a word means off, whole numbers may be written as ``2e9``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
@@ -22,6 +24,32 @@ class Settings(BaseModel):
     @classmethod
     def _none_word(cls, value: Any, info: ValidationInfo) -> Any:
         """``none`` on a command line is YAML's ``null`` for a setting that can be off."""
-        if value == "none" and NoneType in get_args(cls.model_fields[str(info.field_name)].annotation):
+        if value == "none" and NoneType in cls._kinds(info):
             return None
         return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _number(cls, value: Any, info: ValidationInfo) -> Any:
+        """A whole number in powers of ten is one; yes and no of YAML are none, which pydantic would take for 1 and 0."""
+        kinds = cls._kinds(info)
+        if isinstance(value, bool) and not kinds.isdisjoint({int, float}) and bool not in kinds:
+            off = ", or none to turn it off" if NoneType in kinds else ""
+            raise ValueError(f"{value} is no number (YAML reads yes, no, on and off as true and false); give a number{off}")
+        if isinstance(value, str) and int in kinds and re.fullmatch(r"\+?[\d_]+(\.\d+)?[eE]\+?\d{1,2}", value.strip()):
+            number = float(value)
+            return int(number) if number.is_integer() else value
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _not_empty(cls, value: Any, info: ValidationInfo) -> Any:
+        """An empty path, as of a shell variable that is not set, would be the folder one stands in."""
+        if isinstance(value, str) and not value.strip() and Path in cls._kinds(info):
+            raise ValueError("is empty; give a path, or leave it out")
+        return value
+
+    @classmethod
+    def _kinds(cls, info: ValidationInfo) -> set[Any]:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        return set(get_args(annotation) or (annotation,))

@@ -180,6 +180,14 @@ def over_tokens(scores: dict[str, list[tuple[float, float, float | None]]], impo
         return _svg(figure, "tokens", "score over training tokens by benchmark")
 
 
+def short_bytes(size: float) -> str:
+    """Return a size as people say it: 34.5 MB, 1.2 TB."""
+    for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if size >= unit:
+            return f"{size / unit:.3g} {letter}B"
+    return f"{size:.0f} B"
+
+
 def short_count(value: float) -> str:
     """Return a number as people say it: 1.5M, 200M, 10B."""
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):

@@ -13,9 +13,10 @@ from minifoundation.data.ledger import Entry
 from minifoundation.data.lengths import Documents, LongRows, PackedRows, buckets
 from minifoundation.data.loader import Loader, Readable, part_of, source_of
 from minifoundation.data.mixture import Mixture
-from minifoundation.data.prepare import tokenizer_for
+from minifoundation.data.prepare import is_remote, tokenizer_for
 from minifoundation.data.samples import Order, Samples
 from minifoundation.data.shards import Shards
+from minifoundation.data.sources import find_corpus
 from minifoundation.data.supply import Want, prepared
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.distributed import World
@@ -207,6 +208,19 @@ def _lengths(source: str, long: LongRows, least: int, share: float, rows: float)
     return lines
 
 
+def refuse_absent(config: RunConfig) -> None:
+    """Refuse a tokenizer or a corpus that is not there, where this can be known without a network.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+    if config.tokenizer.path is not None:
+        Tokenizer.load(config.tokenizer.path)
+    for source in config.data.weights:
+        if not is_remote(source):
+            find_corpus(source, config.data)
+
+
 def run_tokenizer(config: RunConfig, before: Checkpoint | None) -> Tokenizer:
     """Return the run's tokenizer, made where there is none; that of a checkpoint is put in place first: a later phase can use no other."""
     folder = config.out_dir / "tokenizer"
@@ -286,7 +300,10 @@ def described(data: TrainingData, planned: Plan) -> list[str]:
         lines.append(f"  data     {text}; held out {shards.held_out_tokens:,} tokens")
         if shards.manifest.skipped:
             lines.append("  skipped  " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(shards.manifest.skipped.items())))
-        if shards.complete and shards.held_out_tokens <= samples.seq_len:
-            few = f"too few documents {f'of {source} ' if name else ''}fell into it to evaluate on"
-            lines.append(f"warning: data.held_out: {few}; raise data.held_out or lower data.max_document_bytes")
-    return lines
+    return lines + [none_held_out(source, alone=len(in_all) == 1) for source in data.held_out.without_rows()]
+
+
+def none_held_out(source: str, *, alone: bool) -> str:
+    """Return the line that tells that nothing of ``source`` is evaluated on."""
+    few = f"too few documents {'' if alone else f'of {source} '}fell into it to evaluate on"
+    return f"warning: data.held_out: {few}; raise data.held_out or lower data.max_document_bytes"

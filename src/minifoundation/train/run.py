@@ -17,13 +17,14 @@ from minifoundation import runtime
 from minifoundation.checkpoint import FINAL, Checkpoint, Saver, load_checkpoint, save_final, step_folders, tidy, write_whole
 from minifoundation.config import RunConfig, changed, to_yaml
 from minifoundation.data.supply import Supply
+from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.distributed import Split, Watch, World, join, sharing_rows
 from minifoundation.errors import Stopped
 from minifoundation.lock import LOCK, held
 from minifoundation.model.attention import resolve
 from minifoundation.model.training import TrainingModel
 from minifoundation.runtime import Machine
-from minifoundation.train.corpus import TrainingData, described, run_tokenizer, training_data
+from minifoundation.train.corpus import TrainingData, described, refuse_absent, run_tokenizer, training_data
 from minifoundation.train.ema import Average
 from minifoundation.train.finder import rows_left_open, steps_fit, with_batch_size, with_rows
 from minifoundation.train.guard import Guard
@@ -77,9 +78,15 @@ def run(
             config = world.agreed(lambda: with_batch_size(asked, machine, split=split))
             planned = plan(config, world.size, split)
         if dry_run and world.is_first:
+            if start is None and resume is None and (given := config.tokenizer.path) is not None and given.exists():
+                config = _with_vocabulary(config, _padded(Tokenizer.load(given), config, say))
+                planned = plan(config, world.size, split)
             print(f"plan of {config.out_dir}:\n{describe(config, planned, machine, world.size)}\nnothing was started (--dry_run)")
-        world.agreed(lambda: refuse_too_large(config, machine, world, split, moments=_has_moments(config, resume, start)))
+        moments = _has_moments(config, resume, start)
+        world.agreed(lambda: refuse_too_large(config, machine, world, split, moments=moments, planned=dry_run))
         if dry_run:
+            if start is None:
+                world.agreed(lambda: refuse_absent(config))
             return None
         try:
             with world.together():
@@ -137,13 +144,14 @@ def _has_moments(config: RunConfig, resume: str | None, start: Start | None) -> 
 @contextmanager
 def _owned(out_dir: Path) -> Iterator[None]:
     """Hold the folder of the run, and remove what a killed one has left half-written in it."""
+    ours = not out_dir.exists()
     out_dir.mkdir(parents=True, exist_ok=True)
     with held(out_dir):
         tidy(out_dir)
         try:
             yield
         finally:
-            if out_dir.is_dir() and [path.name for path in out_dir.iterdir()] == [LOCK]:  # a mistake leaves no folder behind
+            if ours and out_dir.is_dir() and [path.name for path in out_dir.iterdir()] == [LOCK]:  # a mistake leaves no folder behind
                 shutil.rmtree(out_dir)
 
 
@@ -195,10 +203,13 @@ def _with_rows_of(resumed: Checkpoint, asked: RunConfig, world: World) -> RunCon
 
 
 def _vocabulary(config: RunConfig, before: Checkpoint | None, say: Printer) -> int:
-    """Return the size of the model's vocabulary: its tokenizer's, padded to a multiple of 128; a checkpoint's stays."""
+    """Return the size of the model's vocabulary: its tokenizer's, padded; a checkpoint's stays."""
     tokenizer = run_tokenizer(config, before)
-    if before is not None:
-        return before.config.model.vocab_size
+    return _padded(tokenizer, config, say) if before is None else before.config.model.vocab_size
+
+
+def _padded(tokenizer: Tokenizer, config: RunConfig, say: Printer) -> int:
+    """Return the pieces of ``tokenizer`` padded to a multiple of 128, and say where ``config`` has others."""
     size = -(-tokenizer.vocab_size // 128) * 128
     if size != config.model.vocab_size:
         asked = f"{config.model.vocab_size:,}"
