@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from minifoundation.cli import main
+from minifoundation.report import plots
 from minifoundation.report.evaluations import over_tokens, read_evaluation
 from minifoundation.report.runs import read_run
 from tests.browser import CHROMIUM, MISSING
@@ -103,6 +104,13 @@ def test_the_card_reads_back_as_the_hub_reads_it(made: Path) -> None:
     found = {result["dataset"]["name"]: metric["value"] for result in model["results"] for metric in result["metrics"]}
     assert model["name"] == "mini-0.5b" and found == pytest.approx({name: 100 * score for name, score in SCORES.items()})
     assert "| arc_easy | 10.00% |" in card.text and "78,144" in card.text and "largest difference of logits 3.0e-06" in card.text
+
+
+def test_points_with_and_without_a_standard_error_are_drawn_together() -> None:
+    """``eval.every_steps`` gives none, and ``eval`` of the final weights the same score once more."""
+    points: list[tuple[float, float, float | None]] = [(2e6, 60.0, 24.5), (1e6, 55.0, None), (2e6, 60.0, None)]
+    drawn = plots.over_tokens({"piqa": points, "lonely": points[:1]}, None)
+    assert drawn is not None and "piqa" in drawn and "lonely" not in drawn
 
 
 def test_the_card_names_every_data_set_of_the_hub_as_the_hub_does_and_tells_files_apart(tmp_path: Path) -> None:

@@ -156,7 +156,8 @@ def tokens_of(imported_from: str | None) -> str:
 
 def over_tokens(scores: dict[str, list[tuple[float, float, float | None]]], imported_from: str | None) -> str | None:
     """Return the score on each benchmark over training tokens, from (tokens, score, standard error); None with fewer than two points."""
-    shown = {name: sorted(points) for name, points in scores.items() if len({tokens for tokens, _, _ in points}) > 1}
+    several = {name: points for name, points in scores.items() if len({tokens for tokens, _, _ in points}) > 1}
+    shown = {name: sorted(points, key=lambda point: point[0]) for name, points in several.items()}
     if not shown:
         return None
     rows = math.ceil(len(shown) / 2)

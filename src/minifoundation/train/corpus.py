@@ -305,5 +305,5 @@ def described(data: TrainingData, planned: Plan) -> list[str]:
 
 def none_held_out(source: str, *, alone: bool) -> str:
     """Return the line that tells that nothing of ``source`` is evaluated on."""
-    few = f"too few documents {'' if alone else f'of {source} '}fell into it to evaluate on"
+    few = f"too few documents of the shards {'' if alone else f'of {source} '}that are read fell into it to evaluate on"
     return f"warning: data.held_out: {few}; raise data.held_out or lower data.max_document_bytes"
