@@ -86,6 +86,15 @@ def test_yaml_numbers_in_every_spelling(tmp_path: Path) -> None:
     assert (train.lr, train.tokens, train.grad_clip, train.compile, train.batch_size) == (3e-4, 200_000_000, None, True, "auto")
 
 
+def test_a_tilde_is_the_home_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert config.build(RunConfig, small() | {"out_dir": "~/runs"}, "line").out_dir == Path("/home/someone/runs")
+    with_tokenizer = config.build(RunConfig, small(tokenizer={"path": "~/spm.model"}), "line")
+    assert with_tokenizer.tokenizer.path == Path("/home/someone/spm.model")
+    report = config.build(config.ReportOptions, {"runs": "~/a, ~/b,c", "out_dir": "~/report"}, "line")
+    assert report.runs == (Path("/home/someone/a"), Path("/home/someone/b"), Path("c")) and report.out_dir == Path("/home/someone/report")
+
+
 def test_none_is_off_only_where_a_setting_can_be_off() -> None:
     assert config.build(RunConfig, small(train={"grad_clip": "none"}), "line").train.grad_clip is None
     assert config.build(RunConfig, small(model={"rope": {"scaling": "none"}}), "line").model.rope.scaling == "none"
@@ -180,6 +189,8 @@ def test_none_is_off_only_where_a_setting_can_be_off() -> None:
             "train.save_every: True is no number (YAML reads yes, no, on and off as true and false); give a number",
         ),
         ({"train": {"tokens": 10**23}}, "train.tokens: 100000000000000000000000 is not valid; input should be less than or equal to"),
+        ({"train.lr": 1}, "train.lr: stands by its dotted name (in a.yaml); write 'train:', and 'lr: value' below it, indented"),
+        ({"out_dir": "~nobody-of-that-name/x"}, "out_dir: ~nobody-of-that-name/x: there is no such user; write the whole path"),
         ({"out_dir": ""}, "out_dir: is empty; give a path, or leave it out"),
         ({"data": {"source": " "}}, "data.source: is empty; give a corpus, a path or an address"),
         ({"train": {"learning_rate": 1}}, "train.learning_rate: unknown setting (in a.yaml); did you mean train.lr?"),

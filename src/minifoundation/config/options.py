@@ -17,9 +17,11 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 Folders = Annotated[
     tuple[Path, ...],
-    BeforeValidator(lambda value: [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value),
+    BeforeValidator(
+        lambda value: [Path(part.strip()).expanduser() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    ),
 ]
-"""``a,b`` on a command line."""
+"""``a,b`` on a command line, where a shell reads only the first ``~``."""
 
 
 class RunOptions(Settings):

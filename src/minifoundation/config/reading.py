@@ -35,6 +35,11 @@ def _readable(kind: type[BaseModel], invalid: ValidationError, sources: str) -> 
     match fault["type"]:
         case "extra_forbidden":
             leaves = dotted_names(kind)
+            if name in leaves:  # in one word, where a section belongs
+                section, _, leaf = name.rpartition(".")
+                return UserError(
+                    name, f"stands by its dotted name (in {sources})", f"write '{section}:', and '{leaf}: value' below it, indented"
+                )
             near = nearest(name, [*leaves, *dict.fromkeys(leaf.rsplit(".", 1)[0] for leaf in leaves if "." in leaf)])
             return UserError(name, f"unknown setting (in {sources})", f"did you mean {near}?" if near else "--help lists the settings")
         case "missing":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -43,13 +43,19 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _not_empty(cls, value: Any, info: ValidationInfo) -> Any:
-        """An empty path, as of a shell variable that is not set, would be the folder one stands in."""
-        if isinstance(value, str) and not value.strip() and Path in cls._kinds(info):
+    def _path(cls, value: Any, info: ValidationInfo) -> Any:
+        """``~`` is the user's home, also where no shell has read it; an empty path, as of a variable that is not set, is none."""
+        if not isinstance(value, str) or Path not in cls._kinds(info):
+            return value
+        if not value.strip():
             raise ValueError("is empty; give a path, or leave it out")
-        return value
+        try:
+            return Path(value).expanduser()
+        except RuntimeError:
+            raise ValueError(f"{value}: there is no such user; write the whole path") from None
 
     @classmethod
     def _kinds(cls, info: ValidationInfo) -> set[Any]:
+        """Return the types that a setting may have; of a list or a mapping that type alone."""
         annotation = cls.model_fields[str(info.field_name)].annotation
-        return set(get_args(annotation) or (annotation,))
+        return set(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else {annotation}
