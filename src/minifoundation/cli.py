@@ -175,7 +175,14 @@ def program() -> Commands:
         _command("check", "eval_data.check", "Compare a mirror folder with its manifest and the tasks.", config.CheckOptions)
     )
     commands: tuple[click.Command, ...] = (
-        _command("prepare", "prepare.prepare", "Turn a corpus into token shards.", config.PrepareOptions, config.PrepareConfig),
+        _command(
+            "prepare",
+            "prepare.prepare",
+            "Turn a corpus into token shards.\n\nThe YAML of a whole run will do. How rows are read from the shards (data.mask_documents, "
+            "data.min_tokens, long_share, long_repeats, search_tokens) changes nothing here.",
+            config.PrepareOptions,
+            config.PrepareConfig,
+        ),
         _command("inspect", "inspect.inspect", "Show what is in token shards, or what a checkpoint has read.", config.InspectOptions),
         _command(
             "pretrain",

@@ -85,6 +85,8 @@ def run(
         moments = _has_moments(config, resume, start)
         world.agreed(lambda: refuse_too_large(config, machine, world, split, moments=moments, planned=dry_run))
         if dry_run:
+            if planned.memory_total > machine.memory_bytes:
+                say(f"warning: {machine.name} has less memory than that: a run is refused here")
             if start is None:
                 world.agreed(lambda: refuse_absent(config))
             return None
