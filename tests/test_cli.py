@@ -166,6 +166,11 @@ def test_help(capsys: pytest.CaptureFixture[str], name: str | None) -> None:
         assert all(command.split()[0] in shown for command in COMMANDS)
 
 
+def test_the_list_of_commands_is_whole_and_in_the_order_of_use() -> None:
+    shown = CliRunner().invoke(cli.program(), ["--help"], terminal_width=80).output.split("Commands:\n")[1]
+    assert [line.split()[0] for line in shown.splitlines()] == list(cli.program().commands) and "..." not in shown
+
+
 def test_help_shows_defaults_and_choices() -> None:
     shown = CliRunner().invoke(cli.program(), ["pretrain", "--help"], terminal_width=200).output
     assert "--lr, --train.lr FLOAT" in shown

@@ -47,7 +47,10 @@ class Command(click.Command):
 
 
 class Commands(click.Group):
-    """The group of commands; a mistyped one names the nearest."""
+    """The group of commands, in the order in which they are used; a mistyped one names the nearest."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
@@ -169,7 +172,7 @@ def program() -> Commands:
     version = click.Option(["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_version, help="print the version")
     group.params.append(version)
     run = config.RunConfig
-    mirror = Commands("eval-data", help="Keep the data of benchmarks in a mirror folder, for eval --data_dir.", no_args_is_help=True)
+    mirror = Commands("eval-data", help="Keep benchmark data in a folder, for eval --data_dir.", no_args_is_help=True)
     mirror.add_command(_command("pull", "eval_data.pull", "Write the data of tasks from the hub to a mirror folder.", config.PullOptions))
     mirror.add_command(
         _command("check", "eval_data.check", "Compare a mirror folder with its manifest and the tasks.", config.CheckOptions)
@@ -183,7 +186,7 @@ def program() -> Commands:
             config.PrepareOptions,
             config.PrepareConfig,
         ),
-        _command("inspect", "inspect.inspect", "Show what is in token shards, or what a checkpoint has read.", config.InspectOptions),
+        _command("inspect", "inspect.inspect", "Show what shards hold, or what a checkpoint has read.", config.InspectOptions),
         _command(
             "pretrain",
             "pretrain.pretrain",
@@ -203,7 +206,7 @@ def program() -> Commands:
         _command(
             "bench",
             "bench.bench",
-            "Measure what this machine does with a model, and say which settings suit it.\n\nIt takes the settings of pretrain, of which "
+            "Measure a model on this machine, and recommend settings.\n\nIt takes the settings of pretrain, of which "
             "those of data, checkpoints and evaluations change nothing.",
             config.BenchOptions,
             run,
@@ -215,15 +218,13 @@ def program() -> Commands:
             },
         ),
         _command("export_hf", "export_hf.export_hf", "Write a Hugging Face folder and prove it equal.", config.ExportOptions),
-        _command(
-            "import_hf", "import_hf.import_hf", "Turn a Hugging Face folder into a checkpoint and prove it equal.", config.ImportOptions
-        ),
+        _command("import_hf", "import_hf.import_hf", "Turn a Hugging Face folder into an equal checkpoint.", config.ImportOptions),
         _command("eval", "eval.evaluate", "Run benchmarks on a model.", config.EvalOptions),
         mirror,
         _command("contamination", "contamination.contamination", "Find test items in the training text.", config.ContaminationOptions),
-        _command("report", "report.report", "Write an HTML page and a model card of runs and evaluations.", config.ReportOptions),
+        _command("report", "report.report", "Write a page and a model card of runs and evaluations.", config.ReportOptions),
         _command("generate", "generate.generate", "Continue a prompt.", config.GenerateOptions),
-        _command("serve", "serve.serve", "Answer OpenAI's completions requests, with a page to type into.", config.ServeOptions),
+        _command("serve", "serve.serve", "Answer OpenAI's completions, with a page to type into.", config.ServeOptions),
         _command("doctor", "doctor.doctor", "Check this machine, and the folder of a run.", config.DoctorOptions),
     )
     for command in commands:
