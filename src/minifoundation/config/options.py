@@ -121,7 +121,9 @@ class PrepareOptions(Settings):
 
     config: Path | None = setting(None, flag="config", help="YAML file with settings (data, tokenizer)")
     tokens: int | None = setting(None, ge=1, flag="tokens", help="stop after this many training tokens; none reads the whole corpus")
-    tokenizer_out: Path = setting(Path("outputs/tokenizer"), flag="tokenizer_out", help="where a newly trained tokenizer is written")
+    tokenizer_out: Path = setting(
+        Path("outputs/tokenizer"), flag="tokenizer_out", help="where a tokenizer is trained to, or the one that is there is taken from"
+    )
     engine: Literal["local", "ray", "slurm"] = setting(
         "local",
         flag="engine",
