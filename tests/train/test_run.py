@@ -224,6 +224,17 @@ def test_a_dry_run_names_what_is_not_there_and_counts_the_tokenizer_that_is(
     assert "vocabulary 512" in shown.out and "model.vocab_size: 512 instead of 4,096" in shown.err
 
 
+def test_a_tokenizer_that_an_earlier_attempt_has_left_is_told(settings: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = settings(data={"held_out": 0.0}, train={"tokens": 128})
+    trained(first)
+    assert "is there already" not in capsys.readouterr().err
+    left = tmp_path / "again" / "tokenizer" / "tokenizer.model"
+    left.parent.mkdir(parents=True)
+    left.write_bytes((first.out_dir / "tokenizer" / "tokenizer.model").read_bytes())
+    trained(settings("again", data={"held_out": 0.0}, train={"tokens": 128}))
+    assert f"tokenizer: {left} is there already, and is used" in capsys.readouterr().err
+
+
 def test_an_empty_folder_of_the_users_own_is_left_there(settings: Make, tmp_path: Path) -> None:
     for mine in (True, False):
         config = settings("mine" if mine else "ours", data={"source": str(tmp_path / "nowhere")})

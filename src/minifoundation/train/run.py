@@ -206,6 +206,9 @@ def _with_rows_of(resumed: Checkpoint, asked: RunConfig, world: World) -> RunCon
 
 def _vocabulary(config: RunConfig, before: Checkpoint | None, say: Printer) -> int:
     """Return the size of the model's vocabulary: its tokenizer's, padded; a checkpoint's stays."""
+    there = config.out_dir / "tokenizer" / "tokenizer.model"
+    if before is None and config.tokenizer.path is None and there.exists():  # of a run that was broken off, perhaps on another corpus
+        say(f"tokenizer: {there} is there already, and is used")
     tokenizer = run_tokenizer(config, before)
     return _padded(tokenizer, config, say) if before is None else before.config.model.vocab_size
 
