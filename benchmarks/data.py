@@ -214,7 +214,7 @@ def memory(texts: list[str], sizes: tuple[int, ...], tokenizer: Tokenizer, work:
         corpus = written(taken, "zst", work / "sized" / str(size))
         del taken
         line = [*MINIFOUNDATION, "prepare", "--data", str(corpus), "--tokenizer", str(tokenizer.path), "--data.workers", str(workers)]
-        line += ["--tokenizer_out", str(work / "sized" / f"tokenizer-{size}"), "--data.shards_dir", str(work / "sized" / "shards")]
+        line += ["--data.shards_dir", str(work / "sized" / "shards")]
         process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         peak = 0
         while process.poll() is None:

@@ -100,6 +100,13 @@ def test_every_setting_is_an_option_of_its_commands() -> None:
         ("pretrain --lrr 3", "error: --lrr: no such option; did you mean --lr?"),
         ("pretrain --grad-accum 2", "error: --grad-accum: no such option; did you mean --grad_accum?"),
         ("pretrain --model.lr 2", "error: --model.lr: no such option; did you mean --lr?"),
+        ("pretrain -config a.yaml", "error: -config: no such option; did you mean --config?"),
+        ("pretrain --epochs 3", "error: --epochs: no such option; did you mean --tokens?"),
+        (
+            "--config a.yaml pretrain",
+            "error: --config: no such option here; a command comes first: minifoundation COMMAND --config ...; "
+            "minifoundation --help lists them",
+        ),
         ("eval --zzzz 2", "error: --zzzz: no such option; minifoundation eval --help lists them"),
         (
             "pretrain --tokens",
@@ -135,6 +142,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(calls: Calls, capsys: pytest.Capt
             "error: outputs/x: the disk is full; free some space and run the same line again (a training run with --resume auto)\n",
         ),
         (OSError(errno.EACCES, "Permission denied", "/x"), 2, "error: /x: permission denied; check the path and its permissions\n"),
+        (OSError(errno.EEXIST, "File exists", "/x"), 2, "error: /x: file exists; it is a file and a folder is needed: give another path\n"),
     ],
 )
 def test_exit_codes(calls: Calls, capsys: pytest.CaptureFixture[str], failure: BaseException, code: int, message: str) -> None:
@@ -158,12 +166,27 @@ def test_help(capsys: pytest.CaptureFixture[str], name: str | None) -> None:
         assert all(command.split()[0] in shown for command in COMMANDS)
 
 
+def test_the_list_of_commands_is_whole_and_in_the_order_of_use() -> None:
+    shown = CliRunner().invoke(cli.program(), ["--help"], terminal_width=80).output.split("Commands:\n")[1]
+    assert [line.split()[0] for line in shown.splitlines()] == list(cli.program().commands) and "..." not in shown
+
+
 def test_help_shows_defaults_and_choices() -> None:
     shown = CliRunner().invoke(cli.program(), ["pretrain", "--help"], terminal_width=200).output
     assert "--lr, --train.lr FLOAT" in shown
     assert "[default: 0.0006]" in shown
     assert "--train.schedule cosine|constant|wsd" in shown
     assert "--batch_size, --train.batch_size INT|auto" in shown
+    assert "training tokens in all  [required, here or in the YAML]" in shown
+
+
+def test_help_claims_no_default_that_a_command_does_not_have() -> None:
+    """longft's are those of its YAML and of the checkpoint, some of bench's are its own."""
+    longft = CliRunner().invoke(cli.program(), ["longft", "--help"], terminal_width=200).output
+    of_a_run = longft[longft.index("--out_dir PATH") :]
+    assert "folder of the run" in of_a_run and "[default" not in of_a_run and "[required" not in of_a_run
+    bench = CliRunner().invoke(cli.program(), ["bench", "--help"], terminal_width=200).output
+    assert "training tokens in all  [not needed]" in bench and "the most that fit  [default: auto]" in bench
 
 
 def test_an_empty_line_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,6 +70,8 @@ def test_every_number_in_the_shipped_yaml_files_says_where_it_comes_from(name: s
     ("text", "expected"),
     [
         ("200_000_000", 200_000_000),
+        ("2e8", 200_000_000),
+        ("1.5E+3", 1500),
         ("7", 7),
     ],
 )
@@ -82,6 +84,15 @@ def test_yaml_numbers_in_every_spelling(tmp_path: Path) -> None:
     path.write_text("train: {lr: 3e-4, tokens: 200_000_000, grad_clip: null, compile: yes, batch_size: auto, eps: 1.0e-8}\n")
     train = config.build(RunConfig, config.merged(SMALL, config.read_yaml(path)), "a.yaml").train
     assert (train.lr, train.tokens, train.grad_clip, train.compile, train.batch_size) == (3e-4, 200_000_000, None, True, "auto")
+
+
+def test_a_tilde_is_the_home_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert config.build(RunConfig, small() | {"out_dir": "~/runs"}, "line").out_dir == Path("/home/someone/runs")
+    with_tokenizer = config.build(RunConfig, small(tokenizer={"path": "~/spm.model"}), "line")
+    assert with_tokenizer.tokenizer.path == Path("/home/someone/spm.model")
+    report = config.build(config.ReportOptions, {"runs": "~/a, ~/b,c", "out_dir": "~/report"}, "line")
+    assert report.runs == (Path("/home/someone/a"), Path("/home/someone/b"), Path("c")) and report.out_dir == Path("/home/someone/report")
 
 
 def test_none_is_off_only_where_a_setting_can_be_off() -> None:
@@ -168,7 +179,21 @@ def test_none_is_off_only_where_a_setting_can_be_off() -> None:
             {"train": {"context_parallel": 2}, "model": {"attention": "cudnn"}},
             "a.yaml: model.attention cudnn cannot read a row in chunks, as train.context_parallel 2 does; take auto, flash4 or flash",
         ),
-        ({"model": 3}, "model: 3 is not valid; input should be a valid dictionary"),
+        ({"model": 3}, "model: 3 is no section of settings; write 'model:', and below it 'name: value', indented"),
+        (
+            {"train": {"grad_clip": False}},
+            "train.grad_clip: False is no number (YAML reads yes, no, on and off as true and false); give a number, or none to turn it off",
+        ),
+        (
+            {"train": {"save_every": True}},
+            "train.save_every: True is no number (YAML reads yes, no, on and off as true and false); give a number",
+        ),
+        ({"train": {"tokens": 10**23}}, "train.tokens: 100000000000000000000000 is not valid; input should be less than or equal to"),
+        ({"train.lr": 1}, "train.lr: stands by its dotted name (in a.yaml); write 'train:', and 'lr: value' below it, indented"),
+        ({"out_dir": "~nobody-of-that-name/x"}, "out_dir: ~nobody-of-that-name/x: there is no such user; write the whole path"),
+        ({"out_dir": ""}, "out_dir: is empty; give a path, or leave it out"),
+        ({"data": {"source": " "}}, "data.source: is empty; give a corpus, a path or an address"),
+        ({"train": {"learning_rate": 1}}, "train.learning_rate: unknown setting (in a.yaml); did you mean train.lr?"),
     ],
 )
 def test_a_fault_is_one_line_with_name_value_and_remedy(sections: dict[str, Any], message: str) -> None:
@@ -206,7 +231,8 @@ def test_one_source_has_all_the_weight() -> None:
         ({"mix": {"a": 1, "b": 0}}, "data: the weight of b in data.mix is 0; give a number above 0"),
         ({"mix": "a"}, "data.mix: 'a' is no mixture; write source=weight,source=weight"),
         ({"mix": {"a": "much"}}, "data.mix.a: 'much' is not valid"),
-        ({"source": "a", "filters": "gopher"}, "data.filters.0: 'gopher' is not valid"),
+        ({"mix": "a=1,b=2,a=3"}, "data.mix: 'a=1,b=2,a=3' names a source twice; give each its weight once"),
+        ({"source": "a", "filters": "gopher"}, "data.filters: 'gopher' is not valid"),
     ],
 )
 def test_a_faulty_mixture_is_one_line(data: dict[str, Any], problem: str) -> None:
@@ -257,6 +283,10 @@ def test_no_two_settings_share_a_flag() -> None:
         ("train.warmpu", ["train.warmup", "train.lr"], "train.warmup"),
         ("warmpu", ["train.warmup", "train.lr"], "train.warmup"),
         ("zzz", ["train.warmup"], None),
+        ("steps", ["train.tokens", "train.eps"], "train.tokens"),
+        ("learning_rate", ["train.min_lr", "train.lr"], "train.lr"),
+        ("checkpoint", ["ckpt"], "ckpt"),
+        ("steps", ["steps"], "steps"),
     ],
 )
 def test_nearest(name: str, known: list[str], expected: str | None) -> None:
@@ -342,10 +372,12 @@ def test_a_base_that_leads_back_to_itself_is_one_line(tmp_path: Path) -> None:
     [
         ("3: 4", "3 is no name of a setting"),
         ("a: !!python/object/apply:os.system ['true']", "not YAML at line 1"),
+        ("train: {tokens: 5}\ntrain: {lr: 1}", "'train' stands there twice, the second time at line 2; leave one of them out"),
+        ("train:\n  lr: 1\n  lr: 2", "'lr' stands there twice, the second time at line 3"),
         ("a: \x00", "not YAML"),
         ("[" * 5000, "not YAML"),
     ],
-    ids=["number", "object", "NUL", "deep"],
+    ids=["number", "object", "section twice", "setting twice", "NUL", "deep"],
 )
 def test_yaml_that_is_no_settings_is_one_line(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.yaml").write_text(text)

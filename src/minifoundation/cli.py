@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -29,11 +30,14 @@ class Command(click.Command):
     """A click command whose unknown options name the nearest known one."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        typed = list(args)
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             known = [name for param in self.params for name in param.opts]
             name = error.option_name
+            if not name.startswith("--"):  # click reads -config as the options -c, -o, ...
+                name = next((arg.partition("=")[0] for arg in typed if arg.startswith(name)), name)
             near = config.nearest(name.lstrip("-").replace("-", "_"), [k.lstrip("-") for k in known])
             raise UserError(
                 name, "no such option", f"did you mean --{near}?" if near else f"{ctx.command_path} --help lists them"
@@ -43,7 +47,18 @@ class Command(click.Command):
 
 
 class Commands(click.Group):
-    """The group of commands; a mistyped one names the nearest."""
+    """The group of commands, in the order in which they are used; a mistyped one names the nearest."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            name = error.option_name
+            remedy = f"a command comes first: {ctx.command_path} COMMAND {name} ...; {ctx.command_path} --help lists them"
+            raise UserError(name, "no such option here", remedy) from None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
@@ -54,8 +69,12 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
 
-def options_of(kind: type[BaseModel]) -> list[click.Option]:
-    """Return one click option for each leaf setting of ``kind``, spelled ``--dotted.name`` and by its short flag."""
+def options_of(kind: type[BaseModel], other: Mapping[str, str] | None = None) -> list[click.Option]:
+    """Return one click option for each leaf setting of ``kind``, spelled ``--dotted.name`` and by its short flag.
+
+    Args:
+        other: what is shown instead of a setting's own default, by its dotted name; under ``*`` for all that are not named.
+    """
     found = []
     for name, field in config.fields(kind):
         flag = config.flags(kind).get(name)
@@ -63,11 +82,15 @@ def options_of(kind: type[BaseModel]) -> list[click.Option]:
         switch = field.annotation is bool
         if switch:
             spellings = [f"{spelling}/--no_{spelling[2:]}" for spelling in spellings]
-        default = "required" if field.is_required() else f"default: {_shown(field.default)}"
+        default = "  [required]" if field.is_required() else f"  [default: {_shown(field.default)}]"
+        if other is not None and (name in other or "*" in other):
+            default = other.get(name, other.get("*", ""))
+        elif other is not None and field.is_required():
+            default = "  [required, here or in the YAML]"
         found.append(
             click.Option(
                 [*spellings, _variable(name)],
-                help=f"{field.description}  [{default}]",
+                help=f"{field.description}{default}",
                 metavar=None if switch else _metavar(field.annotation),
                 is_flag=switch,
                 default=None,
@@ -115,8 +138,20 @@ def _nested(kind: type[BaseModel], given: Values) -> Values:
     return nested
 
 
-def _command(name: str, function: str, summary: str, kind: type[BaseModel], settings: type[BaseModel] | None = None) -> Command:
-    """Return the command that calls ``function`` ("module.function" in ``commands``) with its options and, nested, the settings given."""
+def _command(
+    name: str,
+    function: str,
+    summary: str,
+    kind: type[BaseModel],
+    settings: type[BaseModel] | None = None,
+    *,
+    defaults: Mapping[str, str] | None = None,
+) -> Command:
+    """Return the command that calls ``function`` ("module.function" in ``commands``) with its options and, nested, the settings given.
+
+    Args:
+        defaults: of ``settings``, as for ``options_of``.
+    """
 
     def callback(**given: Any) -> None:
         options = config.build(kind, _nested(kind, given), "command line")
@@ -127,7 +162,7 @@ def _command(name: str, function: str, summary: str, kind: type[BaseModel], sett
         else:
             call(options, _nested(settings, given))
 
-    parameters: list[click.Parameter] = [option for one in (kind, settings) if one for option in options_of(one)]
+    parameters: list[click.Parameter] = [*options_of(kind), *(options_of(settings, defaults or {}) if settings else ())]
     return Command(name, params=parameters, callback=callback, help=summary, context_settings={"max_content_width": 110})
 
 
@@ -137,29 +172,59 @@ def program() -> Commands:
     version = click.Option(["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_version, help="print the version")
     group.params.append(version)
     run = config.RunConfig
-    mirror = Commands("eval-data", help="Keep the data of benchmarks in a mirror folder, for eval --data_dir.", no_args_is_help=True)
+    mirror = Commands("eval-data", help="Keep benchmark data in a folder, for eval --data_dir.", no_args_is_help=True)
     mirror.add_command(_command("pull", "eval_data.pull", "Write the data of tasks from the hub to a mirror folder.", config.PullOptions))
     mirror.add_command(
         _command("check", "eval_data.check", "Compare a mirror folder with its manifest and the tasks.", config.CheckOptions)
     )
     commands: tuple[click.Command, ...] = (
-        _command("prepare", "prepare.prepare", "Turn a corpus into token shards.", config.PrepareOptions, config.PrepareConfig),
-        _command("inspect", "inspect.inspect", "Show what is in token shards, or what a checkpoint has read.", config.InspectOptions),
-        _command("pretrain", "pretrain.pretrain", "Train a model, from scratch or from given weights.", config.PretrainOptions, run),
-        _command("longft", "longft.longft", "Extend the context of a trained model.", config.LongftOptions, run),
         _command(
-            "bench", "bench.bench", "Measure what this machine does with a model, and say which settings suit it.", config.BenchOptions, run
+            "prepare",
+            "prepare.prepare",
+            "Turn a corpus into token shards.\n\nThe YAML of a whole run will do. How rows are read from the shards (data.mask_documents, "
+            "data.min_tokens, long_share, long_repeats, search_tokens) changes nothing here.",
+            config.PrepareOptions,
+            config.PrepareConfig,
+        ),
+        _command("inspect", "inspect.inspect", "Show what shards hold, or what a checkpoint has read.", config.InspectOptions),
+        _command(
+            "pretrain",
+            "pretrain.pretrain",
+            "Train a model, from scratch or from given weights.\n\nA setting given here counts before the same one in --config.",
+            config.PretrainOptions,
+            run,
+        ),
+        _command(
+            "longft",
+            "longft.longft",
+            "Extend the context of a trained model.\n\nA setting that is not given is that of --config (without it of configs/longft.yaml: "
+            "out_dir is outputs/longft), and one that is not there either is that of the checkpoint.",
+            config.LongftOptions,
+            run,
+            defaults={"*": ""},
+        ),
+        _command(
+            "bench",
+            "bench.bench",
+            "Measure a model on this machine, and recommend settings.\n\nIt takes the settings of pretrain, of which "
+            "those of data, checkpoints and evaluations change nothing.",
+            config.BenchOptions,
+            run,
+            defaults={
+                "train.tokens": "  [not needed]",
+                "train.batch_size": "  [default: auto]",
+                "train.precision": "  [default: bf16 on a GPU, else fp32]",
+                "train.compile": "  [default: on on a GPU]",
+            },
         ),
         _command("export_hf", "export_hf.export_hf", "Write a Hugging Face folder and prove it equal.", config.ExportOptions),
-        _command(
-            "import_hf", "import_hf.import_hf", "Turn a Hugging Face folder into a checkpoint and prove it equal.", config.ImportOptions
-        ),
+        _command("import_hf", "import_hf.import_hf", "Turn a Hugging Face folder into an equal checkpoint.", config.ImportOptions),
         _command("eval", "eval.evaluate", "Run benchmarks on a model.", config.EvalOptions),
         mirror,
         _command("contamination", "contamination.contamination", "Find test items in the training text.", config.ContaminationOptions),
-        _command("report", "report.report", "Write an HTML page and a model card of runs and evaluations.", config.ReportOptions),
+        _command("report", "report.report", "Write a page and a model card of runs and evaluations.", config.ReportOptions),
         _command("generate", "generate.generate", "Continue a prompt.", config.GenerateOptions),
-        _command("serve", "serve.serve", "Answer OpenAI's completions requests, with a page to type into.", config.ServeOptions),
+        _command("serve", "serve.serve", "Answer OpenAI's completions, with a page to type into.", config.ServeOptions),
         _command("doctor", "doctor.doctor", "Check this machine, and the folder of a run.", config.DoctorOptions),
     )
     for command in commands:
@@ -218,7 +283,12 @@ def main(arguments: list[str] | None = None) -> int:
             remedy = "free some space and run the same line again (a training run with --resume auto)"
             _say(f"error: {place}: the disk is full; {remedy}", error)
         elif error.filename is not None and error.strerror is not None:
-            _say(f"error: {error.filename}: {error.strerror.lower()}; check the path and its permissions", error)
+            remedy = {
+                errno.EEXIST: "it is a file and a folder is needed: give another path",
+                errno.ENOTDIR: "a part of this path is a file: give a folder",
+                errno.EISDIR: "give the path of a file",
+            }.get(error.errno or 0, "check the path and its permissions")
+            _say(f"error: {error.filename}: {error.strerror.lower()}; {remedy}", error)
         else:
             raise
         return 2

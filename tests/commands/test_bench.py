@@ -32,7 +32,7 @@ def test_every_table_on_a_cpu(yaml: Path, tmp_path: Path, capsys: pytest.Capture
     path = tmp_path / "figures" / "bench.json"
     assert cli.main(["bench", "--config", str(yaml), "--json", str(path)]) == 0
     said = capsys.readouterr().out
-    assert "on a CPU: two blocks of it" in said
+    assert "on a CPU: a part of it (n_layer 2, vocab_size" in said
     for table in ("matrix products by themselves", "attention of a block", "a step of 1 x 256 x 1", "where its time goes"):
         assert table in said
     figures = json.loads(path.read_text(encoding="utf-8"))
@@ -40,6 +40,16 @@ def test_every_table_on_a_cpu(yaml: Path, tmp_path: Path, capsys: pytest.Capture
     assert set(figures["attention_ms"]) == {"auto", "math"} and all(ms > 0 for ms in figures["attention_ms"].values())
     assert figures["step"]["tokens_per_second"] > 0 and figures["step"]["profile"]["ms"]["matrix products"] > 0
     assert f"{figures['step']['tokens_per_second']:,}" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there bench measures the model as it is")
+def test_a_model_that_is_smaller_than_a_cpu_can_do_is_measured_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY, encoding="utf-8")
+    small = ["--model.original_seq_len", "64", "--seq_len", "64", "--model.n_layer", "1", "--model.vocab_size", "128"]
+    assert cli.main(["bench", "--config", str(path), *small]) == 0
+    said = capsys.readouterr().out
+    assert "on a CPU: a part of it (n_layer 1, vocab_size 128, one row of 64 tokens)" in said and "a step of 1 x 64 x 1" in said
 
 
 def pretended(rows_that_fit: dict[str, int], rates: dict[str, float]) -> Any:
@@ -97,3 +107,5 @@ def test_what_fits_is_told_without_measuring(yaml: Path, capsys: pytest.CaptureF
     assert [line[:2] for line in lines] == [[size, way] for size in ("24", "80") for way in bench.CHECKPOINTING]
     assert cli.main(["bench", "--config", str(yaml), "--fit", "24,large"]) == 2
     assert "error: fit" in capsys.readouterr().err
+    assert cli.main(["bench", "--config", str(yaml), "--fit", "24,0"]) == 2
+    assert capsys.readouterr().err == "error: fit: 0 GiB is no memory; give numbers above 0\n"

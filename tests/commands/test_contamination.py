@@ -132,6 +132,7 @@ def test_a_mean_over_subjects_stays_one_without_the_dirty_items() -> None:
     ("options", "message"),
     [
         ([], "contamination: no text to look in; give --ckpt, or --shards with --tokenizer"),
+        (["--shards", "a"], "--tokenizer: not given, and a are ids; give the tokenizer that the shards were made with"),
         (["--ckpt", "none.pth"], "none.pth: no such checkpoint"),
         (["--ckpt", "none.pth", "--shards", "nowhere"], "--shards: nowhere is given, and --ckpt none.pth too; give one of them"),
         (["--shards", "nowhere", "--tokenizer", "nowhere.model"], "nowhere.model"),

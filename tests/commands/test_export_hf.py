@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minifoundation.checkpoint import load_checkpoint
+from minifoundation.cli import main
 from minifoundation.commands.export_hf import export_hf
 from minifoundation.config import ExportOptions
 from minifoundation.errors import UserError
@@ -50,6 +51,21 @@ def test_dtype_and_averaged_weights(final: Callable[..., Path], tmp_path: Path) 
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[name], expected[name]) for name in expected)
     assert json.loads((tmp_path / "hf" / "parity.json").read_text())["weights"] == "ema"
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    final: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors import SafetensorError
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("huggingface_hub.save_torch_state_dict", full)
+    assert main(["export_hf", "--ckpt", str(final()), "--out_dir", str(tmp_path / "new" / "hf")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and "the disk is full; free some space and run the same line again" in said
+    assert not (tmp_path / "new").exists() and not list(tmp_path.glob("*.part"))
 
 
 Config = dict[str, Any]

@@ -35,6 +35,14 @@ def test_prompt_and_continuation_from_a_checkpoint_and_from_its_export(
         assert text == printed(capsys, tmp_path / "hf", temperature=temperature)
 
 
+def test_a_folder_with_damaged_weights_is_one_line(final: Callable[..., Path], tmp_path: Path) -> None:
+    export_hf(ExportOptions(ckpt=final(), out_dir=tmp_path / "hf"))
+    weights = tmp_path / "hf" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=r"hf: not a model folder \(.*incomplete"):
+        generate(GenerateOptions(model=tmp_path / "hf", prompt=PROMPT))
+
+
 def test_the_seed_decides_and_greedy_needs_none(final: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     ckpt = final()
     assert printed(capsys, ckpt, seed=1) == printed(capsys, ckpt, seed=1)

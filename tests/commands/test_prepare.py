@@ -41,6 +41,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_given_tokenizer_is_used_where_it_lies_and_one_that_is_there_is_told(corpus: Path, tmp_path: Path, capsys: Capture) -> None:
+    line = ["prepare", "--data", str(corpus), "--data.shards_dir", str(tmp_path / "shards"), "--tokenizer.vocab_size", "512"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main([*line, "--tokenizer_out", str(first)]) == 0
+    assert "is there already" not in capsys.readouterr().out
+    assert main([*line, "--tokenizer_out", str(first)]) == 0
+    assert f"tokenizer: {first / 'tokenizer.model'} is there already, and is used" in capsys.readouterr().out
+    assert main([*line, "--tokenizer_out", str(second), "--tokenizer", str(first / "tokenizer.model")]) == 0
+    assert f"tokenizer {first / 'tokenizer.model'}" in capsys.readouterr().out and not second.exists()
+
+
 def test_the_command_reads_the_settings_of_a_whole_run(corpus: Path, tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(

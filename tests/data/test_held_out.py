@@ -86,6 +86,15 @@ def test_nothing_is_known_before_enough_is_there(tmp_path: Path) -> None:
     assert few.ready() and sum(len(batch.tokens) for batch in few.batches) == 2  # the first pair is all that the run reads
 
 
+def test_a_source_without_a_row_is_named_once_that_is_known(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, [41, 41], [3, 9])
+    one = of(folder.grow(1), seq_len=4, samples=20, tokens=16)
+    assert one.without_rows() == []  # the second pair may hold some
+    folder.grow(2)
+    assert one.without_rows() == []
+    assert of(folder.grow(1), seq_len=4, samples=10, tokens=16).without_rows() == ["one"]  # all that the run reads
+
+
 def test_a_mixture_is_evaluated_by_weight(tmp_path: Path) -> None:
     sources = {
         name: Samples(shards_of(tmp_path / name, [50], [100], first_id=1000 * n), seq_len=4, seed=0) for n, name in enumerate(("a", "b"))

@@ -97,6 +97,13 @@ def test_bad_rows_are_counted_by_reason_and_the_others_kept(tmp_path: Path) -> N
     )
 
 
+def test_a_piece_in_which_no_line_begins_is_no_empty_document(tmp_path: Path) -> None:
+    text = "words " * 4_000_000  # 24 MB in one line: three pieces, of which the first has it all
+    (tmp_path / "a.txt").write_text(text)
+    documents, skipped = read(tmp_path, max_document_bytes=10_000_000)
+    assert "".join(documents) == text and skipped == {}
+
+
 def test_a_corpus_of_bad_rows_only_is_an_error_that_says_why(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "x", "id": 1}\n{"body": "y", "id": 2}\n')
     with pytest.raises(UserError, match=r"holds no document \(2 no column 'text'\); set data.text_column to one of: body, id"):

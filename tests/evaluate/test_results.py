@@ -37,7 +37,7 @@ def test_finished_results_are_not_overwritten(tmp_path: Path) -> None:
     for expected in ("eval", "eval-2", "eval-3"):
         folder = folder_for(wanted, FACTS, [])
         assert folder.path.name == expected and folder.done == {}
-        folder.write([], complete=True)
+        folder.write([outcome("piqa")], complete=True)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         folder_for(tmp_path / "file", FACTS, [])
@@ -57,6 +57,15 @@ def test_a_stopped_evaluation_goes_on_with_what_is_done(tmp_path: Path) -> None:
     assert vars(restored) == vars(done)
     other = folder_for(tmp_path, FACTS, read_tasks("piqa limit=7"))
     assert other.done == {} and other.path != tmp_path, "another limit is another request, and must not take the place of what is there"
+
+
+def test_a_folder_in_which_nothing_could_run_is_used_again(tmp_path: Path) -> None:
+    failed = outcome("piqa")
+    failed.score, failed.not_run = None, "no such folder in --data_dir"
+    folder_for(tmp_path / "eval", FACTS, read_tasks("piqa")).write([failed], complete=True)
+    other = FACTS | {"identity": FACTS["identity"] | {"data": "another"}}
+    again = folder_for(tmp_path / "eval", other, read_tasks("hellaswag"))
+    assert again.path == tmp_path / "eval" and again.done == {}
 
 
 def test_what_could_not_run_and_what_is_asked_for_since_is_made_up_for(tmp_path: Path) -> None:

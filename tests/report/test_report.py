@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from minifoundation.cli import main
+from minifoundation.report import plots
 from minifoundation.report.evaluations import over_tokens, read_evaluation
 from minifoundation.report.runs import read_run
 from tests.browser import CHROMIUM, MISSING
@@ -105,6 +106,13 @@ def test_the_card_reads_back_as_the_hub_reads_it(made: Path) -> None:
     assert "| arc_easy | 10.00% |" in card.text and "78,144" in card.text and "largest difference of logits 3.0e-06" in card.text
 
 
+def test_points_with_and_without_a_standard_error_are_drawn_together() -> None:
+    """``eval.every_steps`` gives none, and ``eval`` of the final weights the same score once more."""
+    points: list[tuple[float, float, float | None]] = [(2e6, 60.0, 24.5), (1e6, 55.0, None), (2e6, 60.0, None)]
+    drawn = plots.over_tokens({"piqa": points, "lonely": points[:1]}, None)
+    assert drawn is not None and "piqa" in drawn and "lonely" not in drawn
+
+
 def test_the_card_names_every_data_set_of_the_hub_as_the_hub_does_and_tells_files_apart(tmp_path: Path) -> None:
     """The hub links a card to the data sets under ``datasets`` by org/name; a path there would be a broken link."""
     from huggingface_hub import ModelCard
@@ -114,8 +122,8 @@ def test_the_card_names_every_data_set_of_the_hub_as_the_hub_does_and_tells_file
         "HuggingFaceTB/cosmopedia:web": {"hub": "HuggingFaceTB/cosmopedia", "subset": "web", "revision": "0ae6ec6"},
         "hf://datasets/org/na.me@main/some/*.parquet": {"hub": "hf://datasets/org/na.me@main/some/*.parquet", "revision": "abc"},
         "hf://org/model/data": {"hub": "hf://org/model/data", "revision": "abc"},
-        "private/notes": {"files": 1_203, "bytes": 34_500_000, "sha256": "ab" * 32},
-        "s3://bucket/text": {"files": 2, "bytes": None, "sha256": "cd" * 32},
+        "private/notes": {"files": 1_203, "bytes": 34_500_000_000, "sha256": "ab" * 32},
+        "s3://bucket/text": {"files": 1, "bytes": None, "sha256": "cd" * 32},
     }
     write_run(tmp_path / "run", corpora=corpora)
     assert main(["report", "--runs", str(tmp_path / "run"), "--out_dir", str(tmp_path / "out")]) == 0
@@ -123,7 +131,7 @@ def test_the_card_names_every_data_set_of_the_hub_as_the_hub_does_and_tells_file
     assert card.data.to_dict()["datasets"] == ["cerebras/SlimPajama-627B", "HuggingFaceTB/cosmopedia", "org/na.me"]
     for text in (card.text, (tmp_path / "out" / "report.html").read_text()):
         assert "HuggingFaceTB/cosmopedia (web) at 0ae6ec6" in text
-        assert "1,203 files, 34.5MB, sha256 abababababab" in text and "2 files, sha256 cdcdcdcdcdcd" in text
+        assert "1,203 files, 34.5 GB, sha256 abababababab" in text and "1 file, sha256 cdcdcdcdcdcd" in text
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,9 @@ def test_what_cannot_fit_is_refused_before_it_begins(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("sys.argv", ["src/cli.py", "longft", "--ckpt_in", "final.pth"])
     long = made(train={"batch_size": 1, "seq_len": 65_536}, model={"rope": {"scaling": "yarn", "factor": 16}})
     refuse_too_large(long, Gpu(torch.device("cpu"), "a GPU", 80 * GIB, None), World())
-    refuse_too_large(long, replace(H100, memory_bytes=GIB), World())  # a CPU has other ways of running out
+    refuse_too_large(long, replace(H100, memory_bytes=GIB), World(), planned=True)  # on a CPU a plan may be for a GPU
+    with pytest.raises(UserError, match=r"does not fit the memory of .* of 1\.0 GiB"):
+        refuse_too_large(long, replace(H100, memory_bytes=GIB), World())
     problem = r"train\.seq_len: 1 row of 65536 tokens does not fit the memory of a GPU \(predicted 39\.\d of "
     line = r"python -m src\.cli longft .* attention$"
     with pytest.raises(UserError, match=problem + rf"24\.0 GiB\); with --model\.checkpointing attention 1\d\.\d GiB are predicted: {line}"):

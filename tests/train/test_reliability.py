@@ -545,6 +545,11 @@ def test_places_step_over_holes() -> None:
     assert [beyond(sample, 4, [[8, 16], [16, 20]]) for sample in (0, 4, 5, 8, 12, 20)] == [0, 4, 20, 20, 20, 20]
     progress = Progress(sample=4, stepped_over=[[8, 16]])
     assert list(progress.places(3, 4)) == [4, 16, 20] and progress.end(3, 4) == 24 and progress.end(0, 4) == 4
+    for holes in ([], [[8, 16]], [[3, 5], [8, 16], [17, 18], [40, 41]], [[0, 100]]):
+        for size in (1, 3, 4):
+            progress = Progress(sample=4, stepped_over=holes)
+            assert [progress.end(steps, size) for steps in range(1, 20)] == [place + size for place in progress.places(19, size)]
+    assert Progress().end(10**15, 4) == 4 * 10**15, "at once"
 
 
 def test_told_to_stop() -> None:

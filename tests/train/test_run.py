@@ -308,6 +308,56 @@ def test_a_dry_run_tells_what_a_resumed_run_would_refuse(settings: Make) -> None
     assert path.exists() and (path.parent / "final.pth").exists()
 
 
+def test_a_dry_run_names_what_is_not_there_and_counts_the_tokenizer_that_is(
+    settings: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.model: cannot be read"):
+        run(settings(tokenizer={"path": tmp_path / "nowhere.model"}), resume=None, dry_run=True)
+    with pytest.raises(UserError, match=r"data\.source: .*nowhere' is neither a known corpus nor a path"):
+        run(settings(data={"source": str(tmp_path / "nowhere")}), resume=None, dry_run=True)
+    assert "nothing was started" in capsys.readouterr().out, "the plan is told first"
+    run(settings(data={"source": "fineweb"}), resume=None, dry_run=True)  # a plan needs no network
+    assert "warning" not in capsys.readouterr().err
+    run(settings(model={"n_layer": 10**7}, data={"source": "fineweb"}), resume=None, dry_run=True)
+    assert "has less memory than that: a run is refused here" in capsys.readouterr().err
+    trained(settings(train={"tokens": 128}))
+    other = settings("other", tokenizer={"path": str(tmp_path / "run" / "tokenizer" / "tokenizer.model")}, model={"vocab_size": 4096})
+    capsys.readouterr()
+    run(other, resume=None, dry_run=True)
+    shown = capsys.readouterr()
+    assert "vocabulary 512" in shown.out and "model.vocab_size: 512 instead of 4,096" in shown.err
+
+
+def test_a_tokenizer_that_an_earlier_attempt_has_left_is_told(settings: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = settings(data={"held_out": 0.0}, train={"tokens": 128})
+    trained(first)
+    assert "is there already" not in capsys.readouterr().err
+    left = tmp_path / "again" / "tokenizer" / "tokenizer.model"
+    left.parent.mkdir(parents=True)
+    left.write_bytes((first.out_dir / "tokenizer" / "tokenizer.model").read_bytes())
+    trained(settings("again", data={"held_out": 0.0}, train={"tokens": 128}))
+    assert f"tokenizer: {left} is there already, and is used" in capsys.readouterr().err
+
+
+def test_an_empty_folder_of_the_users_own_is_left_there(settings: Make, tmp_path: Path) -> None:
+    for mine in (True, False):
+        config = settings("mine" if mine else "ours", data={"source": str(tmp_path / "nowhere")})
+        if mine:
+            config.out_dir.mkdir()
+        with pytest.raises(UserError, match="nowhere"):
+            run(config, resume=None, dry_run=False)
+        assert config.out_dir.exists() == mine
+
+
+def test_a_run_that_is_never_evaluated_says_so(settings: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    """The shard that is read to its end of a corpus that goes on holds no held-out document."""
+    trained(settings(data={"held_out": 0.0, "shard_tokens": 2048}, train={"tokens": 128 * 4}))
+    assert (
+        "warning: data.held_out: too few documents of the shards that are read fell into it to evaluate on; raise data.held_out"
+        in capsys.readouterr().err
+    )
+
+
 def test_faults_are_one_line(settings: Make, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -32,6 +32,7 @@ STEP_TOKENS = 262_144
 """What a step is filled up to where ``grad_accum`` says nothing, as in configs/gpu_80gb.yaml."""
 
 ON_A_CPU = {"model": {"n_layer": 2, "vocab_size": 4096}, "train": {"seq_len": 256, "batch_size": 1, "grad_accum": 1, "loss_chunk": 256}}
+"""The most that a CPU is given to do."""
 
 
 def bench(options: BenchOptions, values: dict[str, Any]) -> None:
@@ -51,12 +52,23 @@ def bench(options: BenchOptions, values: dict[str, Any]) -> None:
         parameters = f"{capacity.billions(asked.model) * 1e3:,.1f}M parameters, {asked.train.precision}"
         click.echo(f"{machine.name}, torch {torch.__version__}: {parameters}{', compiled' if asked.train.compile else ''}")
         if not machine.is_cuda:
-            asked = config.build(RunConfig, config.merged(settings, ON_A_CPU), sources(options))
-            click.echo("on a CPU: two blocks of it, 4,096 rows of the vocabulary, one row of 256 tokens; all figures are of that model")
+            asked = config.build(RunConfig, config.merged(settings, _less(asked)), sources(options))
+            sizes = f"n_layer {asked.model.n_layer}, vocab_size {asked.model.vocab_size:,}, one row of {asked.train.seq_len} tokens"
+            click.echo(f"on a CPU: a part of it ({sizes}); all figures are of that model")
         figures = _measured(asked, machine, options.steps)
     if options.json_out is not None:
         write_whole(options.json_out, json.dumps(figures, indent=1).encode())
         click.echo(f"\nwrote {options.json_out}")
+
+
+def _less(asked: RunConfig) -> dict[str, Any]:
+    """Return the settings of which ``asked`` has more than ``ON_A_CPU``, at that."""
+
+    def size(section: str, name: str, most: int) -> int:
+        value = getattr(getattr(asked, section), name)
+        return min(value, most) if isinstance(value, int) else most
+
+    return {section: {name: size(section, name, most) for name, most in sizes.items()} for section, sizes in ON_A_CPU.items()}
 
 
 def _measured(asked: RunConfig, machine: Machine, steps: int) -> dict[str, Any]:

@@ -145,6 +145,8 @@ def _text(options: ContaminationOptions) -> tuple[list[Shard], Vocabulary, Path]
             survey.check_tokenizer(one, tokenizer)
         found = {shard.path: shard for shards in opened for shard in shards.train}
         place = options.shards / "contamination.json"
+    elif options.shards is not None:
+        raise UserError("--tokenizer", f"not given, and {options.shards} are ids", "give the tokenizer that the shards were made with")
     else:
         raise UserError("contamination", "no text to look in", "give --ckpt, or --shards with --tokenizer")
     if not found:

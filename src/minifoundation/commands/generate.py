@@ -51,11 +51,12 @@ def generate(options: GenerateOptions) -> None:
 
 
 def _from_folder(folder: Path) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(str(folder), f"not a model folder ({str(error).splitlines()[0]})", "give one that export_hf wrote") from None
 
 

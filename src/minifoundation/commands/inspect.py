@@ -22,6 +22,8 @@ def inspect(options: InspectOptions) -> None:
     """Print what ``options`` names: a folder of shards, a checkpoint, or both."""
     if options.shards is None and options.checkpoint is None:
         raise UserError("inspect", "nothing to look at", "give --shards or --checkpoint")
+    if options.plot is not None and options.plot.suffix != ".png":
+        raise UserError("--plot", f"{options.plot} is no .png", "give the histogram a name that ends in .png")
     if options.shards is not None:
         opened = [Shards.open(folder) for folder in survey.folders(options.shards)]
         for shards in opened:

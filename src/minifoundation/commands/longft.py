@@ -56,7 +56,10 @@ def longft(options: LongftOptions, values: dict[str, Any]) -> None:
         settings = config.merged(settings, {"model": {"rope": reaching(seq_len, model)}})
     run_config = config.build(RunConfig, settings, f"{options.ckpt_in}, {sources(options)}")
     if options.proof_data is not None:
-        find_corpus(options.proof_data, run_config.data)  # a mistake in it should not show after the training
+        try:
+            find_corpus(options.proof_data, run_config.data)  # a mistake in it should not show after the training
+        except UserError as error:
+            raise UserError("--proof_data", error.problem, error.remedy) from None
     if options.carry_optimizer:
         _carries(checkpoint, run_config, options.ckpt_in)
     start = Start("longft", checkpoint, with_optimizer=options.carry_optimizer)

@@ -48,7 +48,12 @@ def prepare(options: PrepareOptions, values: dict[str, Any]) -> None:
 
 def _tokenizer(options: PrepareOptions, chosen: PrepareConfig) -> Tokenizer:
     from minifoundation.data.prepare import tokenizer_for
+    from minifoundation.data.tokenizer import Tokenizer
 
+    if chosen.tokenizer.path is not None:
+        return Tokenizer.load(chosen.tokenizer.path)
+    if (there := options.tokenizer_out / "tokenizer.model").exists():
+        click.echo(f"tokenizer: {there} is there already, and is used; --tokenizer_out names another place for a new one")
     return tokenizer_for(chosen.tokenizer, chosen.data, options.tokenizer_out)
 
 

@@ -17,9 +17,11 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 Folders = Annotated[
     tuple[Path, ...],
-    BeforeValidator(lambda value: [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value),
+    BeforeValidator(
+        lambda value: [Path(part.strip()).expanduser() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    ),
 ]
-"""``a,b`` on a command line."""
+"""``a,b`` on a command line, where a shell reads only the first ``~``."""
 
 
 class RunOptions(Settings):
@@ -106,13 +108,22 @@ class BenchOptions(RunOptions):
     def _sizes_in_words(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
+    @field_validator("fit")
+    @classmethod
+    def _sizes_above_nothing(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if none := [size for size in value if size <= 0]:
+            raise ValueError(f"{none[0]:g} GiB is no memory; give numbers above 0")
+        return value
+
 
 class PrepareOptions(Settings):
     """``prepare``: corpus to token shards, by hand."""
 
     config: Path | None = setting(None, flag="config", help="YAML file with settings (data, tokenizer)")
     tokens: int | None = setting(None, ge=1, flag="tokens", help="stop after this many training tokens; none reads the whole corpus")
-    tokenizer_out: Path = setting(Path("outputs/tokenizer"), flag="tokenizer_out", help="where a newly trained tokenizer is written")
+    tokenizer_out: Path = setting(
+        Path("outputs/tokenizer"), flag="tokenizer_out", help="where a tokenizer is trained to, or the one that is there is taken from"
+    )
     engine: Literal["local", "ray", "slurm"] = setting(
         "local",
         flag="engine",

@@ -30,11 +30,16 @@ def build(kind: type[S], values: dict[str, Any], sources: str, *, section: str =
 def _readable(kind: type[BaseModel], invalid: ValidationError, sources: str) -> UserError:
     faults = invalid.errors(include_url=False)
     fault = next((one for one in faults if one["type"] == "extra_forbidden"), faults[0])  # a slip in a name also leaves another one unset
-    path = [str(part) for part in fault["loc"] if part not in ("int", "literal['auto']")]
+    path = [str(part) for part in fault["loc"] if part not in ("int", "literal['auto']") and not isinstance(part, int)]
     name = ".".join(path) or sources
     match fault["type"]:
         case "extra_forbidden":
             leaves = dotted_names(kind)
+            if name in leaves:  # in one word, where a section belongs
+                section, _, leaf = name.rpartition(".")
+                return UserError(
+                    name, f"stands by its dotted name (in {sources})", f"write '{section}:', and '{leaf}: value' below it, indented"
+                )
             near = nearest(name, [*leaves, *dict.fromkeys(leaf.rsplit(".", 1)[0] for leaf in leaves if "." in leaf)])
             return UserError(name, f"unknown setting (in {sources})", f"did you mean {near}?" if near else "--help lists the settings")
         case "missing":
@@ -45,6 +50,10 @@ def _readable(kind: type[BaseModel], invalid: ValidationError, sources: str) -> 
             spelled = f"--{flag} or --{name}" if flag and flag != name else f"--{name}"
             how = "give it with" if sources == "command line" else "set it in the YAML or with"
             return UserError(name, f"required and not set (in {sources})", f"{how} {spelled}")
+        case "model_type":
+            return UserError(
+                name, f"{fault['input']!r} is no section of settings", f"write '{name}:', and below it 'name: value', indented"
+            )
         case "value_error":
             problem, _, remedy = str(fault["ctx"]["error"]).partition("; ")
             return UserError(name, problem, remedy or "correct it")
@@ -56,9 +65,39 @@ def _readable(kind: type[BaseModel], invalid: ValidationError, sources: str) -> 
             return UserError(name, f"{fault['input']!r} is not valid", remedy)
 
 
+ELSEWHERE = {
+    **dict.fromkeys(("steps", "max_steps", "total_steps", "epochs", "num_epochs", "num_train_epochs", "max_tokens"), "tokens"),
+    **dict.fromkeys(("learning_rate", "max_lr", "peak_lr"), "lr"),
+    **dict.fromkeys(("gradient_accumulation_steps", "accumulate_grad_batches", "accumulation_steps"), "grad_accum"),
+    **dict.fromkeys(("per_device_train_batch_size", "micro_batch_size", "device_batch_size"), "batch_size"),
+    **dict.fromkeys(("block_size", "context_length", "max_seq_length", "max_length", "sequence_length"), "seq_len"),
+    **dict.fromkeys(("warmup_steps", "warmup_ratio", "warmup_iters"), "warmup"),
+    **dict.fromkeys(("max_grad_norm", "clip_grad"), "grad_clip"),
+    **dict.fromkeys(("output_dir", "output", "save_dir"), "out_dir"),
+    **dict.fromkeys(("dataset", "dataset_name", "corpus", "train_data"), "source"),
+    **dict.fromkeys(("hidden_size", "n_embd", "dim"), "d_model"),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers"), "n_layer"),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "n_heads"), "n_head"),
+    **dict.fromkeys(("num_key_value_heads", "n_kv_heads"), "n_kv_head"),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "hidden_dim"), "d_ff"),
+    **dict.fromkeys(("mixed_precision", "fp16"), "precision"),
+    **dict.fromkeys(("num_workers", "num_proc"), "workers"),
+    **dict.fromkeys(("save_steps", "save_interval"), "save_every"),
+    **dict.fromkeys(("eval_steps", "eval_interval"), "eval_every"),
+    **dict.fromkeys(("logging_steps", "log_interval"), "log_every"),
+    **dict.fromkeys(("resume_from_checkpoint", "resume_from"), "resume"),
+    **dict.fromkeys(("checkpoint", "ckpt_path"), "ckpt"),
+}
+"""What the Trainer of transformers, nanoGPT and others call a setting, and its last part here."""
+
+
 def nearest(name: str, known: list[str]) -> str | None:
-    """Return the known dotted name most like ``name``: the same last part in another section first."""
+    """Return the known dotted name most like ``name``: the same last part in another section first, then what others call so."""
     leaf = name.rsplit(".", 1)[-1]
+    if leaf in ELSEWHERE and leaf not in {other.rsplit(".", 1)[-1] for other in known}:
+        meant = ELSEWHERE[leaf]
+        if same := [other for other in known if other.rsplit(".", 1)[-1] == meant]:
+            return same[0]
     same_leaf = [other for other in known if other.rsplit(".", 1)[-1] == leaf]
     close = same_leaf or get_close_matches(name, known, n=1, cutoff=0.6)
     close = close or [k for k in known if k.rsplit(".", 1)[-1] in get_close_matches(leaf, [k.rsplit(".", 1)[-1] for k in known], n=1)]
@@ -115,16 +154,37 @@ def read_yaml(path: Path, *, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merged(read_yaml(below, above=(*above, path)), values)
 
 
+class _Twice(Exception):
+    """A name that stands twice."""
+
+    def __init__(self, name: str, line: int) -> None:
+        super().__init__(f"{name!r} stands there twice, the second time at line {line}")
+
+
 def yaml_values(text: str, path: Path) -> dict[str, Any]:
     """Return the nested settings in the text of a YAML file.
 
     Raises:
-        UserError: it is not YAML, or not a mapping.
+        UserError: it is not YAML, not a mapping, or says something twice.
     """
     import yaml
 
+    class Once(yaml.SafeLoader):
+        """Refuses a name that stands twice in one section, of which YAML would keep the last."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    if key.value in seen:
+                        raise _Twice(key.value, key.start_mark.line + 1)
+                    seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Once)  # a SafeLoader
+    except _Twice as twice:
+        raise UserError(str(path), str(twice), "leave one of them out, or put both below one name") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         place = getattr(error, "problem_mark", None)
         line = f" at line {place.line + 1}" if place else ""

@@ -193,7 +193,17 @@ class DataConfig(Settings):
         parts = [part.rpartition("=") for part in value.split(",")]
         if not all(name and weight for name, _, weight in parts):
             raise ValueError(f"{value!r} is no mixture; write source=weight,source=weight")
-        return {name.strip(): weight for name, _, weight in parts}
+        mix = {name.strip(): weight for name, _, weight in parts}
+        if len(mix) < len(parts):
+            raise ValueError(f"{value!r} names a source twice; give each its weight once")
+        return mix
+
+    @field_validator("source")
+    @classmethod
+    def _names_something(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("is empty; give a corpus, a path or an address")
+        return value
 
     @field_validator("min_tokens")
     @classmethod
@@ -233,7 +243,7 @@ class DataConfig(Settings):
 class TrainConfig(Settings):
     """One phase of training: pretraining or context extension."""
 
-    tokens: int = setting(help="training tokens in all", flag="tokens", ge=1)
+    tokens: int = setting(help="training tokens in all", flag="tokens", ge=1, le=10**15)
     seq_len: int = setting(4096, ge=8, flag="seq_len", help="tokens in a row")
     batch_size: int | Literal["auto"] = setting(1, flag="batch_size", help="rows in a micro-batch on each device; auto: the most that fit")
     grad_accum: int = setting(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from types import NoneType
-from typing import Any, get_args
+import re
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -14,7 +16,7 @@ def setting(default: Any = ..., *, help: str, flag: str | None = None, **bounds:
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, no unknown names, ``none`` spelled as a word means off."""
+    """Base of all settings: frozen, no unknown names, ``none`` spelled as a word means off, whole numbers may be written as ``2e9``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
@@ -22,6 +24,38 @@ class Settings(BaseModel):
     @classmethod
     def _none_word(cls, value: Any, info: ValidationInfo) -> Any:
         """``none`` on a command line is YAML's ``null`` for a setting that can be off."""
-        if value == "none" and NoneType in get_args(cls.model_fields[str(info.field_name)].annotation):
+        if value == "none" and NoneType in cls._kinds(info):
             return None
         return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _number(cls, value: Any, info: ValidationInfo) -> Any:
+        """A whole number in powers of ten is one; yes and no of YAML are none, which pydantic would take for 1 and 0."""
+        kinds = cls._kinds(info)
+        if isinstance(value, bool) and not kinds.isdisjoint({int, float}) and bool not in kinds:
+            off = ", or none to turn it off" if NoneType in kinds else ""
+            raise ValueError(f"{value} is no number (YAML reads yes, no, on and off as true and false); give a number{off}")
+        if isinstance(value, str) and int in kinds and re.fullmatch(r"\+?[\d_]+(\.\d+)?[eE]\+?\d{1,2}", value.strip()):
+            number = float(value)
+            return int(number) if number.is_integer() else value
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _path(cls, value: Any, info: ValidationInfo) -> Any:
+        """``~`` is the user's home, also where no shell has read it; an empty path, as of a variable that is not set, is none."""
+        if not isinstance(value, str) or Path not in cls._kinds(info):
+            return value
+        if not value.strip():
+            raise ValueError("is empty; give a path, or leave it out")
+        try:
+            return Path(value).expanduser()
+        except RuntimeError:
+            raise ValueError(f"{value}: there is no such user; write the whole path") from None
+
+    @classmethod
+    def _kinds(cls, info: ValidationInfo) -> set[Any]:
+        """Return the types that a setting may have; of a list or a mapping that type alone."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        return set(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else {annotation}

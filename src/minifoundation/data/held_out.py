@@ -50,6 +50,14 @@ class HeldOut:
         parts = [rows[first : first + self._batch_size] for first in range(0, len(rows), self._batch_size)]
         return [Batch.of_rows(part, mask_documents=self._loader.mask_documents, eos=self._loader.eos) for part in parts]
 
+    def without_rows(self) -> list[str]:
+        """Return the sources of which rows are wanted and too little is held out for one, as far as that is known by now."""
+        return [
+            name
+            for name, shards in self._by_source.items()
+            if shards is not None and self._n_rows[name] and sum(shard.n_tokens for shard in shards) <= self._loader.sources[name].seq_len
+        ]
+
     @cached_property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes of text to a token, over the targets of the rows alone."""
@@ -68,8 +76,12 @@ class HeldOut:
 
     @property
     def _parts(self) -> list[Sequence[Shard]] | None:
-        found = [_settled(samples, self._wanted[name], self._n_rows[name]) for name, samples in self._loader.sources.items()]
+        found = self._by_source.values()
         return None if None in found else [part for part in found if part is not None]
+
+    @property
+    def _by_source(self) -> dict[str, Sequence[Shard] | None]:
+        return {name: _settled(samples, self._wanted[name], self._n_rows[name]) for name, samples in self._loader.sources.items()}
 
 
 def _settled(samples: Readable, wanted: int, n_rows: int) -> Sequence[Shard] | None:

@@ -75,7 +75,7 @@ def prepare_shards(
         with held(folder, partial(preparation.suffices, tokens) if wait_for_lock else None) as ours:
             if ours:
                 preparation.extend(tokens, show_progress)
-    elif not _is_remote(source):  # shards that are there are of use without a network
+    elif not is_remote(source):  # shards that are there are of use without a network
         preparation.corpus()
     shards = Shards.open(folder)
     if shards.train_tokens == 0:
@@ -104,7 +104,7 @@ def rebuilt_files(source: str, config: DataConfig, tokenizer: Tokenizer, *, engi
 
 def shards_folder(source: str, config: DataConfig, tokenizer: Tokenizer) -> Path:
     """Return the folder for this corpus and tokenizer: a readable name and a hash of both."""
-    name = source if _is_remote(source) else str(Path(source.removeprefix("file://")).expanduser().resolve())
+    name = source if is_remote(source) else str(Path(source.removeprefix("file://")).expanduser().resolve())
     key = json.dumps([name, config.text_column, tokenizer.sha256])
     slug = re.sub(r"[^a-z0-9]+", "-", Path(name).name.lower()).strip("-")[:40] or "corpus"
     return config.shards_dir / f"{slug}-{hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:8]}"
@@ -153,7 +153,8 @@ def _sample(source: str, config: DataConfig, size: int) -> Iterator[str]:
             return
 
 
-def _is_remote(source: str) -> bool:
+def is_remote(source: str) -> bool:
+    """Return whether the text of ``source`` lies behind a network."""
     return hub_corpus(source) is not None or ("://" in source and not source.startswith("file://"))
 
 

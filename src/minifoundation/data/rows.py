@@ -111,7 +111,11 @@ def _rows(span: Span, config: DataConfig) -> Iterator[str | bytes | Bad]:
         return
     with unpacked(span.file) if compression else plain(span.file, max(0, span.start - 1), span.stop) as stream:
         lines = _Lines(stream, span)
-        yield from _cut(lines, config.max_document_bytes) if kind == ".txt" else _json_rows(lines, config.text_column)
+        if kind == ".txt":
+            parts = _cut(lines, config.max_document_bytes)
+            yield from (part for part in parts if part or span.start == 0)  # a span in which no line begins is no empty document
+        else:
+            yield from _json_rows(lines, config.text_column)
 
 
 class _Lines:

@@ -84,7 +84,7 @@ def folder_for(wanted: Path, facts: dict[str, Any], requests: Sequence[Request])
     """Return the folder to write to: ``wanted``, or ``wanted-2``, ``wanted-3`` ... when finished or different results are there.
 
     A folder of the same model, data, settings and versions is gone on with when something is left to do there, because it was killed, could
-    not run or was not asked for, and no score would be lost.
+    not run or was not asked for, and no score would be lost. One in which no task could run is used again for anything.
     """
     path, number = wanted, 1
     asked = {request.label for request in requests}
@@ -95,6 +95,8 @@ def folder_for(wanted: Path, facts: dict[str, Any], requests: Sequence[Request])
         if same and scored <= asked and (scored < asked or not kept["complete"]):
             _make(path)
             return Folder(path, facts, _done(path, kept["rows"], requests))
+        if kept["complete"] and not scored:
+            break
         number += 1
         path = wanted.with_name(f"{wanted.name}-{number}")
     if path.exists() and not path.is_dir():

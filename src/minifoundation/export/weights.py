@@ -5,7 +5,9 @@ Letters: D model width, H query heads, K key/value heads, h head width, F feed-f
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -145,11 +147,20 @@ def write_model(
 
     The weights are ``model.safetensors``, or several files and ``model.safetensors.index.json`` where they have more than
     ``max_shard_bytes``. Rows of the vocabulary beyond the tokenizer's pieces are padding; they are written like the others.
+
+    Raises:
+        OSError: the disk is full.
     """
     from huggingface_hub import save_torch_state_dict
+    from safetensors import SafetensorError
 
     weights = {name: value.detach().to("cpu", dtype, copy=True).contiguous() for name, value in to_hf(config, state).items()}
-    save_torch_state_dict(weights, folder, max_shard_size=max_shard_bytes)
+    try:
+        save_torch_state_dict(weights, folder, max_shard_size=max_shard_bytes)
+    except SafetensorError as error:
+        if f"os error {errno.ENOSPC}" in str(error):  # the library has no other way of saying it
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from None
+        raise
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # the library makes them for the user alone
     name = str(dtype).removeprefix("torch.")

@@ -172,8 +172,9 @@ def _use(content: Content) -> str:
         proof = f"\n\nThe exported weights compute what was trained: largest difference of logits {worst:.1e} (`parity.json`)."
     code = (
         "    from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        "    model = AutoModelForCausalLM.from_pretrained(FOLDER)\n"
-        "    tokenizer = AutoTokenizer.from_pretrained(FOLDER)\n"
+        '    folder = "path/to/the/model"\n'
+        "    model = AutoModelForCausalLM.from_pretrained(folder)\n"
+        "    tokenizer = AutoTokenizer.from_pretrained(folder)\n"
         '    print(tokenizer.decode(model.generate(**tokenizer("The ship", return_tensors="pt"), max_new_tokens=50)[0]))'
     )
     return code + proof

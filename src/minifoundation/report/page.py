@@ -139,8 +139,9 @@ def corpus_in_words(corpus: Mapping[str, Any]) -> str:
         return f"{corpus['hub']}{subset} at {str(corpus.get('revision'))[:12]}"
     if "files" not in corpus:
         return ""
-    size = "" if corpus.get("bytes") is None else f", {plots.short_count(corpus['bytes'])}B"
-    return f"{corpus['files']:,} files{size}, sha256 {corpus['sha256'][:12]}"
+    count = "1 file" if corpus["files"] == 1 else f"{corpus['files']:,} files"
+    size = "" if corpus.get("bytes") is None else f", {plots.short_bytes(corpus['bytes'])}"
+    return f"{count}{size}, sha256 {corpus['sha256'][:12]}"
 
 
 def html(content: Content) -> str:

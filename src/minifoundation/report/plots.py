@@ -156,7 +156,8 @@ def tokens_of(imported_from: str | None) -> str:
 
 def over_tokens(scores: dict[str, list[tuple[float, float, float | None]]], imported_from: str | None) -> str | None:
     """Return the score on each benchmark over training tokens, from (tokens, score, standard error); None with fewer than two points."""
-    shown = {name: sorted(points) for name, points in scores.items() if len({tokens for tokens, _, _ in points}) > 1}
+    several = {name: points for name, points in scores.items() if len({tokens for tokens, _, _ in points}) > 1}
+    shown = {name: sorted(points, key=lambda point: point[0]) for name, points in several.items()}
     if not shown:
         return None
     rows = math.ceil(len(shown) / 2)
@@ -178,6 +179,14 @@ def over_tokens(scores: dict[str, list[tuple[float, float, float | None]]], impo
                 axes.xaxis.set_minor_locator(NullLocator())
         figure.supxlabel(tokens_of(imported_from), fontsize=9, color=MUTED)
         return _svg(figure, "tokens", "score over training tokens by benchmark")
+
+
+def short_bytes(size: float) -> str:
+    """Return a size as people say it: 34.5 MB, 1.2 TB."""
+    for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if size >= unit:
+            return f"{size / unit:.3g} {letter}B"
+    return f"{size:.0f} B"
 
 
 def short_count(value: float) -> str:

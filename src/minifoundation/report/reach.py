@@ -40,7 +40,7 @@ def picture(curves: Mapping[str, Curve], grids: Mapping[str, Mapping[str, Grid]]
             axes.legend()
         for column, (task, by_model) in enumerate(grids.items()):
             for row, name in enumerate(models, start=1 if curves else 0):
-                _heat(figure.add_subplot(places[row, column]), by_model.get(name, {}), f"{task}, {name}")
+                _heat(figure.add_subplot(places[row, column]), by_model.get(name, {}), f"{task}, {name}: % found")
         data = io.BytesIO()
         figure.savefig(data, format="png", dpi=130)
     return data.getvalue()
@@ -54,6 +54,7 @@ def _heat(axes: matplotlib.axes.Axes, grid: Grid, title: str) -> None:
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=30)
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     for (y, x), share in np.ndenumerate(shares):
-        axes.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=7)
+        readable = "white" if share < 0.2 or share > 0.8 else "black"  # the ends of the colours are dark
+        axes.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=readable)
     axes.grid(False)
     axes.set(title=title, xlabel="length, tokens", ylabel="depth of the needle")

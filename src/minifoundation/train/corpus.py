@@ -11,9 +11,10 @@ from minifoundation.data.held_out import HeldOut
 from minifoundation.data.ledger import Entry
 from minifoundation.data.loader import Loader, source_of
 from minifoundation.data.mixture import Mixture
-from minifoundation.data.prepare import tokenizer_for
+from minifoundation.data.prepare import is_remote, tokenizer_for
 from minifoundation.data.samples import Order, Samples
 from minifoundation.data.shards import Shards
+from minifoundation.data.sources import find_corpus
 from minifoundation.data.supply import Want, prepared
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.distributed import World
@@ -133,6 +134,19 @@ def _opened(
     return TrainingData(tokenizer, loader, held_out, progress, to_make)
 
 
+def refuse_absent(config: RunConfig) -> None:
+    """Refuse a tokenizer or a corpus that is not there, where this can be known without a network.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+    if config.tokenizer.path is not None:
+        Tokenizer.load(config.tokenizer.path)
+    for source in config.data.weights:
+        if not is_remote(source):
+            find_corpus(source, config.data)
+
+
 def run_tokenizer(config: RunConfig, before: Checkpoint | None) -> Tokenizer:
     """Return the run's tokenizer, made where there is none; that of a checkpoint is put in place first: a later phase can use no other."""
     folder = config.out_dir / "tokenizer"
@@ -151,13 +165,15 @@ def run_tokenizer(config: RunConfig, before: Checkpoint | None) -> Tokenizer:
     return Tokenizer.load(model)
 
 
-def given_tokenizer(config: RunConfig) -> Tokenizer | None:
+def given_tokenizer(config: RunConfig, say: Say) -> Tokenizer | None:
     """Return the tokenizer that is there before a run begins, in its folder or given; None where one is to be trained.
 
     Raises:
         UserError: it cannot be read.
     """
     own = config.out_dir / "tokenizer" / "tokenizer.model"
+    if own.exists() and config.tokenizer.path is None:  # of a run that was broken off, perhaps on another corpus
+        say(f"tokenizer: {own} is there already, and is used")
     path = own if own.exists() else config.tokenizer.path
     return None if path is None else Tokenizer.load(path)
 
@@ -245,7 +261,10 @@ def described(data: TrainingData, planned: Plan) -> list[str]:
         lines.append(f"  data     {text}; held out {shards.held_out_tokens:,} tokens")
         if shards.manifest.skipped:
             lines.append("  skipped  " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(shards.manifest.skipped.items())))
-        if shards.complete and shards.held_out_tokens <= samples.seq_len:
-            few = f"too few documents {f'of {source} ' if name else ''}fell into it to evaluate on"
-            lines.append(f"warning: data.held_out: {few}; raise data.held_out or lower data.max_document_bytes")
-    return lines
+    return lines + [none_held_out(source, alone=len(in_all) == 1) for source in data.held_out.without_rows()]
+
+
+def none_held_out(source: str, *, alone: bool) -> str:
+    """Return the line that tells that nothing of ``source`` is evaluated on."""
+    few = f"too few documents of the shards {'' if alone else f'of {source} '}that are read fell into it to evaluate on"
+    return f"warning: data.held_out: {few}; raise data.held_out or lower data.max_document_bytes"

@@ -43,7 +43,7 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
         try:
             from torchao.optim import AdamW8bit
         except ImportError:
-            raise UserError("train.optimizer_states", "int8 needs torchao", "pip install 'minifoundation[gpu]', or use fp32") from None
+            raise UserError("train.optimizer_states", "int8 needs torchao", "pip install -e '.[gpu]', or use fp32") from None
         optimizer = AdamW8bit(groups, **made)
     # Fused kernels do not count their changes, and the half-precision copies are made again by that count (model/matrix.py).
     weights = [weight for group in groups for weight in group["params"]]

@@ -32,19 +32,23 @@ def too_large(
     return _does_not_fit(config, machine, world, split, peak, going_on, moments=moments)
 
 
-def refuse_too_large(config: RunConfig, machine: Machine, world: World, split: Split = ALONE, *, moments: bool = False) -> None:
-    """Refuse a run that is predicted to take more memory than there is; off CUDA nothing is.
+def refuse_too_large(
+    config: RunConfig, machine: Machine, world: World, split: Split = ALONE, *, moments: bool = False, planned: bool = False
+) -> None:
+    """Refuse a run that is predicted to take more memory than there is.
 
-    Peaks lie within a tenth of the prediction (docs/numerics.md), mostly above it.
+    Peaks lie within a tenth of the prediction (docs/numerics.md), mostly above it. A CPU without memory has the system kill the run, or
+    others, without a word.
 
     Args:
         moments: whether it goes on with the optimizer's moments of a checkpoint.
+        planned: it is not started: on a CPU a plan may be for another machine.
 
     Raises:
         UserError: with the setting that makes it fit.
     """
     needed = plan(config, world.size, split).memory_total
-    if machine.is_cuda and needed > machine.memory_bytes:
+    if needed > machine.memory_bytes and (machine.is_cuda or not planned):
         raise _does_not_fit(config, machine, world, split, f"predicted {needed / GIB:.1f}", {}, moments=moments)
 
 

@@ -66,7 +66,8 @@ def plan(config: RunConfig, world_size: int, split: Split = ALONE) -> Plan:
             "train.tokens",
             f"{train.tokens:,} is less than one step of {tokens:,} (batch_size {train.batch_size} x grad_accum {train.grad_accum} "
             f"x seq_len {train.seq_len} x {sharers(config, world_size)})",
-            "raise --tokens or lower --grad_accum",
+            "raise --tokens or lower "
+            + ("--grad_accum" if train.grad_accum > 1 else "--batch_size" if train.batch_size > 1 else "--seq_len"),
         )
     alone = predicted_memory(config)  # a checkpoint holds all parts
     final = alone["weights"] + alone["ema"]

@@ -20,7 +20,15 @@ from minifoundation.errors import Stopped
 from minifoundation.lock import LOCK, held
 from minifoundation.runtime import Machine
 from minifoundation.train.construction import built
-from minifoundation.train.corpus import TrainingData, described, given_tokenizer, run_tokenizer, training_data, with_vocabulary
+from minifoundation.train.corpus import (
+    TrainingData,
+    described,
+    given_tokenizer,
+    refuse_absent,
+    run_tokenizer,
+    training_data,
+    with_vocabulary,
+)
 from minifoundation.train.fallbacks import supported
 from minifoundation.train.finder import rows_left_open, steps_fit, with_batch_size
 from minifoundation.train.kernels import chosen_kernels
@@ -93,7 +101,7 @@ def _run(
     with world.together():
         path, resumed = checkpoint_to_resume(config.out_dir, resume, world, say)
     before = resumed or (start.checkpoint if start else None)
-    asked = world.agreed(lambda: with_vocabulary(asked, before, None if before else given_tokenizer(asked), say))
+    asked = world.agreed(lambda: with_vocabulary(asked, before, None if before else given_tokenizer(asked, say), say))
     if resumed is not None:
         asked = _with_rows_of(resumed, asked, world)
     split = world.agreed(lambda: chosen_split(asked, machine, world))
@@ -104,8 +112,12 @@ def _run(
             refuse_another_run(resumed, config, allowed, planned, path, say)
     if dry_run and world.is_first:
         print(f"plan of {config.out_dir}:\n{describe(config, planned, machine, world.size)}\nnothing was started (--dry_run)")
-    world.agreed(lambda: refuse_too_large(config, machine, world, split, moments=_has_moments(config, resumed, start)))
+    moments = _has_moments(config, resumed, start)
+    world.agreed(lambda: refuse_too_large(config, machine, world, split, moments=moments, planned=dry_run))
     if dry_run:
+        if planned.memory_total > machine.memory_bytes:
+            say(f"warning: {machine.name} has less memory than that: a run is refused here")
+        world.agreed(lambda: refuse_absent(config))
         return None
     if resumed is not None and resumed.progress["step"] >= planned.steps and not resumed.optimizer:
         say(f"{path} is finished: {planned.steps:,} of {planned.steps:,} steps")
@@ -151,13 +163,14 @@ def _has_moments(config: RunConfig, resumed: Checkpoint | None, start: Start | N
 @contextmanager
 def _owned(out_dir: Path) -> Iterator[None]:
     """Hold the folder of the run, and remove what a killed one has left half-written in it."""
+    ours = not out_dir.exists()
     out_dir.mkdir(parents=True, exist_ok=True)
     with held(out_dir):
         tidy(out_dir)
         try:
             yield
         finally:
-            if out_dir.is_dir() and [path.name for path in out_dir.iterdir()] == [LOCK]:  # a mistake leaves no folder behind
+            if ours and out_dir.is_dir() and [path.name for path in out_dir.iterdir()] == [LOCK]:  # a mistake leaves no folder behind
                 shutil.rmtree(out_dir)
 
 

@@ -78,7 +78,14 @@ class Progress:
 
     def end(self, steps: int, size: int) -> int:
         """Return the number of samples up to the end of the next ``steps`` steps, the ones stepped over among them."""
-        return max((place + size for place in self.places(steps, size)), default=self.sample)
+        sample = self.sample
+        for first, end in sorted(self.stepped_over) if steps else ():
+            if sample < end:
+                before = max(0, (first - sample) // size)  # steps that fit in front of what is stepped over
+                if before >= steps:
+                    break
+                sample, steps = end, steps - before
+        return sample + steps * size
 
 
 def beyond(sample: int, size: int, holes: Sequence[Sequence[int]]) -> int:
