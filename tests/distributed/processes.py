@@ -47,9 +47,11 @@ def node(port: int, number: int, *more: str, size: int = 2) -> list[str]:
     return torchrun(size, "--nnodes", "2", "--rdzv_conf", f"is_host={int(number == 0)}", *endpoint, *more)
 
 
-def started(launcher: list[str], options: list[str], command: str = "pretrain", **more: str) -> subprocess.Popen[str]:
+def started(
+    launcher: list[str], options: list[str], command: str = "pretrain", module: str = "src.cli", **more: str
+) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
-    line = [sys.executable, *launcher, "-m", "src.cli", command, *options]
+    line = [sys.executable, *launcher, "-m", module, command, *options]
     return subprocess.Popen(line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

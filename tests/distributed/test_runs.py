@@ -213,23 +213,26 @@ def test_processes_with_other_settings_are_told_by_the_first(tmp_path: Path) -> 
     assert not [line for line in silent.splitlines() if line.startswith("error: ")]
 
 
+IMPATIENT = "tests.distributed.impatient"
+
+
 def test_a_first_node_that_is_not_there(tmp_path: Path) -> None:
     """Without torchrun, as under srun: the second of two nodes, and nobody at the address."""
     variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    process = started([], [*settings(tmp_path), "--tokens", "5120"], **variables)
+    process = started([], [*settings(tmp_path), "--tokens", "5120"], module=IMPATIENT, **variables)
     printed, _ = process.communicate(timeout=250)
     assert process.returncode == 2
     assert printed.splitlines()[-1].startswith(
-        f"error: MASTER_ADDR, MASTER_PORT: 127.0.0.1:{variables['MASTER_PORT']} was not reached within 60 s"
+        f"error: MASTER_ADDR, MASTER_PORT: 127.0.0.1:{variables['MASTER_PORT']} was not reached within 10 s"
     )
 
 
 def test_processes_that_do_not_come_are_named(tmp_path: Path) -> None:
     variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    process = started([], [*settings(tmp_path), "--tokens", "5120"], **variables)
+    process = started([], [*settings(tmp_path), "--tokens", "5120"], module=IMPATIENT, **variables)
     printed, _ = process.communicate(timeout=200)
     assert process.returncode == 2
-    assert printed.splitlines()[-1] == "error: torchrun: of 2 processes rank 1 did not start within 60 s; see what its node says"
+    assert printed.splitlines()[-1] == "error: torchrun: of 2 processes rank 1 did not start within 10 s; see what its node says"
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
