@@ -15,12 +15,9 @@ from minifoundation.distributed import Context, World, sharing_rows
 from minifoundation.errors import UserError
 from tests.distributed.processes import ROOT, torchrun
 
-SLOW = pytest.mark.slow
 
-
-@pytest.mark.parametrize(
-    ("size", "which"), [(2, "quick"), pytest.param(2, "compiled", marks=SLOW), pytest.param(4, "all", marks=SLOW)], ids=str
-)
+@pytest.mark.parametrize(("size", "which"), [(2, "quick"), (2, "compiled"), (4, "all")], ids=str)
+@pytest.mark.slow
 def test_processes_that_share_rows_are_as_one(tmp_path: Path, size: int, which: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *torchrun(size), "-m", "tests.distributed.equal_rows", str(tmp_path), which]

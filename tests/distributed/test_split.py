@@ -25,6 +25,7 @@ def test_two_processes_are_as_one(tmp_path: Path, precision: str) -> None:
     assert "all equal" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_process_that_is_out_of_memory_takes_the_others_along_or_says_so() -> None:
     """Of 16 rows 4 at once fit the second one; where it gives up in the middle of a step, the first would wait for it for ever."""
     done = two_processes("tests.distributed.crowded")

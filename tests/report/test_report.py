@@ -154,7 +154,7 @@ def test_the_card_says_a_language_only_where_all_that_was_read_is_known_to_be_in
     assert ModelCard.load(tmp_path / "out" / "README.md").data.to_dict().get("language") == language
 
 
-@pytest.mark.parametrize("imported_from", [None, "models/SmolLM2-135M"])
+@pytest.mark.parametrize("imported_from", [pytest.param(None, marks=pytest.mark.slow), "models/SmolLM2-135M"])
 def test_what_an_imported_model_had_read_before_is_claimed_nowhere(tmp_path: Path, imported_from: str | None) -> None:
     write_run(tmp_path / "run", imported_from=imported_from, benchmark="piqa")
     write_evaluation(tmp_path / "eval", imported_from=imported_from)

@@ -87,6 +87,7 @@ def test_training_while_shards_are_made_is_training_after_they_are_made(
     assert made.pairs == before.pairs and len(made.pairs) > 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_background")
 def test_when_no_more_can_be_made_the_run_is_saved_and_goes_on_later(
     settings: Make, whole: RunConfig, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

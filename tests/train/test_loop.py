@@ -67,7 +67,7 @@ def traced_without_a_compiler(transformer: Transformer) -> None:
 
 
 @pytest.mark.filterwarnings("default")  # torch's own, while it traces
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_steady_steps_compile_nothing_and_one_that_does_is_named(
     settings: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], masked: bool
 ) -> None:

@@ -43,7 +43,7 @@ Make = Callable[..., RunConfig]
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.mark.parametrize("first", [2, 3])
+@pytest.mark.parametrize("first", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_stopped_and_resumed_again_and_again_is_the_uninterrupted_run(settings: Make, monkeypatch: pytest.MonkeyPatch, first: int) -> None:
     """At 2, 4, 6 ... or 3, 5, 7 ...: each process does two steps."""
     sections: dict[str, Any] = {"train": {"ema": 0.9, "save_every": 3}}
@@ -308,6 +308,7 @@ def test_after_a_row_of_them_the_run_goes_back_and_steps_over(settings: Make, mo
     assert clean.ema is not None and final.ema is not None and all(torch.equal(v, final.ema[n]) for n, v in clean.ema.items())
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_going_back_steps_over_the_same_samples(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     sections: dict[str, Any] = {"train": {"tokens": 32 * 4 * 20, "max_skips": 3, "save_every": 4}}
     whole, killed = settings("whole", **sections), settings("killed", **sections)

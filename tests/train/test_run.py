@@ -184,7 +184,7 @@ def test_longft_reads_on_where_pretraining_stopped(settings: Make, capsys: pytes
 
 
 def test_longft_of_a_read_corpus_says_that_it_reads_it_again(settings: Make, capsys: pytest.CaptureFixture[str]) -> None:
-    first = trained(settings(train={"tokens": 60_000}, data={"shard_tokens": 1_000_000}))
+    first = trained(settings(train={"tokens": 60_000, "batch_size": 16}, data={"shard_tokens": 1_000_000}))
     config = settings("long", data={"shard_tokens": 1_000_000}, train={"tokens": 1_000})
     assert list(trained(config, start=Start("longft", first)).progress["first_shards"].values()) == [0]
     assert "come to the end of the corpus; reading it again" in capsys.readouterr().err
