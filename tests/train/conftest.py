@@ -10,7 +10,9 @@ import pytest
 
 from minifoundation import config
 from minifoundation.config import RunConfig
+from tests.cheaper import cheaper_runs
 
+__all__ = ["cheaper_runs"]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "shakespeare.txt"
 
 TINY: dict[str, Any] = {

@@ -591,6 +591,7 @@ def test_the_former_model_is_gone_before_the_run_goes_back(settings: Make, tmp_p
 
     monkeypatch.setattr(running, "_train", fails_once)
     monkeypatch.setattr(running, "_gone_back", lambda *_: None)
+    monkeypatch.setattr(runtime, "gc", gc)
     config = settings()
     phase = Phase(config, plan(config, 1), runtime.machine(), World(), start=None, suite=None, say=print)
     gc.disable()
