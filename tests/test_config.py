@@ -40,6 +40,11 @@ def refusal(values: dict[str, Any], kind: type[config.Settings] = RunConfig) -> 
     return caught.value
 
 
+def test_settings_come_back_from_json() -> None:
+    run = config.build(RunConfig, small(tokenizer={"path": "spm.model"}), "line")
+    assert RunConfig.model_validate_json(run.model_dump_json()) == run
+
+
 @pytest.mark.parametrize("name", ["model_0p5b", "model_1b", "demo"])
 def test_the_shipped_yaml_files_are_runs(name: str) -> None:
     values = config.merged(config.read_yaml(CONFIGS / f"{name}.yaml"), {"data": {"source": "fineweb"}})

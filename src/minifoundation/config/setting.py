@@ -50,7 +50,7 @@ class Settings(BaseModel):
         if not value.strip():
             raise ValueError("is empty; give a path, or leave it out")
         try:
-            return Path(value).expanduser()
+            return str(Path(value).expanduser())  # a Path is none where JSON is read
         except RuntimeError:
             raise ValueError(f"{value}: there is no such user; write the whole path") from None
 
