@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-INSTALLED = find_spec("triton") is not None
+INSTALLED = find_spec("triton") is not None and find_spec("triton.language") is not None  # not a folder that is called so
 triton: Any = import_module("triton") if INSTALLED else None
 tl: Any = import_module("triton.language") if INSTALLED else None
 INTERPRETED: Any = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1") if INSTALLED else None
