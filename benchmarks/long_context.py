@@ -132,7 +132,7 @@ def attention(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-SCALINGS = ("none", "yarn", "theta", "ntk", "linear")
+SCALINGS = ("none", "linear", "ntk", "yarn", "theta")
 
 
 class Quality(NamedTuple):

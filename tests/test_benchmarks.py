@@ -37,6 +37,16 @@ def test_its_full_results_are_kept(name: str) -> None:
     assert kept["figures"] and kept["results"]
 
 
+def test_gpus_are_compared_with_the_slowest_of_them_by_itself() -> None:
+    from benchmarks.scaling import apart
+
+    alone = {"tokens_per_second": 1000.0, "ms_per_step": 100.0, "ms_of_each": [[100, 90, 110], [130, 80, 120], [50, 300, 50]]}
+    assert apart(alone, 1) == (1000.0, 100)
+    assert apart(alone, 2) == pytest.approx((100_000 / 120, 120))  # 130, 90 and 120 where both wait for each other
+    assert apart(alone, 3) == pytest.approx((100_000 / 120, 130))  # the third is the fastest but for one step
+    assert apart({"tokens_per_second": 1000.0, "ms_per_step": 100.0}, 4) == (1000.0, 100.0)
+
+
 def test_the_model_of_several_gpus_on_paper() -> None:
     from benchmarks.scaling import paper
 

@@ -98,6 +98,8 @@ def test_a_tilde_is_the_home_of_the_user(monkeypatch: pytest.MonkeyPatch) -> Non
     assert with_tokenizer.tokenizer.path == Path("/home/someone/spm.model")
     report = config.build(config.ReportOptions, {"runs": "~/a, ~/b,c", "out_dir": "~/report"}, "line")
     assert report.runs == (Path("/home/someone/a"), Path("/home/someone/b"), Path("c")) and report.out_dir == Path("/home/someone/report")
+    fault = refusal({"runs": "a,~nobody-of-that-name/x"}, config.ReportOptions)
+    assert str(fault) == "runs: ~nobody-of-that-name/x: there is no such user; write the whole path"
 
 
 def test_none_is_off_only_where_a_setting_can_be_off() -> None:

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, field_validator
 
 from minifoundation.config.reading import dotted_names, nearest
 from minifoundation.config.run import DataConfig, RunConfig, TokenizerConfig
-from minifoundation.config.setting import Settings, setting
+from minifoundation.config.setting import Settings, from_home, setting
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 """The clone this package is installed from; ``configs/`` lies here."""
@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 Folders = Annotated[
     tuple[Path, ...],
     BeforeValidator(
-        lambda value: [Path(part.strip()).expanduser() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        lambda value: [from_home(part.strip()) for part in value.split(",") if part.strip()] if isinstance(value, str) else value
     ),
 ]
 """``a,b`` on a command line, where a shell reads only the first ``~``."""

@@ -15,6 +15,18 @@ def setting(default: Any = ..., *, help: str, flag: str | None = None, **bounds:
     return Field(default, description=help, json_schema_extra={"flag": flag} if flag else None, **bounds)
 
 
+def from_home(path: str) -> str:
+    """Return ``path`` with the home folder in place of ``~`` or ``~user``; as text, since a Path is none where JSON is read.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        raise ValueError(f"{path}: there is no such user; write the whole path") from None
+
+
 class Settings(BaseModel):
     """Base of all settings: frozen, no unknown names, ``none`` spelled as a word means off, whole numbers may be written as ``2e9``."""
 
@@ -49,10 +61,7 @@ class Settings(BaseModel):
             return value
         if not value.strip():
             raise ValueError("is empty; give a path, or leave it out")
-        try:
-            return str(Path(value).expanduser())  # a Path is none where JSON is read
-        except RuntimeError:
-            raise ValueError(f"{value}: there is no such user; write the whole path") from None
+        return from_home(value)
 
     @classmethod
     def _kinds(cls, info: ValidationInfo) -> set[Any]:

@@ -183,15 +183,16 @@ def over_tokens(scores: dict[str, list[tuple[float, float, float | None]]], impo
 
 def short_bytes(size: float) -> str:
     """Return a size as people say it: 34.5 MB, 1.2 TB."""
-    for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if size >= unit:
-            return f"{size / unit:.3g} {letter}B"
-    return f"{size:.0f} B"
+    return _short(size, "TGMk", " ") + "B"
 
 
 def short_count(value: float) -> str:
     """Return a number as people say it: 1.5M, 200M, 10B."""
-    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    return _short(value, "TBMk")
+
+
+def _short(value: float, letters: str, space: str = "") -> str:
+    for unit, letter in zip((1e12, 1e9, 1e6, 1e3), letters, strict=True):
         if abs(value) >= unit:
-            return f"{value / unit:.3g}{letter}"
-    return f"{value:.3g}"
+            return f"{value / unit:.3g}{space}{letter}"
+    return f"{value:.3g}{space}"

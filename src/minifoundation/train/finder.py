@@ -15,6 +15,7 @@ from minifoundation.errors import UserError
 from minifoundation.runtime import Machine
 from minifoundation.train.out_of_memory import is_out_of_memory
 from minifoundation.train.plan import ALONE, USABLE_MEMORY, predicted_memory
+from minifoundation.train.printer import Say
 from minifoundation.train.trial import trial
 
 MOST_ROWS = 64
@@ -65,7 +66,7 @@ def with_batch_size(
     )
 
 
-def steps_fit(config: RunConfig, machine: Machine, world: World, say: Callable[[str], None], split: Split = ALONE) -> bool:
+def steps_fit(config: RunConfig, machine: Machine, world: World, say: Say, split: Split = ALONE) -> bool:
     """Return whether two steps fit the GPU of every process, the same on all; off CUDA nothing is tried, and the prediction counts alone.
 
     Where some run out of memory and others wait for them in the middle of a step, nobody can go on: the process ends with an error.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from minifoundation.checkpoint import latest_good, set_aside, step_folders, step_of, write_whole
 from minifoundation.errors import UserError
+from minifoundation.train.printer import Say
 
 ROLLBACKS = "rollbacks.json"
 """In the folder of a run: each time it went back, so that a run that is killed after that steps over the same samples again."""
@@ -55,7 +55,7 @@ def stepped_over(out_dir: Path) -> list[list[int]]:
     return [[one["first_sample"], one["end"]] for one in rollbacks(out_dir)]
 
 
-def checkpoint_before(bad: Bad, out_dir: Path, *, most: int, say: Callable[[str], None]) -> Path | None:
+def checkpoint_before(bad: Bad, out_dir: Path, *, most: int, say: Say) -> Path | None:
     """Return the checkpoint to go back to, None for the beginning; nothing is changed.
 
     It is the newest good one from before the first bad step; from before the one that was gone back to last, when no step since was good:
