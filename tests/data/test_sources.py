@@ -77,6 +77,7 @@ def test_names_that_are_not_utf_8_have_a_place_too(tmp_path: Path) -> None:
         ("{tmp}/corpus", "holds no .txt, .jsonl or .parquet file (plain or .gz, .zst, .xz), only .md; give a file or a folder of these"),
         ("{tmp}/corpus/*.txt", "holds no .txt, .jsonl or .parquet file (plain or .gz, .zst, .xz); give a file or a folder of these"),
         ("{tmp}/corpus/notes.md", "is not a .txt, .jsonl or .parquet file (plain or .gz, .zst, .xz); give a file or a folder of these"),
+        ("~nobody-of-that-name/x", "~nobody-of-that-name/x: there is no such user; write the whole path"),
         ("s4://bucket/x.txt", "s4://bucket/x.txt cannot be opened (Protocol not known: s4); use hf://, s3://, https:// or a path"),
     ],
 )

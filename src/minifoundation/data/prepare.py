@@ -28,7 +28,7 @@ from minifoundation.data.engines import Engine, cores, in_process, local
 from minifoundation.data.pieces import pieces
 from minifoundation.data.rows import all_documents
 from minifoundation.data.shards import PART, Manifest, Shards, intact, manifest_of, read_manifest, write_manifest
-from minifoundation.data.sources import Corpus, find_corpus, hub_corpus
+from minifoundation.data.sources import Corpus, find_corpus, hub_corpus, path_of
 from minifoundation.data.tokenizer import Tokenizer, train_tokenizer
 from minifoundation.errors import UserError
 from minifoundation.lock import held
@@ -104,7 +104,7 @@ def rebuilt_files(source: str, config: DataConfig, tokenizer: Tokenizer, *, engi
 
 def shards_folder(source: str, config: DataConfig, tokenizer: Tokenizer) -> Path:
     """Return the folder for this corpus and tokenizer: a readable name and a hash of both."""
-    name = source if is_remote(source) else str(Path(source.removeprefix("file://")).expanduser().resolve())
+    name = source if is_remote(source) else str(path_of(source).resolve())
     key = json.dumps([name, config.text_column, tokenizer.sha256])
     slug = re.sub(r"[^a-z0-9]+", "-", Path(name).name.lower()).strip("-")[:40] or "corpus"
     return config.shards_dir / f"{slug}-{hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:8]}"

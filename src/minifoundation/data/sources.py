@@ -121,8 +121,20 @@ def _counted(files: tuple[File, ...], marks: dict[File, bytes]) -> dict[str, Any
     return {"files": len(files), "bytes": None if None in sizes else sum(filter(None, sizes)), "sha256": digest.hexdigest()}
 
 
+def path_of(source: str) -> Path:
+    """Return the path of a corpus of this machine, given as a path or a file:// address.
+
+    Raises:
+        UserError: it begins with ``~`` and the name of nobody here.
+    """
+    try:
+        return Path(source.removeprefix("file://")).expanduser()
+    except RuntimeError:
+        raise UserError("data.source", f"{source}: there is no such user", "write the whole path") from None
+
+
 def _local_files(source: str) -> tuple[File, ...]:
-    root = Path(source).expanduser()
+    root = path_of(source)
     if root.is_file():
         if form_of(root.name) is None:
             raise UserError("data.source", f"{source} is not {FORMS}", REMEDY)
