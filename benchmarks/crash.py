@@ -178,12 +178,15 @@ def full_disk(work: Path) -> dict[str, Any]:
                 life.until(lambda where=where: len(step_folders(where)) == 2, 60)  # type: ignore[misc]
             if name == "read-only":
                 subprocess.run(["mount", "--bind", str(where), str(where)], check=True)
-                subprocess.run(["mount", "-o", "remount,ro,bind", str(where)], check=True)
+                command = ["mount", "-o", "remount,ro,bind", str(where)]
+                while subprocess.run(command, capture_output=True, check=False).returncode:  # busy while a checkpoint is being written
+                    assert life.exit_code() is None, life.said
             if name == "vanished":
                 where = where.rename(disk / "elsewhere")
             code = life.ended()
             printed = (work / f"{name}.log").read_text(encoding="utf-8")
             told, last = lines(printed), newest(where, print)
+            assert told, f"{name}: exit code {code}, and nothing said: {life.said}"
             found[name] = {"exit_code": code, "told": told[-1], "traceback": "Traceback" in printed, "last": last and last.name}
             if name == "read-only":
                 subprocess.run(["umount", str(where)], check=True)

@@ -50,6 +50,10 @@ def test_a_full_device_is_an_error_that_names_the_file(monkeypatch: pytest.Monke
 
 
 def test_a_small_file_is_replaced_whole_or_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_whole(tmp_path / "new" / "x", b"first")
+    assert not (tmp_path / "new").exists(), "a folder that has vanished is not made again"
+    (tmp_path / "new").mkdir()
     write_whole(tmp_path / "new" / "x", b"first")
 
     def full(_descriptor: int) -> None:

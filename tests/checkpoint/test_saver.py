@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -183,3 +184,23 @@ def test_a_container_has_the_memory_of_its_limit(tmp_path: Path, folder: str, mo
     assert saver.free_memory_bytes(tmp_path) > 100_000
     (group / most).write_text("90000\n")
     assert saver.free_memory_bytes(tmp_path) == 90_000 - 70_000 + 15_000
+
+
+@pytest.mark.parametrize("moment", range(6))
+def test_a_folder_that_goes_while_it_is_written_to_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
+    out_dir, real, seen = tmp_path / "run", os.fsync, list[int]()
+    out_dir.mkdir()
+
+    def moved(descriptor: int) -> None:
+        if len(seen) == moment:
+            out_dir.rename(tmp_path / "elsewhere")
+        seen.append(descriptor)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", moved)
+    saves = made_saver(out_dir, [])
+    with pytest.raises(UserError, match="the folder of the run is gone; look where it went"):
+        saves.save(full(1))
+        saves.save(full(2))
+    saves.close()
+    assert len(seen) > moment and not out_dir.exists()

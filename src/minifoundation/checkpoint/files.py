@@ -127,8 +127,7 @@ def _in_threads(work: Callable[[tuple[int, int]], None], parts: Sequence[tuple[i
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file whole or not at all, in a folder that is made when it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a small file whole or not at all; its folder is not made, for one that has vanished is a fault."""
     part = path.with_name(path.name + ".part")
     try:
         with HashedFile(part) as out:

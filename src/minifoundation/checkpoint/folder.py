@@ -137,7 +137,7 @@ def write_step(state: Mapping[str, Any], layout: Layout, body: Iterable[memoryvi
     part = folder.with_suffix(PART)
     shutil.rmtree(part, ignore_errors=True)
     try:
-        part.mkdir()  # not its parents: a run's folder that has vanished is a fault, not to be made again
+        part.mkdir()
         files = {
             TENSORS: _written(part / TENSORS, [layout.header()], body),
             STATE: _written(part / STATE, [json.dumps(state, indent=1).encode()]),

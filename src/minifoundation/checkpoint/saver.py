@@ -142,7 +142,7 @@ class Saver:
         error = writing.exception()
         if error is not None:
             self._saved = None
-            self.failed(error)
+            self.failed(self._gone() or error)
 
     def close(self) -> None:
         """Wait for what is being written, whatever becomes of it, and give the host memory back."""
@@ -166,9 +166,15 @@ class Saver:
         reason = f"{error.filename}: {str(error.strerror).lower()}" if isinstance(error, OSError) else str(error)
         self._say(f"warning: not written: {reason}; training on, since train.if_save_fails is continue")
 
+    def _gone(self) -> UserError | None:
+        """Return what to say of a folder that has been moved or removed under the run; None while it is there."""
+        if self.out_dir.is_dir():
+            return None
+        return UserError(str(self.out_dir), "the folder of the run is gone", "look where it went, and go on with --resume auto")
+
     def _check_space(self, tensor_bytes: int) -> None:
-        if not self.out_dir.is_dir():
-            raise UserError(str(self.out_dir), "the folder of the run is gone", "look where it went, and go on with --resume auto")
+        if gone := self._gone():
+            raise gone
         needed, free = tensor_bytes + SLACK, shutil.disk_usage(self.out_dir).free
         if needed > free:
             raise UserError(

@@ -57,6 +57,7 @@ def bench(options: BenchOptions, values: dict[str, Any]) -> None:
             click.echo(f"on a CPU: a part of it ({sizes}); all figures are of that model")
         figures = _measured(asked, machine, options.steps)
     if options.json_out is not None:
+        options.json_out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(options.json_out, json.dumps(figures, indent=1).encode())
         click.echo(f"\nwrote {options.json_out}")
 

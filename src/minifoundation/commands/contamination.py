@@ -64,6 +64,7 @@ def contamination(options: ContaminationOptions) -> None:
     }
     from minifoundation.checkpoint import write_whole
 
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, json.dumps({"sizes": SIZES, "text": text, "benchmarks": rows, "not_read": missing}, indent=1).encode())
     print(f"{text['tokens']:,} tokens ({text['bytes'] / 1e6:,.0f} MB of text) in {text['seconds']:,} s")
     for row in rows:

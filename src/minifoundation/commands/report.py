@@ -47,6 +47,7 @@ def report(options: ReportOptions) -> None:
         parity=read_parity(options.evals),
         cost=Cost(options.price_per_hour, options.watts),
     )
+    options.out_dir.mkdir(parents=True, exist_ok=True)
     for name, text in (("report.html", html(content)), ("README.md", card(content, license=options.license))):
         write_whole(options.out_dir / name, text.encode())
         print(options.out_dir / name)

@@ -161,6 +161,7 @@ def run_tokenizer(config: RunConfig, before: Checkpoint | None) -> Tokenizer:
             "leave it out: the checkpoint holds the right one",
         )
     if not model.exists() or model.read_bytes() != before.tokenizer_model:
+        folder.mkdir(parents=True, exist_ok=True)
         write_whole(model, before.tokenizer_model)
     return Tokenizer.load(model)
 
