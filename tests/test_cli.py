@@ -233,7 +233,9 @@ def test_help_answers_at_once() -> None:
 
     libraries = "import click, yaml, pydantic; pydantic.BaseModel, pydantic.TypeAdapter"  # 0.15 s, and help 0.35 s, where nothing else runs
     turns = [(seconds("-m", "src.cli", "pretrain", "--help"), seconds("-c", libraries)) for _ in range(4)]
-    assert min(shown for shown, _ in turns) <= 3.5 * min(imported for _, imported in turns), "torch alone takes ten times as long as they do"
+    assert min(shown for shown, _ in turns) <= 3.5 * min(imported for _, imported in turns), (
+        "torch alone takes ten times as long as they do"
+    )
 
 
 def test_the_program_is_a_click_group() -> None:
