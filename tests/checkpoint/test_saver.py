@@ -199,8 +199,8 @@ def test_a_folder_that_goes_while_it_is_written_to_is_not_made_again(tmp_path: P
 
     monkeypatch.setattr(os, "fsync", moved)
     saves = made_saver(out_dir, [])
+    saves.save(full(1))
     with pytest.raises(UserError, match="the folder of the run is gone; look where it went"):
-        saves.save(full(1))
         saves.save(full(2))
     saves.close()
     assert len(seen) > moment and not out_dir.exists()
