@@ -11,7 +11,7 @@ PACKAGE = "minifoundation"
 ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 
 LAYERS = (
-    {"errors"},
+    {"errors", "wording"},
     {"config", "distributed", "lock"},
     {"model", "data", "evaluate", "runtime", "checkpoint"},
     {"train", "export", "report"},

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from minifoundation.errors import UserError
+from minifoundation.wording import counted
 
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
@@ -97,7 +98,7 @@ def machine(local_rank: int = 0) -> Machine:
         _keep_compiled_attention()
         properties = torch.cuda.get_device_properties(local_rank)
         return Machine(torch.device("cuda", local_rank), properties.name, properties.total_memory, peak_flops(properties.name))
-    return Machine(torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads", _ram_bytes(), None)
+    return Machine(torch.device("cpu"), f"CPU, {counted(torch.get_num_threads(), 'thread')}", _ram_bytes(), None)
 
 
 def _keep_compiled_attention() -> None:

@@ -135,7 +135,7 @@ def test_a_stopped_evaluation_goes_on_and_ends_as_one_that_was_not(
     capsys.readouterr()
     assert main([*line, str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    assert f"{tmp_path / 'out'}: going on with what is left there, 2 of 3 tasks are done" in printed and ran == ["hellaswag:0"]
+    assert f"{tmp_path / 'out'}: going on with what is left there, tasks done: 2 of 3" in printed and ran == ["hellaswag:0"]
     whole, resumed = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "out"))
     assert resumed["complete"]
     for rows in (whole["rows"], resumed["rows"]):
@@ -295,11 +295,11 @@ def test_a_mirror_made_by_hand_is_sealed_and_checked(tmp_path: Path, capsys: pyt
     assert main(line) == 0
     assert "arc_easy: has its data\npiqa: has its data" in capsys.readouterr().out
     assert main([*line[:-1], "winogrande"]) == 2
-    assert "1 tasks have no data; pull it with eval-data pull" in capsys.readouterr().err
+    assert "1 task without data; pull it with eval-data pull" in capsys.readouterr().err
     file = next((tmp_path / "baber/piqa").rglob("validation.parquet"))
     file.write_bytes(file.read_bytes() + b"x")
     assert main(line) == 2
-    assert "1 files are not as in manifest.json, the first baber/piqa/default/validation.parquet: changed" in capsys.readouterr().err
+    assert "1 file not as in manifest.json, the first baber/piqa/default/validation.parquet: changed" in capsys.readouterr().err
     folder = write_tiny_model(tmp_path / "model")
     assert main(["eval", "--model_path", str(folder), "--tasks", "piqa,arc_easy", "--limit", "2", "--data_dir", str(tmp_path)]) == 0
     rows = json.loads((folder / "eval" / "results.json").read_text())["rows"]

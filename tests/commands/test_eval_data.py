@@ -41,7 +41,7 @@ def test_what_is_pulled_serves_an_evaluation_and_is_checked(tmp_path: Path) -> N
         done = run(server, "eval-data", "pull", "--tasks", "arc_easy,piqa", "--data_dir", str(mirror))
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: eval-data pull: 1 tasks have no data: piqa: data set baber/piqa: not cached and not reachable")
+    assert last.startswith("error: eval-data pull: 1 task without data: piqa: data set baber/piqa: not cached and not reachable")
     written = sorted(str(path.relative_to(mirror)) for path in mirror.rglob("*.parquet"))
     assert written == [f"allenai/ai2_arc/ARC-Easy/{split}.parquet" for split in ("test", "train", "validation")]
     assert [row["id"] for row in pq.read_table(mirror / written[0]).to_pylist()] == [f"test-{i}" for i in range(4)]

@@ -184,7 +184,7 @@ def test_both_models_are_tried_in_the_precision_of_the_extension(pretrained: Pat
 
 
 def test_auto_is_the_most_rows_that_fit_whatever_was_added_up_before(pretrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for options, rows in (((), "64 rows x 1 micro-batches"), (("--grad_accum", "8"), "8 rows x 1 micro-batches")):
+    for options, rows in (((), "64 rows x 1 micro-batch"), (("--grad_accum", "8"), "8 rows x 1 micro-batch")):
         assert extend(pretrained, "auto", "--batch_size", "auto", "--tokens", "1_000_000", "--dry_run", *options) == 0
         assert rows in capsys.readouterr().out
 

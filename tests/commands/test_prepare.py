@@ -118,7 +118,7 @@ def test_a_damaged_shard_is_named_and_made_again(corpus: Path, tmp_path: Path, c
     shutil.rmtree(folder)
     assert main([*line, "--tokens", "1"]) == 0
     assert main([*line, "--rebuild"]) == 0
-    assert "1 shards, more can follow" in capsys.readouterr().out
+    assert "1 shard, more can follow" in capsys.readouterr().out
     assert main([*line, "--rebuild", "--tokens", "9_000"]) == 0
     assert "2 shards, more can follow" in capsys.readouterr().out
 

@@ -116,7 +116,7 @@ def test_a_tokenizer_is_trained_on_what_is_trained_on(data: DataConfig, tokenize
 def test_a_corpus_that_is_held_out_as_a_whole_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     text = next(f"text {n}" for n in range(100) if is_held_out(f"text {n}".encode(), 0.1))
     (tmp_path / "a.txt").write_text(text)
-    with pytest.raises(UserError, match=r"data.held_out: all 1 documents fell into the held-out split; lower it"):
+    with pytest.raises(UserError, match=r"data.held_out: every document fell into the held-out split; lower it"):
         prepared(DataConfig(source=str(tmp_path), shards_dir=tmp_path / "s", held_out=0.1), tokenizer)
 
 

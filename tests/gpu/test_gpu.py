@@ -385,7 +385,7 @@ def test_auto_goes_down_when_real_steps_run_out_of_memory(tmp_path: Path) -> Non
         machine.forget()
     rows = chosen.train.batch_size
     assert isinstance(rows, int) and 1 <= rows < 64 and rows * chosen.train.grad_accum == 64
-    assert said[0] == f"train.batch_size: 64 rows were predicted to fit {machine.name}, and do not; trying fewer"
+    assert said[0] == f"train.batch_size: 64 rows predicted to fit {machine.name} did not; trying fewer"
     assert again.peak_bytes < 3 * 2**30
 
 

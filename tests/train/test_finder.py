@@ -78,9 +78,7 @@ def test_fewer_rows_are_tried_when_a_real_step_does_not_fit(monkeypatch: pytest.
     chosen = with_batch_size(run_config(batch_size="auto", grad_accum=32), GPU, lambda one: steps_fit(one, GPU, World(), said.append))
     assert split(chosen) == (4, 8)
     expected = [
-        f"train.batch_size: {rows} rows were predicted to fit GPU, and do not; trying fewer"
-        for rows in (32, 16, 8)
-        if fits(rows, 32 // rows)
+        f"train.batch_size: {rows} rows predicted to fit GPU did not; trying fewer" for rows in (32, 16, 8) if fits(rows, 32 // rows)
     ]
     assert said == expected
     monkeypatch.setattr(finder, "trial", out_of_memory_above(0))

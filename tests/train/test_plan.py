@@ -38,7 +38,7 @@ def test_processes_that_read_a_row_together_share_it() -> None:
     assert shared.flops_per_token == one.flops_per_token
     config = run_config(tokens=10**9, grad_accum=4, context_parallel=4)
     text = describe(config, plan(config, 8, Split("ddp")), H100, 8)
-    assert "(1 rows x 4 micro-batches x 4096 tokens x 2 groups of 4 processes)" in text
+    assert "(1 row x 4 micro-batches x 4096 tokens x 2 groups of 4 processes)" in text
     assert "; 4 read a row together, 1,024 tokens each" in text
 
 

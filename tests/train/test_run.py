@@ -204,7 +204,7 @@ def test_dry_run_writes_nothing_and_prints_the_plan(settings: Make, capsys: pyte
     config = settings()
     assert run(config, resume=None, dry_run=True) is None
     shown = capsys.readouterr().out
-    assert "12 of 128 tokens (2 rows x 2 micro-batches x 32 tokens x 1 processes)" in shown
+    assert "12 of 128 tokens (2 rows x 2 micro-batches x 32 tokens x 1 process)" in shown
     assert "FLOP" in shown and "GiB" in shown and "at 40%" in shown and "MFU of an H100" in shown and "nothing was started" in shown
     assert not config.out_dir.exists() and not config.data.shards_dir.exists()
 

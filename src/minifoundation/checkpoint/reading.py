@@ -30,6 +30,7 @@ from minifoundation.checkpoint.folder import (
 )
 from minifoundation.config import RunConfig
 from minifoundation.errors import UserError
+from minifoundation.wording import counted
 
 REMEDY = "give final.pth or a step_ folder of a run"
 
@@ -85,7 +86,7 @@ def _difference(path: Path, record: Record) -> str | None:
     if not path.is_file():
         return f"{path.name} is missing"
     if path.stat().st_size != record.bytes:
-        return f"{path.name} has {path.stat().st_size:,} bytes instead of {record.bytes:,}"
+        return f"{path.name} has {counted(path.stat().st_size, 'byte')} instead of {record.bytes:,}"
     return None if record_of(path) == record else f"{path.name} does not match its sha256"
 
 

@@ -29,6 +29,7 @@ from minifoundation.evaluate.requests import read_tasks
 from minifoundation.evaluate.results import read_items, read_results
 from minifoundation.evaluate.scan import Scan
 from minifoundation.evaluate.vocabulary import Vocabulary
+from minifoundation.wording import counted
 
 Seen = dict[int, npt.NDArray[np.bool_]]
 
@@ -69,7 +70,7 @@ def contamination(options: ContaminationOptions) -> None:
     print(f"{text['tokens']:,} tokens ({text['bytes'] / 1e6:,.0f} MB of text) in {text['seconds']:,} s")
     for row in rows:
         shares = ", ".join(f"{len(row['dirty'][str(n)]) / row['items']:.2%} by {n}-grams ({row['short'][str(n)]} too short)" for n in SIZES)
-        print(f"{row['benchmark']}: {row['items']:,} items, {shares}")
+        print(f"{row['benchmark']}: {counted(row['items'], 'item')}, {shares}")
     for line in missing:
         print(line)
     for folder in options.evals:

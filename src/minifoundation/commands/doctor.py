@@ -29,6 +29,7 @@ from minifoundation.runtime import Machine
 from minifoundation.train.metrics import METRICS
 from minifoundation.train.provenance import RUN, driver_version
 from minifoundation.train.rollback import rollbacks
+from minifoundation.wording import counted
 
 LITTLE_DISK = 20 * 2**30
 """Three checkpoints of the 0.5B model, about."""
@@ -155,9 +156,7 @@ def _settings(folder: Path) -> Iterator[Finding]:
         yield Finding("wrong", f"config.yaml: {error.where}: {error.problem}")
     try:
         starts = json.loads((folder / RUN).read_text(encoding="utf-8"))["starts"]
-        yield Finding(
-            "ok", f"{RUN}: {len(starts)} start{'s' if len(starts) > 1 else ''}, the last {starts[-1]['time']} with: {starts[-1]['command']}"
-        )
+        yield Finding("ok", f"{RUN}: {counted(len(starts), 'start')}, the last {starts[-1]['time']} with: {starts[-1]['command']}")
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         yield Finding("note", f"{RUN}: missing or damaged; the next start writes it anew")
 
@@ -183,7 +182,8 @@ def _metrics(path: Path, saved: int) -> Iterator[Finding]:
         yield Finding("note", f"{METRICS}: ends at step {steps[-1]:,}, before the checkpoint of step {saved:,} (train.log_every?)")
     else:
         skipped = sum(bool(row["skipped"]) for row in rows)
-        yield Finding("ok", f"{METRICS}: {len(rows):,} rows in order" + (f", {skipped:,} skipped steps" if skipped else ""))
+        left_out = f", {counted(skipped, 'skipped step')}" if skipped else ""
+        yield Finding("ok", f"{METRICS}: {counted(len(rows), 'row')} in order{left_out}")
 
 
 def _rolled_back(folder: Path) -> Iterator[Finding]:

@@ -73,7 +73,7 @@ def _evaluate(options: EvalOptions, requests: list[Request], baselines: Baseline
         left = [request for request in requests if request.label not in folder.done]
         if folder.done:
             count = f"{len(requests) - len(left)} of {len(requests)}"
-            print(f"{folder.path}: going on with what is left there, {count} tasks are done")
+            print(f"{folder.path}: going on with what is left there, tasks done: {count}")
         running = harness.run(model, manager, left, limit=options.limit, data_dir=options.data_dir, code=options.allow_code_exec)
         outcomes: list[Outcome] = []
         for place, request in enumerate(requests, 1):

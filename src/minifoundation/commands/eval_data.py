@@ -12,6 +12,7 @@ from minifoundation.config import CheckOptions, PullOptions
 from minifoundation.errors import UserError
 from minifoundation.evaluate import mirror
 from minifoundation.evaluate.requests import Request, read_tasks
+from minifoundation.wording import counted
 
 
 def pull(options: PullOptions) -> None:
@@ -37,9 +38,10 @@ def pull(options: PullOptions) -> None:
                 written[path, name, split] = file
     if written:
         sealed = mirror.seal(options.data_dir, list(written.values()))
-        print(f"{options.data_dir}: {len(written)} files written, {sealed} in {mirror.MANIFEST}")
+        print(f"{options.data_dir}: {counted(len(written), 'file')} written, {sealed} in {mirror.MANIFEST}")
     if failed:
-        raise UserError("eval-data pull", f"{len(failed)} tasks have no data: {failed[0]}", "mend it and type the same line again")
+        without = f"{counted(len(failed), 'task')} without data: {failed[0]}"
+        raise UserError("eval-data pull", without, "mend it and type the same line again")
 
 
 def check(options: CheckOptions) -> None:
@@ -52,7 +54,7 @@ def check(options: CheckOptions) -> None:
     if not data_dir.is_dir():
         raise UserError("--data_dir", f"{data_dir}: no such folder", "make one with eval-data pull")
     if options.seal:
-        print(f"{data_dir}: {mirror.seal(data_dir)} files in {mirror.MANIFEST}")
+        print(f"{data_dir}: {counted(mirror.seal(data_dir), 'file')} in {mirror.MANIFEST}")
     hashes = mirror.read_manifest(data_dir)
     if hashes is None:
         raise UserError(str(data_dir), f"has no {mirror.MANIFEST}", "write one with --seal if the files are right")
@@ -65,10 +67,11 @@ def check(options: CheckOptions) -> None:
     for line in failed:
         print(line)
     if wrong:
-        raise UserError(str(data_dir), f"{len(wrong)} files are not as in {mirror.MANIFEST}, the first {wrong[0]}", mirror.PULL)
+        raise UserError(str(data_dir), f"{counted(len(wrong), 'file')} not as in {mirror.MANIFEST}, the first {wrong[0]}", mirror.PULL)
     if failed:
-        raise UserError(str(data_dir), f"{len(failed)} tasks have no data", "pull it with eval-data pull, or name fewer with --tasks")
-    print(f"{data_dir}: {len(hashes)} files as in {mirror.MANIFEST}")
+        without = f"{counted(len(failed), 'task')} without data"
+        raise UserError(str(data_dir), without, "pull it with eval-data pull, or name fewer with --tasks")
+    print(f"{data_dir}: {counted(len(hashes), 'file')} as in {mirror.MANIFEST}")
 
 
 def _needed(tasks: str, data_dir: Path | None, failed: list[str]) -> Iterator[tuple[Request, list[tuple[str, str | None, set[str]]]]]:

@@ -13,6 +13,7 @@ from minifoundation.data.ledger import Entry
 from minifoundation.data.shards import Shards
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.errors import UserError
+from minifoundation.wording import counted
 
 SHOWN = 400
 """Characters of a sample that are printed."""
@@ -38,19 +39,19 @@ def _shards(options: InspectOptions, shards: Shards) -> None:
     manifest = shards.manifest
     splits = {"train": survey.split(shards.train, manifest.eos), "held out": survey.split(shards.held_out, manifest.eos)}
     end = "the whole corpus" if shards.complete else "more can follow"
-    click.echo(f"{shards.folder}: {len(manifest.pairs)} shards of {manifest.dtype}, {end}, {manifest.documents_read:,} documents read")
+    read = counted(manifest.documents_read, "document")
+    click.echo(f"{shards.folder}: {counted(len(manifest.pairs), 'shard')} of {manifest.dtype}, {end}, {read} read")
     for name, found in splits.items():
         if not found.tokens:
             click.echo(f"  {name:<9} nothing")
             continue
         low, middle, high = np.quantile(found.lengths, (0.05, 0.5, 0.95))
         lengths = f"median {middle:,.0f}, 90% from {low:,.0f} to {high:,.0f}, longest {found.lengths.max():,}"
-        click.echo(
-            f"  {name:<9} {found.tokens:,} tokens in {len(found.lengths):,} documents, {found.text_bytes / found.tokens:.2f} bytes a token"
-        )
+        documents = counted(len(found.lengths), "document")
+        click.echo(f"  {name:<9} {found.tokens:,} tokens in {documents}, {found.text_bytes / found.tokens:.2f} bytes a token")
         click.echo(f"  {'':<9} tokens a document: {lengths}")
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(manifest.skipped.items()))
-    click.echo(f"  skipped   {skipped or 'no rows'}; {manifest.held_out_dropped:,} held-out documents over the cap left out")
+    click.echo(f"  skipped   {skipped or 'no rows'}; {counted(manifest.held_out_dropped, 'held-out document')} over the cap left out")
     if options.verify:
         survey.check(shards)
         click.echo("  verified  every file is what was written (sha256)")
@@ -102,7 +103,7 @@ def _checkpoint(path: Path) -> None:
     bits = progress["held_out_bits_per_byte"]
     click.echo(f"  held out  {'not evaluated' if bits is None else f'{bits:.4f} bits per byte'}")
     if skipped := progress.get("skipped"):
-        click.echo(f"  skipped   {len(skipped):,} steps, the last {skipped[-1]['step']:,}: {skipped[-1]['reason']}")
+        click.echo(f"  skipped   {counted(len(skipped), 'step')}, the last {skipped[-1]['step']:,}: {skipped[-1]['reason']}")
     for first, end in progress.get("stepped_over", []):
         click.echo(f"  left out  samples {first:,} to {end - 1:,}, at which the run went back")
     for number, entry in enumerate(Entry(**kept) for kept in checkpoint.ledger):
@@ -116,6 +117,6 @@ def _entry(entry: Entry, number: int) -> None:
     part = f" ({entry.part} documents)" if entry.part else ""
     click.echo(f"  {entry.phase:<9} {entry.share:7.2%} {entry.tokens:16,} {epochs:>9}  {entry.source}{part}")
     last = f"{entry.shards} from number {entry.first_shard} on, sha256 {entry.shards_sha256[:12]}"
-    click.echo(f"  {'':<9} {entry.samples:,} samples; shards of {entry.folder}: {last}")
+    click.echo(f"  {'':<9} {counted(entry.samples, 'sample')}; shards of {entry.folder}: {last}")
     corpus = ", ".join(f"{name} {value}" for name, value in entry.corpus.items())
     click.echo(f"  {'':<9} corpus: {corpus}; tokenizer {entry.tokenizer_sha256[:12]}")

@@ -16,6 +16,7 @@ import click
 from minifoundation import config
 from minifoundation.config import PrepareConfig, PrepareOptions, RunConfig
 from minifoundation.errors import Interrupted, UserError
+from minifoundation.wording import counted
 
 if TYPE_CHECKING:
     from minifoundation.data.engines import Engine
@@ -145,8 +146,8 @@ def _show(shards: Shards, tokenizer: Tokenizer) -> None:
     dropped = f", {manifest.held_out_dropped:,} more left out" if manifest.held_out_dropped else ""
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(manifest.skipped.items()))
     end = "the end of the corpus" if shards.complete else "more can follow"
-    click.echo(f"{shards.folder}: {len(shards.train)} shards, {end}")
-    click.echo(f"  train      {shards.train_tokens:,} tokens in {sum(shard.documents for shard in shards.train):,} documents")
-    click.echo(f"  held out   {shards.held_out_tokens:,} tokens in {held_out:,} documents{dropped}")
+    click.echo(f"{shards.folder}: {counted(len(shards.train), 'shard')}, {end}")
+    click.echo(f"  train      {shards.train_tokens:,} tokens in {counted(sum(shard.documents for shard in shards.train), 'document')}")
+    click.echo(f"  held out   {shards.held_out_tokens:,} tokens in {counted(held_out, 'document')}{dropped}")
     click.echo(f"  text       {shards.bytes_per_token:.2f} bytes a token; tokenizer {tokenizer.path}")
     click.echo(f"  skipped    {skipped or 'no rows'}")

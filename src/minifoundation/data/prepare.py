@@ -79,7 +79,7 @@ def prepare_shards(
         preparation.corpus()
     shards = Shards.open(folder)
     if shards.train_tokens == 0:
-        raise UserError("data.held_out", f"all {shards.manifest.documents_read:,} documents fell into the held-out split", "lower it")
+        raise UserError("data.held_out", "every document fell into the held-out split", "lower it")
     return shards
 
 

@@ -21,6 +21,7 @@ from http.client import responses
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from minifoundation.errors import UserError
+from minifoundation.wording import counted
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -250,7 +251,7 @@ def _skip(stream: IO[bytes], count: int) -> None:
     while count:
         raw = stream.read(min(count, READ_BYTES))
         if not raw:
-            raise EOFError(f"the file ends {count:,} bytes before the place that was reached")
+            raise EOFError(f"the file ends {counted(count, 'byte')} before the place that was reached")
         count -= len(raw)
 
 
@@ -268,7 +269,7 @@ def _block(url: str, start: int, stop: int) -> bytes:
     else:
         raw = fs.cat_file(path, start, stop)
     if len(raw) != stop - start:
-        raise EOFError(f"{len(raw):,} bytes came instead of {stop - start:,}")
+        raise EOFError(f"{counted(len(raw), 'byte')} came instead of {stop - start:,}")
     return raw
 
 

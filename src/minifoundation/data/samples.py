@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from minifoundation.data.shards import MANIFEST, Shards
 from minifoundation.errors import UserError
+from minifoundation.wording import counted
 
 
 def samples_in(tokens: int, seq_len: int) -> int:
@@ -44,7 +45,7 @@ class Order:
             raise UserError(
                 "train.seq_len",
                 f"{self.seq_len} is longer than the corpus ({self.shards.train_tokens:,} training tokens in "
-                f"{len(self.shards.train)} shards of {self.shards.folder})",
+                f"{counted(len(self.shards.train), 'shard')} of {self.shards.folder})",
                 "shorten it, give more text, or raise data.shard_tokens",
             )
 

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from minifoundation.data.tokenizer import EOS
 from minifoundation.errors import UserError
+from minifoundation.wording import counted
 
 MANIFEST = "manifest.json"
 PART = ".part"
@@ -267,7 +268,7 @@ def _shard(folder: Path, manifest: Manifest, record: Record) -> Shard:
     size = path.stat().st_size if path.is_file() else None
     expected = record.tokens * dtype.itemsize
     if size != expected:
-        found = "is missing" if size is None else f"has {size:,} bytes instead of {expected:,}"
+        found = "is missing" if size is None else f"has {counted(size, 'byte')} instead of {expected:,}"
         raise UserError(str(path), found, REMEDY)
     return Shard(path, dtype, record.tokens, record.documents, record.text_bytes)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from minifoundation.distributed.world import World
 from minifoundation.errors import UserError
+from minifoundation.wording import processes
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -63,9 +64,8 @@ def sharing_rows(world: World, size: int) -> World:
     if size == 1:
         return world
     if world.size % size:
-        processes = f"{world.size} processes" if world.size > 1 else "1 process"
         remedy = "start a multiple of it with torchrun --nproc_per_node, or choose one that divides them"
-        raise UserError("train.context_parallel", f"{size}, and there {'are' if world.size > 1 else 'is'} {processes}", remedy)
+        raise UserError("train.context_parallel", f"{size}, and there {'are' if world.size > 1 else 'is'} {processes(world.size)}", remedy)
     from torch.distributed.device_mesh import DeviceMesh
 
     mine, _ = dist.new_subgroups(group_size=size)  # with a communicator of its own: what is gathered does not queue behind gradients

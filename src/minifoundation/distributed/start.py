@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from minifoundation.distributed.world import World
 from minifoundation.errors import Stopped, UserError
+from minifoundation.wording import counted, processes
 
 MEETING = timedelta(seconds=60)
 """What a process has to start and to be reached within."""
@@ -48,7 +49,9 @@ def join(*, with_gpu: bool = True) -> Iterator[World]:
     if with_gpu:
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                "--nproc_per_node", f"{local_rank + 1} processes or more on {torch.cuda.device_count()} GPUs", "start one process a GPU"
+                "--nproc_per_node",
+                f"{processes(local_rank + 1)} or more on {counted(torch.cuda.device_count(), 'GPU')}",
+                "start one process a GPU",
             )
         torch.cuda.set_device(local_rank)
         # The last collectives of each process are kept, and written where they are asked for, when one does not come to its end.

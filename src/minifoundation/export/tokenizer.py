@@ -9,6 +9,7 @@ from typing import Any
 
 from minifoundation.data.fast_tokenizer import FastTokenizer
 from minifoundation.data.tokenizer import BOS, CHUNK, UNK, SentencePiece, Tokenizer
+from minifoundation.wording import counted
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_seq_len: int) -> None:
@@ -54,7 +55,7 @@ def tokenizer_differences(tokenizer: Tokenizer, folder: Path, texts: Iterable[st
     exported = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **settings)
     differences = []
     if len(exported) != tokenizer.vocab_size:
-        differences.append(f"the vocabulary has {len(exported)} entries, not {tokenizer.vocab_size}")
+        differences.append(f"the vocabulary has {counted(len(exported), 'entry', 'entries')}, not {tokenizer.vocab_size}")
     for name, token in tokenizer.special._asdict().items():
         found = getattr(exported, f"{name}_token_id")
         if token is not None and found != token:

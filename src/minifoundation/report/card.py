@@ -9,6 +9,7 @@ from minifoundation import __version__
 from minifoundation.data.hub import language_of
 from minifoundation.evaluate.tables import again, computed, table
 from minifoundation.report.page import Content, architecture, corpus_in_words, tiles
+from minifoundation.wording import counted
 
 DATASETS = {
     "mmlu": "cais/mmlu",
@@ -129,9 +130,9 @@ def _training(content: Content) -> str:
         train = run.settings.train
         held = "" if bits is None else f", {bits:.3f} bits per byte on held-out text"
         lines.append(
-            f"* {run.phase}: {run.tokens:,} tokens in {run.step:,} steps of {run.tokens // max(1, run.step):,}, rows of {train.seq_len:,}, "
-            f"peak learning rate {train.lr:g} ({train.schedule}), {train.precision}; last loss {loss:.3f}{held}; "
-            f"loss spikes: {', '.join(map(str, run.spikes)) or 'none'}."
+            f"* {run.phase}: {run.tokens:,} tokens in {counted(run.step, 'step')} of {run.tokens // max(1, run.step):,}, "
+            f"rows of {train.seq_len:,}, peak learning rate {train.lr:g} ({train.schedule}), {train.precision}; "
+            f"last loss {loss:.3f}{held}; loss spikes: {', '.join(map(str, run.spikes)) or 'none'}."
         )
     ledger = content.runs[-1].ledger
     if ledger:

@@ -19,6 +19,7 @@ from minifoundation.model.size import n_parameters
 from minifoundation.report import evaluations, plots
 from minifoundation.report.evaluations import LEGEND, Evaluation, Line
 from minifoundation.report.runs import Run
+from minifoundation.wording import counted
 
 CURVES = (
     ("loss", "Training loss", "nats a token"),
@@ -139,7 +140,7 @@ def corpus_in_words(corpus: Mapping[str, Any]) -> str:
         return f"{corpus['hub']}{subset} at {str(corpus.get('revision'))[:12]}"
     if "files" not in corpus:
         return ""
-    count = "1 file" if corpus["files"] == 1 else f"{corpus['files']:,} files"
+    count = counted(corpus["files"], "file")
     size = "" if corpus.get("bytes") is None else f", {plots.short_bytes(corpus['bytes'])}"
     return f"{count}{size}, sha256 {corpus['sha256'][:12]}"
 

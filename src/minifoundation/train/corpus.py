@@ -23,6 +23,7 @@ from minifoundation.train.long_rows import by_lengths, searched
 from minifoundation.train.plan import Plan
 from minifoundation.train.printer import Say
 from minifoundation.train.state import Progress, Start
+from minifoundation.wording import counted
 
 AT_ONCE = 4_194_304
 """Tokens that are made before training begins, to the end of the shard: the work of seconds. The rest is made while it runs."""
@@ -237,7 +238,7 @@ def _enough(loader: Loader, planned: Plan) -> None:
         if there is not None and there < count:
             raise UserError(
                 source,
-                f"holds {there:,} samples of {samples.seq_len} tokens, and one step takes {count:,}",
+                f"holds {counted(there, 'sample')} of {samples.seq_len} tokens, and one step takes {count:,}",
                 "give more text, or lower --batch_size, --grad_accum or --seq_len",
             )
 
@@ -254,7 +255,7 @@ def described(data: TrainingData, planned: Plan) -> list[str]:
             continue
         shards = samples.order.shards
         name = "" if len(in_all) == 1 else f"{source}: " if part else f"{source} {float(100 * shares[source]):.3g}%: "
-        text = f"{name}{shards.train_tokens:,} tokens in {len(shards.train)} shards"
+        text = f"{name}{shards.train_tokens:,} tokens in {counted(len(shards.train), 'shard')}"
         if part is None and (there := samples.samples_per_epoch) is not None and (len(in_all) > 1 or in_all[source] > there):
             text += f", read {in_all[source] / there:.1f} times"
         if source in making:

@@ -17,6 +17,7 @@ from minifoundation.train.out_of_memory import is_out_of_memory
 from minifoundation.train.plan import ALONE, USABLE_MEMORY, predicted_memory
 from minifoundation.train.printer import Say
 from minifoundation.train.trial import trial
+from minifoundation.wording import counted
 
 MOST_ROWS = 64
 """More rows at once are no faster: the products are large by then."""
@@ -89,7 +90,7 @@ def steps_fit(config: RunConfig, machine: Machine, world: World, say: Say, split
         fit = all(world.of_all(mine))  # by words: the device of another may be in a collective still
     if not fit:
         torch.compiler.reset()  # it keeps a limited number of shapes, and these are of no use
-        say(f"train.batch_size: {config.train.batch_size} rows were predicted to fit {machine.name}, and do not; trying fewer")
+        say(f"train.batch_size: {counted(config.train.batch_size, 'row')} predicted to fit {machine.name} did not; trying fewer")
     return fit
 
 
@@ -101,7 +102,7 @@ def _answered(config: RunConfig, world: World, seconds: float) -> Iterator[None]
     fewer = max((number for number in range(1, rows) if rows * parts % number == 0), default=None)
     follows = "" if config.train.tokens_per_step else f" --grad_accum {rows * parts // (fewer or 1)}"
     remedy = f"give --batch_size {fewer}{follows}" if fewer else "give --model.checkpointing full or a shorter --seq_len"
-    problem = f"rank {world.rank} has no memory for {rows} rows, and other processes, which have, do not come out of their step"
+    problem = f"rank {world.rank} has no memory for {counted(rows, 'row')}, and other processes, which have, do not come out of their step"
     timer = threading.Timer(seconds, leave, (f"train.batch_size: {problem}; {remedy}",))
     timer.daemon = True
     timer.start()

@@ -20,6 +20,7 @@ from minifoundation.data.loader import Loader
 from minifoundation.distributed import World
 from minifoundation.errors import UserError
 from minifoundation.runtime import Machine, Moment
+from minifoundation.wording import counted
 
 BYTES = {"cuda": 2**28, "cpu": 2**20}
 """Of the tensor that is summed over all processes to measure their network."""
@@ -101,7 +102,7 @@ def network(machine: Machine, world: World) -> list[str]:
         return []
     n_bytes = BYTES[machine.device.type]
     rate = bus_bandwidth(machine, world, n_bytes)
-    nodes = f"{world.nodes} machine{'s' if world.nodes > 1 else ''}"
+    nodes = counted(world.nodes, "machine")
     lines = [f"  network  {world.size} processes on {nodes}: {n_bytes >> 20} MiB are summed at {rate / 1e9:,.1f} GB/s (bus bandwidth)"]
     if not machine.is_cuda:
         return lines

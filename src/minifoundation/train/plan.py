@@ -10,6 +10,7 @@ from minifoundation.errors import UserError
 from minifoundation.model.size import flops_per_token, memory_bytes, n_parameters
 from minifoundation.runtime import PEAK_TFLOPS, Machine, free_disk_bytes
 from minifoundation.train.schedule import warmup_steps
+from minifoundation.wording import counted, micro_batches, processes
 
 USABLE_MEMORY = 0.92
 """Share of the device's memory that may be predicted to be taken; the rest is the context and fragmentation."""
@@ -113,8 +114,9 @@ def describe(config: RunConfig, plan: Plan, machine: Machine, world_size: int) -
     train, model = config.train, config.model
     flops = plan.flops_per_token * plan.tokens
     heads = f"{model.n_head}/{model.n_kv_head} heads" + (f" of {model.head_dim}" if model.head_dim is not None else "")
-    shape = f"{model.n_layer} blocks x {model.d_model}, {heads}, d_ff {model.d_ff}, vocabulary {model.vocab_size:,}"
-    step = f"{train.batch_size} rows x {train.grad_accum} micro-batches x {train.seq_len} tokens x {sharers(config, world_size)}"
+    shape = f"{counted(model.n_layer, 'block')} x {model.d_model}, {heads}, d_ff {model.d_ff}, vocabulary {model.vocab_size:,}"
+    rows = f"{counted(train.batch_size, 'row')} x {micro_batches(train.grad_accum)}"
+    step = f"{rows} x {train.seq_len} tokens x {sharers(config, world_size)}"
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.memory.items() if size)
     rows = {
         "model": f"{_millions(plan.parameters)} parameters: {shape}",
@@ -126,7 +128,7 @@ def describe(config: RunConfig, plan: Plan, machine: Machine, world_size: int) -
     }
     if world_size > 1:
         split = "a copy of the model on each" if plan.split.shards == 1 else f"the model in {plan.split.shards} parts"
-        rows["parallel"] = f"{plan.split.parallel}, {world_size} processes: {split}; gradients travel in {train.reduce_precision}"
+        rows["parallel"] = f"{plan.split.parallel}, {processes(world_size)}: {split}; gradients travel in {train.reduce_precision}"
         if train.context_parallel > 1:
             rows["parallel"] += f"; {train.context_parallel} read a row together, {train.seq_len // train.context_parallel:,} tokens each"
     peak = machine.peak_flops or PEAK_TFLOPS[USUAL] * 1e12
@@ -140,9 +142,9 @@ def sharers(config: RunConfig, world_size: int) -> str:
     """Return how many have rows of their own, in words."""
     together = config.train.context_parallel
     if together == 1:
-        return f"{world_size} processes"
+        return processes(world_size)
     groups = world_size // together
-    return f"{groups} group{'s' if groups > 1 else ''} of {together} processes"
+    return f"{counted(groups, 'group')} of {processes(together)}"
 
 
 def _duration(seconds: float) -> str:

@@ -21,6 +21,7 @@ from minifoundation.distributed import World
 from minifoundation.errors import UserError
 from minifoundation.train.plan import Plan
 from minifoundation.train.printer import Say
+from minifoundation.wording import counted
 
 MAY_CHANGE = (
     "out_dir",
@@ -167,7 +168,7 @@ def refuse_another_run(checkpoint: Checkpoint, config: RunConfig, allowed: tuple
     if planned.samples_per_step != rows:
         raise UserError(
             "train.batch_size x train.grad_accum x processes",
-            f"{planned.samples_per_step} rows a step here, but {rows} in {path}",
+            f"{counted(planned.samples_per_step, 'row')} a step here, but {rows} in {path}",
             f"choose them so that their product is {rows}",
         )
     if not checkpoint.optimizer and 0 < checkpoint.progress["step"] < planned.steps:

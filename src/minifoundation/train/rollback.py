@@ -10,6 +10,7 @@ from typing import Any
 from minifoundation.checkpoint import latest_good, set_aside, step_folders, step_of, write_whole
 from minifoundation.errors import UserError
 from minifoundation.train.printer import Say
+from minifoundation.wording import counted
 
 ROLLBACKS = "rollbacks.json"
 """In the folder of a run: each time it went back, so that a run that is killed after that steps over the same samples again."""
@@ -69,7 +70,7 @@ def checkpoint_before(bad: Bad, out_dir: Path, *, most: int, say: Say) -> Path |
         told = "; ".join(f"{one['seen']} at step {one['last_step']:,}" for one in before[-3:])
         raise UserError(
             "train.max_rollbacks",
-            f"{bad}, after going back {len(before)} times" + (f" ({told})" if told else ""),
+            f"{bad}, after going back {counted(len(before), 'time')}" + (f" ({told})" if told else ""),
             "begin again in another --out_dir with a lower --lr, a longer --train.warmup or bf16 instead of fp16; "
             "or, when the text is at fault, look at these samples",
         )

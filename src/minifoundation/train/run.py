@@ -45,6 +45,7 @@ from minifoundation.train.rollback import Bad, checkpoint_before, record_rollbac
 from minifoundation.train.state import Phase, Progress, Start
 from minifoundation.train.stop import Stop, stop_on_signals
 from minifoundation.train.suite import Suite
+from minifoundation.wording import counted, micro_batches
 
 
 def run(
@@ -214,7 +215,7 @@ def _with_rows_of(resumed: Checkpoint, asked: RunConfig, world: World) -> RunCon
 def _fitting(asked: RunConfig, split: Split, machine: Machine, world: World, say: Say) -> RunConfig:
     """Return ``asked`` with the batch size that real steps show to fit."""
     config = with_batch_size(asked, machine, lambda one: steps_fit(one, machine, world, say, split), split)
-    say(f"train.batch_size: auto is {config.train.batch_size} rows x {config.train.grad_accum} micro-batches")
+    say(f"train.batch_size: auto is {counted(config.train.batch_size, 'row')} x {micro_batches(config.train.grad_accum)}")
     return config
 
 
