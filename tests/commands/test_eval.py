@@ -99,7 +99,7 @@ def test_a_broken_model_folder_is_one_line(tmp_path: Path, capsys: pytest.Captur
     folder = write_tiny_model(tmp_path)
     (folder / "model.safetensors").write_bytes(b"not weights")
     assert main(["eval", "--model_path", str(folder), "--tasks", "piqa", "--data_dir", str(BUNDLED)]) == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"error: --model_path: {folder} does not load (")
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"error: {folder}/model.safetensors: is damaged (")
 
 
 def items(folder: Path, label: str) -> list[dict[str, Any]]:

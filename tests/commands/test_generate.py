@@ -39,7 +39,7 @@ def test_a_folder_with_damaged_weights_is_one_line(final: Callable[..., Path], t
     export_hf(ExportOptions(ckpt=final(), out_dir=tmp_path / "hf"))
     weights = tmp_path / "hf" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(UserError, match=r"hf: not a model folder \(.*incomplete"):
+    with pytest.raises(UserError, match=r"hf/model\.safetensors: is damaged \(.*incomplete"):
         generate(GenerateOptions(model=tmp_path / "hf", prompt=PROMPT))
 
 
@@ -101,7 +101,7 @@ def test_bad_input(final: Callable[..., Path], tmp_path: Path) -> None:
         generate(options(tmp_path / "text.pth"))
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(UserError, match="not a model folder"):
+    with pytest.raises(UserError, match=r"hf holds no weights"):
         generate(options(tmp_path / "hf"))
     with pytest.raises(UserError, match=r"1,001 tokens.* but the context is 64; shorten the prompt"):
         generate(options(final(), "\x00" * 1000))

@@ -225,9 +225,9 @@ def test_bad_input(final: Callable[..., Path], tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="no such file or folder"):
         serve(tmp_path / "none")
-    with pytest.raises(UserError, match=r"has no config\.json"):
+    with pytest.raises(UserError, match=r"holds no config\.json"):
         serve(tmp_path)
-    with pytest.raises(UserError, match=r"run has no config\.json; did you mean .*run/final\.pth\?"):
+    with pytest.raises(UserError, match=r"run holds no config\.json; give .*run/final\.pth, or the folder"):
         serve(final().parent)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

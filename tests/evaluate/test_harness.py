@@ -96,6 +96,23 @@ def test_the_limit_takes_the_first_documents(tiny: Model) -> None:
     assert outcome.n == 3
 
 
+def test_progress_bars_say_of_which_benchmark_they_are(
+    tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import lm_eval.api.task
+
+    before = lm_eval.api.task.tqdm
+    evaluated(tiny, "piqa", limit=2)
+    monkeypatch.setattr(tiny, "_model_generate", lambda context, **_: context)
+    write_items(tmp_path / "openai/gsm8k/main", "train", [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(9)])
+    write_items(tmp_path / "openai/gsm8k/main", "test", [{"question": "1?", "answer": "#### 1"}])
+    evaluated(tiny, "gsm8k", data_dir=tmp_path)
+    said = capsys.readouterr().err
+    for bar in ("piqa: prompts", "piqa: log-likelihoods", "gsm8k: prompts", "gsm8k: Running generate_until requests"):
+        assert f"{bar}:   0%" in said, bar
+    assert lm_eval.api.task.tqdm is before
+
+
 def test_the_batch_size_changes_nothing(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     def likelihoods() -> list[float]:
         (outcome,) = evaluated(tiny, "arc_easy", limit=10)

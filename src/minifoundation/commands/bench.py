@@ -22,9 +22,8 @@ from minifoundation.train import capacity
 from minifoundation.train.ceilings import copy_bandwidth, matrix_products
 from minifoundation.train.finder import predicted_to_fit, with_batch_size
 from minifoundation.train.kernels import attention_kernel, milliseconds, usable_kernels
-from minifoundation.train.plan import USABLE_MEMORY
+from minifoundation.train.plan import USABLE_MEMORY, micro_batch
 from minifoundation.train.trial import WARM_UP, Trial, trial
-from minifoundation.wording import counted
 
 CHECKPOINTING = ("none", "attention", "full")
 """From the most memory to the least."""
@@ -114,7 +113,7 @@ def _largest(asked: RunConfig, machine: Machine, *, steps: int, warm_up: int, pr
 
     chosen = with_batch_size(asked, machine, fits)
     if not found and not fits(chosen):
-        rows = f"{counted(chosen.train.batch_size, 'row')} of {chosen.train.seq_len} tokens"
+        rows = f"{micro_batch(chosen.train)} of {chosen.train.seq_len} tokens"
         raise UserError("train.batch_size", f"{rows} do not fit the memory of {machine.name}", "lower it, or leave it out to find the most")
     return chosen, found[0]
 

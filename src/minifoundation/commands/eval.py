@@ -15,6 +15,7 @@ from minifoundation.config import EvalOptions
 from minifoundation.errors import UserError
 from minifoundation.evaluate import tables
 from minifoundation.evaluate.baselines import Baselines
+from minifoundation.evaluate.folder import is_checkpoint
 from minifoundation.evaluate.mirror import fingerprint, first_line
 from minifoundation.evaluate.requests import Request, read_tasks
 from minifoundation.evaluate.results import RESULTS, Folder, Outcome, folder_for, replace_text
@@ -154,11 +155,6 @@ def _loaded(options: EvalOptions) -> Iterator[Loaded]:
         network = model.placed(inside.network, device)
         source = model.Source(options.model_path, inside.folder, hashes, trained(checkpoint))
         yield model.Loaded(network, inside.tokenizer, source)
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Return whether ``path`` is to be read as a checkpoint: a file, or a folder that is none of Hugging Face's."""
-    return path.is_file() or (path.is_dir() and path.name.startswith("step_") and not (path / "config.json").exists())
 
 
 def _default_folder(model_path: str) -> Path:

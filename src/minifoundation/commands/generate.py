@@ -11,6 +11,7 @@ from minifoundation.checkpoint import load_checkpoint
 from minifoundation.commands.native import in_memory
 from minifoundation.config import GenerateOptions
 from minifoundation.errors import UserError
+from minifoundation.evaluate.folder import is_checkpoint, loaded
 from minifoundation.export.verify import quiet_transformers
 
 
@@ -25,8 +26,10 @@ def generate(options: GenerateOptions) -> None:
     if not options.model.exists():
         raise UserError("--model", f"{options.model}: no such file or folder", "give final.pth, a step_ folder or an exported folder")
     with quiet_transformers():
-        exported = options.model.is_dir() and (options.model / "config.json").is_file()
-        model, tokenizer = _from_folder(options.model) if exported else _from_checkpoint(options.model)
+        if is_checkpoint(options.model):
+            model, tokenizer = _from_checkpoint(options.model)
+        else:
+            model, tokenizer = loaded(options.model, "--model", dtype=torch.float32)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         prompt = tokenizer(options.prompt, return_tensors="pt").to(device)
         context, length = model.config.max_position_embeddings, prompt.input_ids.shape[1]
@@ -48,16 +51,6 @@ def generate(options: GenerateOptions) -> None:
             streamer=TextStreamer(tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False),
             **sampling,
         )
-
-
-def _from_folder(folder: Path) -> tuple[Any, Any]:
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(str(folder), f"not a model folder ({str(error).splitlines()[0]})", "give one that export_hf wrote") from None
 
 
 def _from_checkpoint(path: Path) -> tuple[Any, Any]:

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from minifoundation.commands.eval import is_checkpoint
 from minifoundation.config import ServeOptions
 from minifoundation.errors import UserError
+from minifoundation.evaluate.folder import check_folder, is_checkpoint
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -85,10 +85,7 @@ def authority(host: str, port: int) -> str:
 def _folder(model: Path) -> Iterator[Path]:
     """Give the model as a folder of Hugging Face: itself, or a temporary one of a checkpoint, as it would be exported."""
     if not is_checkpoint(model):
-        if not (model / "config.json").is_file():
-            run = model / "final.pth"  # the folder of a run is what people give
-            remedy = f"did you mean {run}?" if run.is_file() else "give final.pth, a step_ folder or an exported folder"
-            raise UserError("--model", f"{model} has no config.json", remedy)
+        check_folder(model, "--model")
         yield model.resolve()
         return
     import torch

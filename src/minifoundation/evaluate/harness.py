@@ -11,6 +11,7 @@ import functools
 import logging
 import math
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ import transformers
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind
+from tqdm import tqdm
 
 from minifoundation.errors import UserError
 from minifoundation.evaluate.mirror import first_line, read_dataset
@@ -37,6 +39,7 @@ from minifoundation.evaluate.results import Outcome
 
 SEED = 1234
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
+LM_EVAL_MODELS = ("lm_eval.models.huggingface", "lm_eval.models.vllm_causallms")
 _TASKS = Path(lm_eval.tasks.__file__).parent
 
 
@@ -148,6 +151,24 @@ def templates_compiled_once() -> Iterator[None]:
         del environment.from_string  # the method of its class shows again
 
 
+@contextlib.contextmanager
+def bars_of(label: str) -> Iterator[None]:
+    """Have lm-eval's progress bars begin with the name of the benchmark, which they do not know, and go when they are full."""
+    modules = [sys.modules[name] for name in ("lm_eval.api.task", *LM_EVAL_MODELS) if name in sys.modules]
+
+    def bar(*args: Any, desc: str = "prompts", **options: Any) -> Any:
+        return tqdm(*args, desc=f"{label}: {desc}", **{"leave": False, **options})
+
+    before = [module.tqdm for module in modules]
+    for module in modules:
+        module.tqdm = bar
+    try:
+        yield
+    finally:
+        for module, original in zip(modules, before, strict=True):
+            module.tqdm = original
+
+
 def loaded_tasks(manager: TaskManager, request: Request, *, data_dir: Path | None, meta: dict[str, Any] | None = None) -> Any:
     """Return lm-eval's tasks of a request with their data, as its evaluator takes them, and by name under the key ``tasks``."""
     manager._factory = Factory(data_dir, request.shots, meta or {})
@@ -171,8 +192,8 @@ def _run_one(model: Evaluated, manager: TaskManager, request: Request, *, limit:
     if not row.runs_code and any(getattr(task, "UNSAFE_CODE", False) or task.config.unsafe_code for task in tasks.values()):
         raise UserError(row.name, "would run programs outside the sandbox", "use humaneval or mbpp")
     documents = min(filter(None, (limit, request.limit)), default=None)
-    model.truncated = 0
-    with Path(os.devnull).open("w") as quiet, contextlib.redirect_stdout(quiet), templates_compiled_once():
+    model.truncated, model.label = 0, request.label
+    with Path(os.devnull).open("w") as quiet, contextlib.redirect_stdout(quiet), templates_compiled_once(), bars_of(request.label):
         results = lm_eval.evaluate(model, loaded, limit=documents, bootstrap_iters=0, log_samples=True, confirm_run_unsafe_code=code)
     samples = results.pop("samples")
     shots = max(task.config.num_fewshot for task in tasks.values())

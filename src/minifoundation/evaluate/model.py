@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from minifoundation.errors import UserError
 from minifoundation.evaluate.encoding import Encoded, cache_folder, encoded_pairs
+from minifoundation.evaluate.folder import check_folder, loaded
 from minifoundation.evaluate.likelihood import BRANCHING, Network, Score, Span, log_likelihoods, parted
 from minifoundation.evaluate.mirror import first_line, go_offline_unless_reachable
 
@@ -31,9 +32,11 @@ class Evaluated(Protocol):
 
     Attributes:
         truncated: requests that were longer than the context, since it was last set to 0.
+        label: of the benchmark that is asked for, which progress bars begin with.
     """
 
     truncated: int
+    label: str
 
     @property
     def max_length(self) -> int: ...
@@ -108,6 +111,7 @@ class Model(HFLM):
         self.share = share
         self.batch_tokens = _batch_tokens(self.parts)
         self.truncated = 0
+        self.label = ""
         self._rows_to_generate = 1
         backend = getattr(loaded.tokenizer, "backend_tokenizer", None)
         described = backend.to_str() if backend is not None else json.dumps(loaded.tokenizer.get_vocab(), sort_keys=True)
@@ -155,7 +159,7 @@ class Model(HFLM):
 
         def scored() -> list[Score]:
             silent = disable_tqdm or self.share.rank > 0
-            with tqdm(total=len(mine), desc="log-likelihoods", unit="request", leave=False, disable=silent) as bar:
+            with tqdm(total=len(mine), desc=f"{self.label}: log-likelihoods", unit="request", leave=False, disable=silent) as bar:
                 return log_likelihoods(self.parts, mine, batch_tokens=self.batch_tokens, rows=self.fixed_rows, done=bar.update)
 
         found: dict[int, Score] = {}
@@ -284,13 +288,7 @@ def source_of(path: str) -> Source:
     folder = Path(path)
     if not folder.is_dir():
         folder = _downloaded(path)
-    if not (folder / "config.json").is_file():
-        # The folder of a run is what people give.
-        inside = [one for one in (folder / "final.pth", *sorted(folder.glob("step_*"), reverse=True)) if one.exists()]
-        remedy = (
-            f"give {inside[0]}, or the folder that export_hf wrote" if inside else "give a folder written by export_hf or in the same form"
-        )
-        raise UserError("--model_path", f"{path} holds no config.json", remedy)
+    check_folder(folder, "--model_path")
     files = [one for one in sorted(folder.iterdir()) if one.suffix in (".safetensors", ".bin", ".json", ".model") and one.is_file()]
     try:
         proof = dict(json.loads((folder / "parity.json").read_text(encoding="utf-8")))
@@ -308,17 +306,10 @@ def from_folder(path: str, *, dtype: str, device: str | None) -> Loaded:
     Raises:
         UserError: no model there, or one that transformers cannot load.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     source = source_of(path)
     where = default_device(device)
     stored: Any = "auto" if where != "cpu" else torch.float32
-    try:
-        network = AutoModelForCausalLM.from_pretrained(source.folder, dtype=DTYPES.get(dtype, stored))
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
-    except Exception as error:  # what a bad file raises is as varied as the libraries that read it
-        problem = f"{path} does not load ({first_line(error)})"
-        raise UserError("--model_path", problem, "check that AutoModelForCausalLM and AutoTokenizer load it") from error
+    network, tokenizer = loaded(source.folder, "--model_path", dtype=DTYPES.get(dtype, stored))
     return Loaded(placed(network, where), tokenizer, source)
 
 

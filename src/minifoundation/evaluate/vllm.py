@@ -44,6 +44,7 @@ class VllmModel(VLLM):
         self.source = source
         self.rows = rows
         self.truncated = 0
+        self.label = ""
         with torch.device("meta"):
             self.parameters = AutoModelForCausalLM.from_config(config).num_parameters()
 

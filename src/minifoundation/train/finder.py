@@ -14,7 +14,7 @@ from minifoundation.distributed import LONGER, Split, World, leave
 from minifoundation.errors import UserError
 from minifoundation.runtime import Machine
 from minifoundation.train.out_of_memory import is_out_of_memory
-from minifoundation.train.plan import ALONE, USABLE_MEMORY, predicted_memory
+from minifoundation.train.plan import ALONE, USABLE_MEMORY, micro_batch, predicted_memory
 from minifoundation.train.printer import Say
 from minifoundation.train.trial import trial
 from minifoundation.wording import counted
@@ -90,7 +90,7 @@ def steps_fit(config: RunConfig, machine: Machine, world: World, say: Say, split
         fit = all(world.of_all(mine))  # by words: the device of another may be in a collective still
     if not fit:
         torch.compiler.reset()  # it keeps a limited number of shapes, and these are of no use
-        say(f"train.batch_size: {counted(config.train.batch_size, 'row')} predicted to fit {machine.name} did not; trying fewer")
+        say(f"train.batch_size: {micro_batch(config.train)} predicted to fit {machine.name} did not; trying fewer")
     return fit
 
 

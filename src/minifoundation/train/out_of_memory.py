@@ -8,9 +8,8 @@ from minifoundation.config import RunConfig
 from minifoundation.distributed import Split, World
 from minifoundation.errors import UserError
 from minifoundation.runtime import Machine
-from minifoundation.train.plan import ALONE, USABLE_MEMORY, plan
+from minifoundation.train.plan import ALONE, USABLE_MEMORY, micro_batch, plan
 from minifoundation.train.provenance import typed
-from minifoundation.wording import counted
 
 GIB = 2**30
 
@@ -66,7 +65,7 @@ def _does_not_fit(
     else:
         smaller = "take shorter rows, a smaller model or a larger GPU, or have several read a row (train.context_parallel)"
         advice = f"even with {changes} {needed / GIB:.1f} GiB are predicted; {smaller}"
-    rows, do = counted(train.batch_size, "row"), "does" if train.batch_size == 1 else "do"
+    rows, do = micro_batch(train), "does" if train.batch_size == 1 else "do"
     problem = f"{rows} of {train.seq_len} tokens {do} not fit the memory of {machine.name} ({peak} of {memory / GIB:.1f} GiB)"
     return UserError("train.batch_size" if train.batch_size != 1 else "train.seq_len", problem, advice)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minifoundation.config import RunConfig
+from minifoundation.config import RunConfig, TrainConfig
 from minifoundation.distributed import Split
 from minifoundation.errors import UserError
 from minifoundation.model.size import flops_per_token, memory_bytes, n_parameters
@@ -115,8 +115,7 @@ def describe(config: RunConfig, plan: Plan, machine: Machine, world_size: int) -
     flops = plan.flops_per_token * plan.tokens
     heads = f"{model.n_head}/{model.n_kv_head} heads" + (f" of {model.head_dim}" if model.head_dim is not None else "")
     shape = f"{counted(model.n_layer, 'block')} x {model.d_model}, {heads}, d_ff {model.d_ff}, vocabulary {model.vocab_size:,}"
-    rows = f"{counted(train.batch_size, 'row')} x {micro_batches(train.grad_accum)}"
-    step = f"{rows} x {train.seq_len} tokens x {sharers(config, world_size)}"
+    step = f"{micro_batch(train)} x {micro_batches(train.grad_accum)} x {train.seq_len} tokens x {sharers(config, world_size)}"
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.memory.items() if size)
     rows = {
         "model": f"{_millions(plan.parameters)} parameters: {shape}",
@@ -136,6 +135,12 @@ def describe(config: RunConfig, plan: Plan, machine: Machine, world_size: int) -
     elsewhere = "" if machine.peak_flops else f" of an {USUAL}; the peak rate of {machine.name} is not known"
     rows["time"] = ", ".join(f"{_duration(s)} at {share:.0%}" for share, s in seconds.items()) + f" MFU{elsewhere}"
     return "\n".join(f"  {name:<8} {text}" for name, text in rows.items())
+
+
+def micro_batch(train: TrainConfig) -> str:
+    """Return how many rows there are at once, in words."""
+    assert isinstance(train.batch_size, int)
+    return counted(train.batch_size, "row")
 
 
 def sharers(config: RunConfig, world_size: int) -> str:

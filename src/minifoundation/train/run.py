@@ -37,7 +37,7 @@ from minifoundation.train.meeting import network, same_data, same_run
 from minifoundation.train.metrics import METRICS, MetricsLog
 from minifoundation.train.out_of_memory import is_out_of_memory, refuse_too_large, too_large
 from minifoundation.train.parallel import accumulated, as_asked, chosen_split
-from minifoundation.train.plan import describe, plan
+from minifoundation.train.plan import describe, micro_batch, plan
 from minifoundation.train.printer import Printer, Say
 from minifoundation.train.provenance import record_start, typed
 from minifoundation.train.resume import checkpoint_to_resume, refuse_another_run, refuse_used, set_others_aside
@@ -45,7 +45,7 @@ from minifoundation.train.rollback import Bad, checkpoint_before, record_rollbac
 from minifoundation.train.state import Phase, Progress, Start
 from minifoundation.train.stop import Stop, stop_on_signals
 from minifoundation.train.suite import Suite
-from minifoundation.wording import counted, micro_batches
+from minifoundation.wording import micro_batches
 
 
 def run(
@@ -215,7 +215,7 @@ def _with_rows_of(resumed: Checkpoint, asked: RunConfig, world: World) -> RunCon
 def _fitting(asked: RunConfig, split: Split, machine: Machine, world: World, say: Say) -> RunConfig:
     """Return ``asked`` with the batch size that real steps show to fit."""
     config = with_batch_size(asked, machine, lambda one: steps_fit(one, machine, world, say, split), split)
-    say(f"train.batch_size: auto is {counted(config.train.batch_size, 'row')} x {micro_batches(config.train.grad_accum)}")
+    say(f"train.batch_size: auto is {micro_batch(config.train)} x {micro_batches(config.train.grad_accum)}")
     return config
 
 
