@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
 import subprocess
 import sys
@@ -127,6 +128,22 @@ def test_a_mistake_is_one_line_and_exit_code_2(calls: Calls, capsys: pytest.Capt
     assert cli.main(line.split()) == 2
     assert capsys.readouterr().err == message + "\n"
     assert calls == []
+
+
+@pytest.mark.parametrize("line", ["generate --model a --prompt", "report --runs a --name", "report --runs a --license"])
+def test_text_of_a_terminal_in_another_encoding_is_refused(calls: Calls, capsys: pytest.CaptureFixture[str], line: str) -> None:
+    assert cli.main([*line.split(), b"caf\xe9".decode("utf-8", "surrogateescape")]) == 2
+    setting = line.rpartition("--")[2]
+    remedy = "set the terminal to UTF-8 (its locale, or PYTHONUTF8=1) and type it again"
+    assert capsys.readouterr().err == f"error: {setting}: is not text in UTF-8; {remedy}\n"
+    assert calls == []
+
+
+def test_a_terminal_that_lacks_a_character_loses_nothing_else() -> None:
+    script = "import click, minifoundation.cli as cli\ncli.main = lambda: print('caf\u00e9 and more') or 0\ncli.run()"
+    line = [sys.executable, "-c", script]
+    done = subprocess.run(line, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=True)
+    assert done.stdout == b"caf\\xe9 and more\n"
 
 
 @pytest.mark.parametrize(

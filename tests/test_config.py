@@ -199,6 +199,8 @@ def test_none_is_off_only_where_a_setting_can_be_off() -> None:
         ({"train.lr": 1}, "train.lr: stands by its dotted name (in a.yaml); write 'train:', and 'lr: value' below it, indented"),
         ({"out_dir": "~nobody-of-that-name/x"}, "out_dir: ~nobody-of-that-name/x: there is no such user; write the whole path"),
         ({"out_dir": ""}, "out_dir: is empty; give a path, or leave it out"),
+        ({"out_dir": 5}, "out_dir: 5 is no path; write a path, in quotation marks where YAML reads something else"),
+        ({"train": None}, "train: has nothing below it; write 'name: value' below it, indented, or leave it out"),
         ({"data": {"source": " "}}, "data.source: is empty; give a corpus, a path or an address"),
         ({"train": {"learning_rate": 1}}, "train.learning_rate: unknown setting (in a.yaml); did you mean train.lr?"),
     ],
@@ -390,6 +392,21 @@ def test_yaml_that_is_no_settings_is_one_line(tmp_path: Path, text: str, message
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         config.read_yaml(tmp_path / "a.yaml")
+
+
+def test_a_folder_with_a_comma_in_its_name_is_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a, b").mkdir()
+    for typed, folders in (("a, b", ["a, b"]), ("a, c", ["a", "c"]), ("a,", ["a"])):
+        assert config.build(config.ReportOptions, {"runs": typed, "out_dir": "x"}, "command line").runs == tuple(map(Path, folders))
+
+
+def test_numbers_and_dates_in_yaml_are_what_is_written() -> None:
+    """YAML 1.1 has octal numbers, numbers of base 60 and dates, which nobody means here."""
+    text = "a: 0100\nb: 04:00:00\nc: 2024-01-01\nd: 1_000\ne: 0x10\nf: 0\ng: -5\nh: 1e6\ni: 0.5\nj: 20:48"
+    expected = {"a": "0100", "b": "04:00:00", "c": "2024-01-01", "d": 1000, "e": 16, "f": 0, "g": -5, "h": "1e6", "i": 0.5, "j": "20:48"}
+    assert config.yaml_values(text, Path("a.yaml")) == expected
+    assert config.build(RunConfig, small(train={"tokens": "0100"}), "a.yaml").train.tokens == 100
 
 
 def test_an_error_is_one_line_whatever_is_in_it() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import io
 import os
 import signal
 import sys
@@ -240,6 +241,9 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
 
 def run() -> NoReturn:
     """Run the command line of this process, and leave with its exit code."""
+    for stream in (sys.stdout, sys.stderr):  # a character that the terminal does not have is no reason to lose the rest
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     code = main()
     if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # torchrun ends the others as soon as one has left: the one that speaks goes first, and none loses its exit code.

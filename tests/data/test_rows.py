@@ -97,6 +97,29 @@ def test_bad_rows_are_counted_by_reason_and_the_others_kept(tmp_path: Path) -> N
     )
 
 
+def test_a_column_of_categories_is_text(tmp_path: Path) -> None:
+    values = ["one", "two", "one", None]
+    for kind in (pa.string(), pa.large_string()):
+        pq.write_table(pa.table({"text": pa.array(values, kind).dictionary_encode()}), tmp_path / "a.parquet")
+        assert read(tmp_path) == (["one", "two", "one"], {"null": 1})
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"text": 5, "body": "x"}', r"\(2 not a string\); set data.text_column to one of: body"),
+        ('{"text": 5}', r"\(2 not a string\); set data.text_column to a column of text"),
+        ("text", r"\(2 broken JSON\); write one JSON object a line, with the text in data.text_column"),
+        ('{"text": ""}', r"\(2 empty\); give files with text in them"),
+        ('{"text": "\\u0000"}', r"\(2 NUL byte\); give text in UTF-8"),
+    ],
+)
+def test_the_remedy_is_that_of_what_is_wrong_most_often(tmp_path: Path, line: str, problem: str) -> None:
+    (tmp_path / "a.jsonl").write_text(f"{line}\n{line}\n")
+    with pytest.raises(UserError, match=problem):
+        read(tmp_path)
+
+
 def test_a_piece_in_which_no_line_begins_is_no_empty_document(tmp_path: Path) -> None:
     text = "words " * 4_000_000  # 24 MB in one line: three pieces, of which the first has it all
     (tmp_path / "a.txt").write_text(text)

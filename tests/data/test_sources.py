@@ -37,6 +37,31 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_folders_behind_links_are_read_once(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("disk")
+    (elsewhere / "far.txt").write_text("far")
+    (tree / "b" / "disk").symlink_to(elsewhere)
+    (tree / "again").symlink_to(tree / "b")
+    (tree / "b" / "c" / "up").symlink_to(tree)
+    assert names(tree) == sorted([*ORDER, "b/disk/far.txt"], key=str.encode)
+
+
+def test_a_link_to_what_is_not_there_is_no_silent_loss(tree: Path) -> None:
+    (tree / "README.txt.orig").symlink_to("nowhere")  # no file of text by its name
+    assert names(tree) == ORDER
+    link = tree / "b" / "lost.txt"
+    for target in ("nowhere.txt", link.name):
+        link.symlink_to(target)
+        for source in (tree, f"{tree}/b/*.txt"):
+            with pytest.raises(UserError, match=r"b/lost\.txt: is a link to what is not there; mend that, or take it out of the corpus"):
+                names(source)
+        with pytest.raises(UserError, match=r"lost\.txt is no file and no folder, nor a link to one; give a \.txt, "):
+            names(link)
+        link.unlink()
+    with pytest.raises(UserError, match="/dev/null is no file and no folder"):
+        names("/dev/null")
+
+
 ORDER = ["B.TXT", "a.txt", "b/10.txt", "b/2.txt", "b/c/[1].jsonl", "b/z.txt", "b/é.txt"]
 
 

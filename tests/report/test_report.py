@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from minifoundation.cli import main
+from minifoundation.errors import UserError
 from minifoundation.report import plots
 from minifoundation.report.evaluations import over_tokens, read_evaluation
 from minifoundation.report.runs import read_run
@@ -227,6 +228,20 @@ def test_runs_alone_and_evaluations_alone(made: Path) -> None:
     runs, evals = (made / "a/report.html").read_text(), (made / "b/report.html").read_text()
     assert 'id="benchmarks"' not in runs and 'id="training"' in runs
     assert 'id="benchmarks"' in evals and 'id="training"' not in evals and "is not proven here" in evals
+
+
+def test_a_row_that_was_cut_within_a_number_is_no_other_number(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", rows=40, ledger=False) / "metrics.csv"
+    whole = read_run(path.parent)
+    content = path.read_bytes()
+    last = content.rstrip().rfind(b"\n") + 1
+    for end in range(last, len(content) - 2):
+        path.write_bytes(content[:end])
+        cut = read_run(path.parent)
+        assert cut.columns["tokens"] == whole.columns["tokens"][:-1] and cut.columns["loss"] == whole.columns["loss"][:-1]
+    path.write_bytes(b"\xff\xfe\n" + content)
+    with pytest.raises(UserError, match=r"metrics\.csv is damaged \('utf-8' codec"):
+        read_run(path.parent)
 
 
 def test_two_phases_are_one_line_of_training(made: Path) -> None:

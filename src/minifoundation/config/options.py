@@ -15,13 +15,24 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 """The clone this package is installed from; ``configs/`` lies here."""
 
 
-Folders = Annotated[
-    tuple[Path, ...],
-    BeforeValidator(
-        lambda value: [from_home(part.strip()) for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-    ),
-]
-"""``a,b`` on a command line, where a shell reads only the first ``~``."""
+def _folders(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    parts = [value] if Path(from_home(value)).exists() else value.split(",")
+    return [from_home(part.strip()) for part in parts if part.strip()]
+
+
+Folders = Annotated[tuple[Path, ...], BeforeValidator(_folders)]
+"""``a,b`` on a command line, where a shell reads only the first ``~``; a path that is there can hold a comma."""
+
+
+def _encodable(text: str | None) -> str | None:
+    """Return ``text`` that is read or shown; the bytes of a terminal in another encoding come as half surrogate pairs."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError:
+        raise ValueError("is not text in UTF-8; set the terminal to UTF-8 (its locale, or PYTHONUTF8=1) and type it again") from None
+    return text
 
 
 class RunOptions(Settings):
@@ -271,6 +282,8 @@ class ReportOptions(Settings):
     )
     watts: float | None = setting(None, ge=0, flag="watts", help="that the machine draws: shows the energy of training")
 
+    _text = field_validator("name", "license")(_encodable)
+
 
 class GenerateOptions(Settings):
     """``generate``: a prompt in, text out."""
@@ -280,7 +293,9 @@ class GenerateOptions(Settings):
     max_new_tokens: int = setting(128, ge=1, flag="max_new_tokens", help="tokens to add at most")
     temperature: float = setting(0.8, ge=0, flag="temperature", help="0 is greedy")
     top_p: float = setting(0.95, gt=0, le=1, flag="top_p", help="nucleus sampling (arXiv:1904.09751)")
-    seed: int = setting(1234, ge=0, flag="seed", help="of the sampling")
+    seed: int = setting(1234, ge=0, lt=2**63, flag="seed", help="of the sampling")
+
+    _prompt = field_validator("prompt")(_encodable)
 
 
 class ServeOptions(Settings):

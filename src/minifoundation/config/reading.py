@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,6 +51,10 @@ def _readable(kind: type[BaseModel], invalid: ValidationError, sources: str) -> 
             spelled = f"--{flag} or --{name}" if flag and flag != name else f"--{name}"
             how = "give it with" if sources == "command line" else "set it in the YAML or with"
             return UserError(name, f"required and not set (in {sources})", f"{how} {spelled}")
+        case "model_type" if fault["input"] is None:
+            return UserError(name, "has nothing below it", "write 'name: value' below it, indented, or leave it out")
+        case "path_type":
+            return UserError(name, f"{fault['input']!r} is no path", "write a path, in quotation marks where YAML reads something else")
         case "model_type":
             return UserError(
                 name, f"{fault['input']!r} is no section of settings", f"write '{name}:', and below it 'name: value', indented"
@@ -180,6 +185,18 @@ def yaml_values(text: str, path: Path) -> dict[str, Any]:
                         raise _Twice(key.value, key.start_mark.line + 1)
                     seen.add(key.value)
             return super().construct_mapping(node, deep)
+
+    def as_written(_loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
+        return str(node.value)
+
+    def number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
+        """Return what YAML 1.2 reads: 0100 is no octal number, and 4:00:00 none of base 60."""
+        if re.match(r"[-+]?0[\d_]|.*:", node.value):
+            return str(node.value)
+        return loader.construct_yaml_int(node)
+
+    Once.add_constructor("tag:yaml.org,2002:timestamp", as_written)
+    Once.add_constructor("tag:yaml.org,2002:int", number)
 
     try:
         values = yaml.load(text, Once)  # a SafeLoader

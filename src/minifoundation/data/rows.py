@@ -27,6 +27,14 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LOOK_BYTES = 1024 * 1024
 """Read at once while the first line end of a span is looked for."""
 BATCH_ROWS = 256
+EMPTY = "empty"
+BROKEN = "broken JSON"
+NO_TEXT = "not a string"
+REMEDIES = {
+    EMPTY: "give files with text in them",
+    BROKEN: "write one JSON object a line, with the text in data.text_column",
+    NO_TEXT: "set data.text_column to a column of text",
+}
 
 
 class Bad(NamedTuple):
@@ -34,7 +42,7 @@ class Bad(NamedTuple):
 
     reason: str
     columns: tuple[str, ...] = ()
-    """The columns there are, when the one asked for is missing."""
+    """The other columns there are, when the one asked for is missing or holds no text."""
 
 
 def documents(piece: Piece, config: DataConfig, skipped: Counter[str]) -> Iterator[str]:
@@ -83,8 +91,10 @@ def no_documents(corpus: Corpus, config: DataConfig, skipped: Mapping[str, int])
 
 
 def _empty(source: str, skipped: Mapping[str, int], columns: tuple[str, ...]) -> UserError:
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in Counter(skipped).most_common())
-    remedy = f"set data.text_column to one of: {', '.join(columns)}" if columns else "give text in UTF-8"
+    counts = Counter(skipped).most_common()
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts)
+    most = counts[0][0] if counts else EMPTY
+    remedy = f"set data.text_column to one of: {', '.join(columns)}" if columns else REMEDIES.get(most, "give text in UTF-8")
     return UserError("data.source", f"{source} holds no document" + (f" ({reasons})" if reasons else ""), remedy)
 
 
@@ -174,7 +184,7 @@ def _checked(row: str | bytes, limit: int) -> Iterator[str | Bad]:
         except UnicodeDecodeError:
             yield Bad("not UTF-8")
             continue
-        yield text if text and not text.isspace() else Bad("empty")
+        yield text if text and not text.isspace() else Bad(EMPTY)
 
 
 def _cut(stream: IO[bytes] | _Lines, limit: int) -> Iterator[bytes]:
@@ -200,9 +210,9 @@ def _json_rows(lines: Iterable[bytes], column: str) -> Iterator[str | Bad]:
         except UnicodeDecodeError:
             yield Bad("not UTF-8")
         except (ValueError, RecursionError):  # ValueError: broken, or a number of more digits than Python reads
-            yield Bad("broken JSON")
+            yield Bad(BROKEN)
         else:
-            yield _field(row, column) if isinstance(row, dict) else Bad("broken JSON")
+            yield _field(row, column) if isinstance(row, dict) else Bad(BROKEN)
 
 
 def _parsed(line: bytes) -> object:
@@ -223,7 +233,7 @@ def _field(row: Mapping[str, object], column: str) -> str | Bad:
     value = row[column]
     if value is None:
         return Bad("null")
-    return value if isinstance(value, str) else Bad("not a string")
+    return value if isinstance(value, str) else Bad(NO_TEXT, tuple(name for name in row if name != column))
 
 
 def _parquet_rows(span: Span, column: str) -> Iterator[bytes | Bad]:
@@ -238,9 +248,12 @@ def _parquet_rows(span: Span, column: str) -> Iterator[bytes | Bad]:
             )
             return
         kind = schema.field(column).type
+        if pa.types.is_dictionary(kind):  # each value stored once, as pandas stores categories
+            kind = kind.value_type
+        others = tuple(name for name in schema.names if name != column)
         textual = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
         for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=list(groups), columns=[column]):
             values = batch.column(0)
             # As bytes: one row that is not UTF-8 must not take the batch with it.
             for value in values.cast(pa.large_binary()).to_pylist() if textual else values.is_valid().to_pylist():
-                yield value if isinstance(value, bytes) else Bad("not a string" if value else "null")
+                yield value if isinstance(value, bytes) else Bad(NO_TEXT, others) if value else Bad("null")

@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -140,14 +140,40 @@ def _local_files(source: str) -> tuple[File, ...]:
             raise UserError("data.source", f"{source} is not {FORMS}", REMEDY)
         return (File(str(root.absolute()), root.name, root.stat().st_size),)
     if root.is_dir():
-        found = [path for path in root.rglob("*") if path.is_file()]
+        found = list(_below(root))
     elif glob.has_magic(source):
         pattern, root = root, _above_magic(root)
-        found = [path for path in root.glob(str(pattern.relative_to(root))) if path.is_file()]
+        found = [path for path in root.glob(str(pattern.relative_to(root))) if path.is_file() or path.is_symlink()]
     else:
         raise _unknown(source, root)
+    if lost := [path for path in found if form_of(path.name) and not path.exists()]:
+        raise UserError(str(min(lost)), "is a link to what is not there", "mend that, or take it out of the corpus")
     # A worker of another machine may stand in another folder.
-    return _texts(source, (File(str(path.absolute()), path.relative_to(root).as_posix(), path.stat().st_size) for path in found))
+    return _texts(
+        source, (File(str(path.absolute()), path.relative_to(root).as_posix(), path.stat().st_size) for path in found if path.is_file())
+    )
+
+
+def _below(root: Path) -> Iterator[Path]:
+    """Yield each file and each link to nothing below ``root`` that is not hidden; folders behind links too, every folder once."""
+    seen = set()
+    linked = [root]
+    while linked:
+        folders = [linked.pop(0)]
+        while folders:
+            folder = folders.pop()
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            for entry in sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name)):
+                path = Path(entry.path)
+                if entry.name.startswith("."):
+                    continue
+                if not path.is_dir():
+                    yield path
+                else:  # where it is itself before where links lead to it
+                    (linked if entry.is_symlink() else folders).append(path)
 
 
 def _above_magic(pattern: Path) -> Path:
@@ -231,6 +257,8 @@ def _unreachable(source: str, error: Exception) -> UserError:
 
 
 def _unknown(source: str, root: Path) -> UserError:
+    if root.exists() or root.is_symlink():
+        return UserError("data.source", f"{source} is no file and no folder, nor a link to one", f"give {FORMS}, or a folder of them")
     near = get_close_matches(source, HUB, n=1)
     if not near and root.parent.is_dir():
         near = [str(root.with_name(name)) for name in get_close_matches(root.name, [path.name for path in root.parent.iterdir()], n=1)]

@@ -154,10 +154,10 @@ def templates_compiled_once() -> Iterator[None]:
 @contextlib.contextmanager
 def bars_of(label: str) -> Iterator[None]:
     """Have lm-eval's progress bars begin with the name of the benchmark, which they do not know, and go when they are full."""
-    modules = [sys.modules[name] for name in ("lm_eval.api.task", *LM_EVAL_MODELS) if name in sys.modules]
+    modules: list[Any] = [sys.modules[name] for name in ("lm_eval.api.task", *LM_EVAL_MODELS) if name in sys.modules]
 
-    def bar(*args: Any, desc: str = "prompts", **options: Any) -> Any:
-        return tqdm(*args, desc=f"{label}: {desc}", **{"leave": False, **options})
+    def bar(iterable: Any = None, desc: str = "prompts", **options: Any) -> Any:
+        return tqdm(iterable, f"{label}: {desc}", leave=False, **options)
 
     before = [module.tqdm for module in modules]
     for module in modules:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,11 +101,15 @@ def read_run(folder: Path) -> Run:
     if not (folder / "config.yaml").is_file() or not (folder / "metrics.csv").is_file():
         raise UserError("--runs", f"{folder} holds no config.yaml and metrics.csv", remedy)
     settings = config.build(RunConfig, config.read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
-    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    content = (folder / "metrics.csv").read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]  # a row that is being written, or was cut short, can end within a number
+    try:
+        rows = list(csv.DictReader(io.StringIO(whole.decode(), newline="")))
+    except (ValueError, csv.Error) as error:
+        raise UserError("--runs", f"{folder / 'metrics.csv'} is damaged ({error})", remedy) from None
     if rows and not {"step", "tokens", "loss"} <= rows[0].keys():
         raise UserError("--runs", f"{folder / 'metrics.csv'} has no columns step, tokens and loss", remedy)
-    rows = [row for row in rows if math.isfinite(_number(row["step"]) + _number(row["tokens"]))]  # the last can be cut short
+    rows = [row for row in rows if math.isfinite(_number(row["step"]) + _number(row["tokens"]))]
     if not rows:
         raise UserError("--runs", f"{folder / 'metrics.csv'} has no rows yet", "wait for the first steps")
     columns = {name: [_number(row[name]) for row in rows] for name in rows[0] if name}
