@@ -177,7 +177,7 @@ def test_help_shows_defaults_and_choices() -> None:
     assert "[default: 0.0006]" in shown
     assert "--train.schedule cosine|constant|wsd" in shown
     assert "--batch_size, --train.batch_size INT|auto" in shown
-    assert "training tokens in all  [required, here or in the YAML]" in shown
+    assert "training tokens in total  [required, here or in the YAML]" in shown
 
 
 def test_help_claims_no_default_that_a_command_does_not_have() -> None:
@@ -186,7 +186,7 @@ def test_help_claims_no_default_that_a_command_does_not_have() -> None:
     of_a_run = longft[longft.index("--out_dir PATH") :]
     assert "folder of the run" in of_a_run and "[default" not in of_a_run and "[required" not in of_a_run
     bench = CliRunner().invoke(cli.program(), ["bench", "--help"], terminal_width=200).output
-    assert "training tokens in all  [not needed]" in bench and "the most that fit  [default: auto]" in bench
+    assert "training tokens in total  [not needed]" in bench and "the most that fit  [default: auto]" in bench
 
 
 def test_an_empty_line_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
