@@ -199,8 +199,8 @@ def program() -> Commands:
         _command(
             "longft",
             "longft.longft",
-            "Extend the context of a trained model.\n\nSettings come from the checkpoint, then from --config (default: configs/longft.yaml, "
-            "with out_dir outputs/longft), then from this command line; later ones win.",
+            "Extend the context of a trained model.\n\nSettings come from the checkpoint, then from --config (default: "
+            "configs/longft.yaml, with out_dir outputs/longft), then from this command line; later ones win.",
             config.LongftOptions,
             run,
             defaults={"*": ""},
