@@ -139,7 +139,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(calls: Calls, capsys: pytest.Capt
         (
             OSError(errno.ENOSPC, "No space left on device", "outputs/x"),
             2,
-            "error: outputs/x: the disk is full; free some space and run the same line again (a training run with --resume auto)\n",
+            "error: outputs/x: the disk is full; free some space and run the same command again (a training run with --resume auto)\n",
         ),
         (OSError(errno.EACCES, "Permission denied", "/x"), 2, "error: /x: permission denied; check the path and its permissions\n"),
         (OSError(errno.EEXIST, "File exists", "/x"), 2, "error: /x: file exists; it is a file and a folder is needed: give another path\n"),

@@ -282,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             place = error.filename or Path.cwd()
-            remedy = "free some space and run the same line again (a training run with --resume auto)"
+            remedy = "free some space and run the same command again (a training run with --resume auto)"
             _say(f"error: {place}: the disk is full; {remedy}", error)
         elif error.filename is not None and error.strerror is not None:
             remedy = {

@@ -37,7 +37,7 @@ def held(folder: Path, suffices: Callable[[], bool] | None = None) -> Iterator[b
                     raise UserError(
                         str(folder),
                         f"is being written by another process ({_owner(folder)})",
-                        "wait until it is done, then run the same line again",
+                        "wait until it is done, then run the same command again",
                     ) from None
                 if suffices():
                     yield False

@@ -102,7 +102,7 @@ def folder_gone(_monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fail", "message"),
     [
-        (full_disk, r"a checkpoint takes 1\.0 MiB, and 0\.0 MiB are free on its disk; free some space and go on with --resume auto"),
+        (full_disk, r"a checkpoint takes 1\.0 MiB, and 0\.0 MiB are free on its disk; free some space and continue with --resume auto"),
         (failing_write, r"No space left on device|outputs/x: no space left on device"),
         (folder_gone, r"the folder of the run is gone"),
     ],
@@ -200,7 +200,7 @@ def test_a_folder_that_goes_while_it_is_written_to_is_not_made_again(tmp_path: P
     monkeypatch.setattr(os, "fsync", moved)
     saves = made_saver(out_dir, [])
     saves.save(full(1))
-    with pytest.raises(UserError, match="the folder of the run is gone; look where it went"):
+    with pytest.raises(UserError, match="the folder of the run is gone; find out where it went"):
         saves.save(full(2))
     saves.close()
     assert len(seen) > moment and not out_dir.exists()

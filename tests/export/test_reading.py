@@ -168,7 +168,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
         (index({NAME: "model-00001-of-00001.safetensors"}), r"model-00001-of-00001.safetensors: no such file"),
         (index({NAME: "../model.safetensors"}), r"no such file"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"model.safetensors: no such file; .*safetensors"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "is no configuration of a model"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "is not a model configuration"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     ],
 )

@@ -51,7 +51,7 @@ def test_stopped_and_resumed_again_and_again_is_the_uninterrupted_run(settings: 
     expected = trained(whole)
     for number in range(first, 12, 2):
         at_step(monkeypatch, first if number == first else 2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
-        with pytest.raises(Stopped, match=rf"SIGUSR1: stopped at step {number} of 12 and saved .*; go on with: .* --resume auto"):
+        with pytest.raises(Stopped, match=rf"SIGUSR1: stopped at step {number} of 12 and saved .*; continue with: .* --resume auto"):
             trained(broken, resume=None if number == first else "auto")
         monkeypatch.undo()
     assert same(trained(broken, resume="auto"), Checkpoint(**{**vars(expected), "config": broken}))
@@ -66,7 +66,7 @@ def test_from_an_earlier_step_the_later_checkpoints_are_set_aside(settings: Make
     (config.out_dir / "final.pth").unlink()
     again = trained(config, resume=str(config.out_dir / "step_00000004"))
     assert same(again, expected)
-    assert "step_00000008: is after the step to go on from; kept as step_00000008.aside" in capsys.readouterr().err
+    assert "step_00000008: is after the step to continue from; kept as step_00000008.aside" in capsys.readouterr().err
     assert [found.name for found in step_folders(config.out_dir)] == ["step_00000004", "step_00000008"]
 
 
@@ -77,7 +77,7 @@ def test_a_longer_course_that_is_stopped_goes_on_by_itself(settings: Make, monke
     at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Stopped, match=r"stopped at step 10 of 20 .* --resume auto"):
         run(long, resume=str(short.out_dir / "step_00000008"), dry_run=False, allowed=("train.tokens",))
-    assert "final.pth: is after the step to go on from; kept as final.pth.aside" in capsys.readouterr().err
+    assert "final.pth: is after the step to continue from; kept as final.pth.aside" in capsys.readouterr().err
     monkeypatch.undo()
     assert trained(long, resume="auto").progress["step"] == 20
     assert load_checkpoint(short.out_dir / "final.pth").progress["step"] == 20
@@ -101,7 +101,7 @@ def test_the_path_that_was_typed_stays_until_something_is_saved(settings: Make, 
     line = ["minifoundation", "pretrain", "--resume", str(begun)]
     monkeypatch.setattr("sys.argv", line)
     at_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Stopped, match=rf"stopped \(no step was done yet\); go on with: .* --resume {begun}$"):
+    with pytest.raises(Stopped, match=rf"stopped \(no step was done yet\); continue with: .* --resume {begun}$"):
         trained(settings("after"), resume=str(begun))
     monkeypatch.undo()
     monkeypatch.setattr("sys.argv", line)
@@ -125,7 +125,7 @@ def test_a_signal_before_the_first_step_leaves_at_once(settings: Make, monkeypat
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr("minifoundation.train.corpus.run_tokenizer", tokenizing)
-    with pytest.raises(Stopped, match=r"stopped \(no step was done yet\); go on with: .* --resume auto"):
+    with pytest.raises(Stopped, match=r"stopped \(no step was done yet\); continue with: .* --resume auto"):
         trained(config)
     monkeypatch.undo()
     assert trained(config, resume="auto").progress["step"] == 12
@@ -516,7 +516,7 @@ def test_a_folder_that_vanishes_is_one_line(settings: Make, monkeypatch: pytest.
         shutil.rmtree(config.out_dir)
 
     at_step(monkeypatch, 6, vanish)
-    with pytest.raises(UserError, match="the folder of the run is gone; look where it went"):
+    with pytest.raises(UserError, match="the folder of the run is gone; find out where it went"):
         trained(config)
     assert not config.out_dir.exists()
 
@@ -527,7 +527,7 @@ def test_when_no_checkpoint_is_whole_the_run_is_not_begun_anew(settings: Make) -
     (config.out_dir / "final.pth").write_bytes(b"")
     for folder in step_folders(config.out_dir):
         (folder / "state.json").write_text("{}")
-    with pytest.raises(UserError, match="holds checkpoints, and none of them is whole; begin again in another --out_dir"):
+    with pytest.raises(UserError, match="holds checkpoints, but none of them is intact; begin again in another --out_dir"):
         run(config, resume="auto", dry_run=False)
 
 

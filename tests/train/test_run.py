@@ -129,7 +129,7 @@ def test_a_killed_run_goes_on_from_the_last_checkpoint(
     resumed = trained(killed, resume="auto")
     said = capsys.readouterr().err
     assert re.search(r"step_00000008: tensors.safetensors has [\d,]+ bytes instead of [\d,]+; passed over", said)
-    assert "going on from" in said and "at step 4 of 12" in said and "kept as step_00000008.aside" in said
+    assert "continuing from" in said and "at step 4 of 12" in said and "kept as step_00000008.aside" in said
     assert all(torch.equal(value, resumed.model[name]) for name, value in whole.model.items())
     assert [row["step"] for row in rows(killed)] == [str(n) for n in range(1, 13)]
 
@@ -151,7 +151,7 @@ def test_the_same_line_twice_resumes_nothing_and_overwrites_nothing(settings: Ma
     path = run(config, resume=None, dry_run=False)
     assert path is not None
     before = path.read_bytes()
-    with pytest.raises(UserError, match="holds a finished run; type --resume auto to go on with it, or --out_dir"):
+    with pytest.raises(UserError, match="holds a finished run; add --resume auto to continue it, or --out_dir"):
         run(config, resume=None, dry_run=False)
     assert run(config, resume="auto", dry_run=False) == path
     assert path.read_bytes() == before
@@ -290,7 +290,7 @@ def test_a_vocabulary_that_8_bits_cannot_have_is_refused(settings: Make, as_if_8
     """The settings' own may be one that they can, and is not the one that is trained."""
     first = trained(settings())
     odd = replace(first, config=first.config.replaced(model={"vocab_size": 520}))
-    with pytest.raises(UserError, match=r"model\.vocab_size: 520 in the checkpoint is no multiple of 16, which train\.precision fp8"):
+    with pytest.raises(UserError, match=r"model\.vocab_size: 520 in the checkpoint is not a multiple of 16, which train\.precision fp8"):
         run(settings("long", train={"precision": "fp8", "loss_chunk": 64}), resume=None, dry_run=True, start=Start("longft", odd))
 
 

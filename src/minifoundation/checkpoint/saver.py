@@ -170,7 +170,7 @@ class Saver:
         """Return what to say of a folder that has been moved or removed under the run; None while it is there."""
         if self.out_dir.is_dir():
             return None
-        return UserError(str(self.out_dir), "the folder of the run is gone", "look where it went, and go on with --resume auto")
+        return UserError(str(self.out_dir), "the folder of the run is gone", "find out where it went, and continue with --resume auto")
 
     def _check_space(self, tensor_bytes: int) -> None:
         if gone := self._gone():
@@ -180,7 +180,7 @@ class Saver:
             raise UserError(
                 str(self.out_dir),
                 f"a checkpoint takes {size(needed)}, and {size(free)} are free on its disk",
-                "free some space and go on with --resume auto",
+                "free some space and continue with --resume auto",
             )
 
     def _host_copy(self, layout: Layout, tensors: Mapping[str, Tensor]) -> HostCopy | None:

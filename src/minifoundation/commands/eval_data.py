@@ -39,7 +39,7 @@ def pull(options: PullOptions) -> None:
         sealed = mirror.seal(options.data_dir, list(written.values()))
         print(f"{options.data_dir}: {len(written)} files written, {sealed} in {mirror.MANIFEST}")
     if failed:
-        raise UserError("eval-data pull", f"{len(failed)} tasks have no data: {failed[0]}", "mend it and type the same line again")
+        raise UserError("eval-data pull", f"{len(failed)} tasks have no data: {failed[0]}", "fix it and run the same command again")
 
 
 def check(options: CheckOptions) -> None:

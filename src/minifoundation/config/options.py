@@ -59,7 +59,7 @@ class PhaseOptions(RunOptions):
         for name in value:
             if name not in known:
                 near = nearest(name, known)
-                raise ValueError(f"{name!r} is no setting of a run; " + (f"did you mean {near}?" if near else "--help lists them"))
+                raise ValueError(f"{name!r} is not a setting of a run; " + (f"did you mean {near}?" if near else "--help lists them"))
         return value
 
 
@@ -112,7 +112,7 @@ class BenchOptions(RunOptions):
     @classmethod
     def _sizes_above_nothing(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if none := [size for size in value if size <= 0]:
-            raise ValueError(f"{none[0]:g} GiB is no memory; give numbers above 0")
+            raise ValueError(f"{none[0]:g} GiB is not a memory size; give numbers above 0")
         return value
 
 

@@ -49,7 +49,7 @@ class RopeConfig(Settings):
             problem = f"high_freq_factor {self.high_freq_factor:g} must be larger than low_freq_factor {self.low_freq_factor:g}"
             raise ValueError(problem)
         if self.max_seq_len is not None and self.scaling != "llama3":
-            raise ValueError(f"max_seq_len {self.max_seq_len} with scaling {self.scaling}, of which the factor says it; leave it out")
+            raise ValueError(f"max_seq_len {self.max_seq_len} is a setting of scaling llama3, and scaling is {self.scaling}; leave it out")
         return self
 
 
@@ -202,7 +202,7 @@ class DataConfig(Settings):
             return value
         parts = [part.rpartition("=") for part in value.split(",")]
         if not all(name and weight for name, _, weight in parts):
-            raise ValueError(f"{value!r} is no mixture; write source=weight,source=weight")
+            raise ValueError(f"{value!r} is not a mixture; write source=weight,source=weight")
         mix = {name.strip(): weight for name, _, weight in parts}
         if len(mix) < len(parts):
             raise ValueError(f"{value!r} names a source twice; give each its weight once")
@@ -403,7 +403,7 @@ class RunConfig(Settings):
         chunks = 2 * processes * (8 if self.train.precision == "fp8" else 1)
         if seq_len % chunks:
             raise ValueError(
-                f"train.seq_len {seq_len} is no multiple of {chunks}, as train.context_parallel {processes} needs "
+                f"train.seq_len {seq_len} is not a multiple of {chunks}, as train.context_parallel {processes} needs "
                 f"(two chunks of a row for each process); set it to {max(1, round(seq_len / chunks)) * chunks}"
             )
         if self.model.attention == "cudnn":
@@ -424,6 +424,6 @@ class RunConfig(Settings):
         }
         for name, width in widths.items():
             if width % 16:
-                raise ValueError(f"{name} {width} is no multiple of 16, which train.precision fp8 needs; choose one, or take bf16")
+                raise ValueError(f"{name} {width} is not a multiple of 16, which train.precision fp8 needs; choose one, or take bf16")
         if model.dropout:
-            raise ValueError(f"model.dropout {model.dropout:g} cannot be had with train.precision fp8; set it to 0, or take bf16")
+            raise ValueError(f"model.dropout {model.dropout:g} does not work with train.precision fp8; set it to 0, or take bf16")

@@ -196,7 +196,7 @@ def with_vocabulary(config: RunConfig, before: Checkpoint | None, tokenizer: Tok
         if size != config.model.vocab_size:
             say(f"model.vocab_size: {size:,} instead of {config.model.vocab_size:,}, since the tokenizer {has} {pieces:,} pieces")
     if config.train.precision == "fp8" and size % 16:
-        problem = f"{size} in the checkpoint is no multiple of 16, which train.precision fp8 needs"
+        problem = f"{size} in the checkpoint is not a multiple of 16, which train.precision fp8 needs"
         raise UserError("model.vocab_size", problem, "take bf16")
     return config.replaced(model={"vocab_size": size})
 

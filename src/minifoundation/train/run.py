@@ -76,7 +76,7 @@ def run(
         except KeyboardInterrupt:
             if stop.nothing_to_save:
                 there = "nothing is lost" if step_folders(config.out_dir) else "no step was done yet"
-                raise Stopped(f"stopped ({there}); go on with: {typed(world, **_going_on(config, resume))}") from None
+                raise Stopped(f"stopped ({there}); continue with: {typed(world, **_going_on(config, resume))}") from None
             raise
 
 
@@ -251,7 +251,7 @@ def _train(phase: Phase, stop: Stop, *, resumed: Checkpoint | None, again: bool)
         if outcome == "stopped":
             raise Stopped(
                 f"{stop.reason}: stopped at step {progress.step:,} of {planned.steps:,} and saved {out_dir}; "
-                f"go on with: {typed(world, resume='auto')}"
+                f"continue with: {typed(world, resume='auto')}"
             )
         saver.finish()
         path = out_dir / FINAL
