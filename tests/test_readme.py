@@ -23,7 +23,7 @@ DOCUMENTS = [
 ]
 LINE = re.compile(
     r"(?:-m src\.cli|\$\(RUN\)|^[ `$]*minifoundation)\s+"
-    r"((?:prepare|pretrain|longft|bench|export_hf|import_hf|eval|eval-data \w+|contamination|report|generate|serve)\s+-[^\n`]*)",
+    r"((?:prepare|inspect|pretrain|longft|bench|export_hf|import_hf|eval|eval-data \w+|contamination|report|generate|serve|doctor)\s+-[^\n`]*)",
     re.MULTILINE,
 )
 SESSION = re.compile(r"^\$ python -m src\.cli (.*)\n(error: .*)$", re.MULTILINE)
@@ -74,6 +74,7 @@ def test_lines_were_found_in_every_kind_of_document() -> None:
     assert {"README.md", "Makefile", "after_the_demo.txt"} <= found
     assert {line.split()[0] for _, line in documented()} == {
         "prepare",
+        "inspect",
         "pretrain",
         "longft",
         "bench",
@@ -85,6 +86,7 @@ def test_lines_were_found_in_every_kind_of_document() -> None:
         "report",
         "generate",
         "serve",
+        "doctor",
     }
 
 
