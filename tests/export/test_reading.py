@@ -148,7 +148,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
         (in_config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "its RoPE has rope_type dynamic"),
         (
             in_config(rope_parameters=SCALINGS["yarn"] | {"attention_factor": 1.0}),
-            "its RoPE has attention_factor 1 instead of 1.06931, which this program does not compute",
+            "its RoPE has attention_factor 1 instead of 1.06931, which this program does not support",
         ),
         (in_config(rope_parameters=SCALINGS["yarn"] | {"truncate": False}), "its RoPE has truncate false"),
         (in_config(vocab_size=130), "vocab_size"),
