@@ -34,7 +34,7 @@ from minifoundation.train.plan import plan
 from minifoundation.train.rollback import Bad
 from minifoundation.train.run import run
 from minifoundation.train.state import Phase, Progress, beyond
-from minifoundation.train.stop import Stop
+from minifoundation.train.stop import Stop, stop_on_signals
 from tests.checkpoint.made import same
 from tests.train.test_run import at_step, rows, steady, trained
 from tests.train.threads import threads
@@ -564,6 +564,18 @@ def test_told_to_stop() -> None:
     assert stop.asked and stop.reason == "SIGUSR1"
     with pytest.raises(KeyboardInterrupt):
         stop(signal.SIGTERM, None)
+
+
+@pytest.mark.parametrize("under_nohup", [False, True])
+def test_a_terminal_that_closes_is_a_stop_but_under_nohup(under_nohup: bool) -> None:
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN if under_nohup else signal.SIG_DFL)
+    try:
+        with stop_on_signals() as stop:
+            stop.nothing_to_save = False
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.asked is not under_nohup
+    finally:
+        signal.signal(signal.SIGHUP, former)
 
 
 def test_the_disk_that_is_planned_is_what_checkpoints_take(settings: Make) -> None:

@@ -10,8 +10,8 @@ from types import FrameType
 
 from tqdm import tqdm
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Ctrl-C; what systems, schedulers and torchrun send before they kill; what Slurm sends with ``--signal=USR1@60``."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Ctrl-C; what systems, schedulers and torchrun send before they kill; a terminal that closes; what Slurm sends with ``--signal=USR1@60``."""
 
 
 class Stop:
@@ -52,7 +52,8 @@ class Stop:
 def stop_on_signals(max_hours: float | None = None) -> Iterator[Stop]:
     """Yield a flag that the signals set, and put the former handlers back at the end."""
     stop = Stop(max_hours)
-    former = {number: signal.signal(number, stop) for number in SIGNALS}
+    under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    former = {number: signal.signal(number, stop) for number in SIGNALS if not (number == signal.SIGHUP and under_nohup)}
     try:
         yield stop
     finally:
