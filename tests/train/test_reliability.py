@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -611,3 +612,59 @@ def test_the_former_model_is_gone_before_the_run_goes_back(settings: Make, tmp_p
         assert running._trained(phase, Stop(), path=None, resumed=None) == tmp_path
     finally:
         gc.enable()
+
+
+def test_no_other_run_can_write_while_one_chooses_where_to_go_on(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would set aside what the other one, which is just saving its last step, has written since."""
+    config = settings()
+    expected = trained(config)
+    (config.out_dir / "final.pth").unlink()
+    real = running.checkpoint_to_resume
+
+    def chosen(*arguments: Any) -> Any:
+        found = real(*arguments)
+        with pytest.raises(UserError, match="is being written by another process"), held(config.out_dir):
+            pass
+        return found
+
+    monkeypatch.setattr(running, "checkpoint_to_resume", chosen)
+    assert same(trained(config, resume="auto"), expected)
+
+
+def test_a_stop_whose_save_fails_does_not_say_that_it_is_saved(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(train={"if_save_fails": "continue"})
+    real = saver.write_step  # type: ignore[attr-defined]
+
+    def fails(state: Any, *arguments: Any) -> Path:
+        if state["progress"]["step"] == 6:
+            raise OSError(28, "No space left on device", "disk")
+        return Path(real(state, *arguments))
+
+    monkeypatch.setattr(saver, "write_step", fails)
+    at_step(monkeypatch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(UserError, match=r"SIGTERM: stopped at step 6, which could not be saved; --resume auto goes on from step_00000004$"):
+        trained(config)
+
+
+def test_all_processes_step_over_what_the_first_one_knows(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine may still see the folder as it was before the first one wrote down that the run goes back."""
+    config = settings()
+    config.out_dir.mkdir()
+    given: list[Any] = []
+    process = threading.local()
+
+    def begins(*_: Any, stepped_over: Any, **__: Any) -> Any:
+        given.append(stepped_over)
+        raise UserError("data", "is not there", "look for it")
+
+    def one(world: World) -> None:
+        process.sees = [[8, 12]] if world.is_first else []
+        phase = Phase(config, plan(config, 2), runtime.machine(), world, start=None, suite=None, say=print)
+        with pytest.raises(UserError, match="is not there"):
+            running._train(phase, Stop(), resumed=None, again=True)
+
+    monkeypatch.setattr(running, "training_data", begins)
+    monkeypatch.setattr(running, "stepped_over", lambda _: process.sees)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(one, threads(2)))
+    assert given == [[[8, 12]]] * 2

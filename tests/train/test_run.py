@@ -284,6 +284,8 @@ def test_how_the_model_is_split_follows_from_the_model_that_is_trained(settings:
     monkeypatch.setattr(running, "chosen_split", split)
     run(settings(model=HUGE), resume=None, dry_run=True)
     assert sizes == [512]
+    found = trained(settings(tokenizer={"vocab_size": 32_000}, train={"tokens": 128}))
+    assert sizes == [512, 32_000, found.config.model.vocab_size], "the text supports fewer pieces than were asked for"
 
 
 def test_a_vocabulary_that_8_bits_cannot_have_is_refused(settings: Make, as_if_8_bits_could_run: None) -> None:

@@ -11,7 +11,7 @@ from types import FrameType
 from tqdm import tqdm
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""Ctrl-C; what systems, schedulers and torchrun send before they kill; a terminal that closes; what Slurm sends with ``--signal=USR1@60``."""
+"""Ctrl-C; what systems, schedulers and torchrun send before they kill; a terminal that closes; Slurm's ``--signal=USR1@60``."""
 
 
 class Stop:
