@@ -668,3 +668,29 @@ def test_all_processes_step_over_what_the_first_one_knows(settings: Make, monkey
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(one, threads(2)))
     assert given == [[[8, 12]]] * 2
+
+
+def test_a_run_that_saves_often_goes_back_to_the_step_before_the_first_bad_one(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not to the beginning, and what it went back over does not stay on the disk."""
+    poisoned(monkeypatch, lambda sample: 40 <= sample < 52)  # steps 11 to 13
+    config = settings(train={"tokens": 32 * 4 * 16, "max_skips": 3, "save_every": 1, "keep": 1})
+    assert trained(config).progress["stepped_over"] == [[40, 52]]
+    assert [one["to"] for one in json.loads((config.out_dir / "rollbacks.json").read_text())] == [10]
+    assert [found.name for found in config.out_dir.glob("step_*")] == ["step_00000015"]
+
+
+def test_what_there_is_to_go_back_to(tmp_path: Path) -> None:
+    bad = Bad(9, 11, 32, 44, "loss not finite")
+    begun = tmp_path / "step_00000008.aside"  # of the run's own folder, under another name
+    begun.mkdir()
+
+    def found(begun: Path | None) -> Path | None:
+        return rollback.checkpoint_before(bad, tmp_path, begun, most=3, say=print)
+
+    assert found(None) is None and found(begun) == begun and found(tmp_path / "removed") is None
+    (tmp_path / "rollbacks.json").write_text(json.dumps([{"to": 8, **vars(bad)}]))
+    assert found(begun) == begun
+    with pytest.raises(UserError, match=r"loss not finite, at once after going back to step 8, and there is no checkpoint from before"):
+        found(None)
+    rollback.record_rollback(bad, begun, tmp_path)
+    assert [one["to"] for one in rollback.rollbacks(tmp_path)] == [8, 0]

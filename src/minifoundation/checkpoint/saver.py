@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from minifoundation.checkpoint.folder import Checkpoint, prune, write_step
+from minifoundation.checkpoint.folder import Checkpoint, first_of_a_row, prune, write_step
 from minifoundation.checkpoint.tensors import HostCopy, Layout, raw
 from minifoundation.errors import UserError
 
@@ -204,7 +204,7 @@ class Saver:
     def _write(self, writing: Future[None], state: dict[str, Any], layout: Layout, tokenizer: bytes, body: Iterable[memoryview]) -> None:
         try:
             folder = write_step(state, layout, body, tokenizer, self.out_dir)
-            prune(folder, keep=self._keep, keep_every=self._keep_every)
+            prune(folder, keep=self._keep, keep_every=self._keep_every, before=first_of_a_row(state["progress"]))
         except BaseException as error:
             writing.set_exception(error)
         else:

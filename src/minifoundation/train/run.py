@@ -193,16 +193,12 @@ def _trained(phase: Phase, stop: Stop, *, path: Path | None, resumed: Checkpoint
 
 
 def _gone_back(bad: Bad, phase: Phase, path: Path | None) -> Path | None:
-    """Return the checkpoint from which the run goes on, once the folder says so; None for the beginning.
-
-    Where the run has none of its own from before that it is the one it went on from (``path``).
-    """
+    """Return the checkpoint that the run, which went on from ``path``, goes back to, once its folder says so; None for the beginning."""
     out_dir = phase.config.out_dir
-    folder = checkpoint_before(bad, out_dir, most=phase.config.train.max_rollbacks, say=phase.say)
-    elsewhere = path if folder is None and path is not None and path.parent.resolve() != out_dir.resolve() else None
-    phase.say(f"going back to {folder or elsewhere or 'the beginning'}, and over what was skipped: {bad}")
+    folder = checkpoint_before(bad, out_dir, path, most=phase.config.train.max_rollbacks, say=phase.say)
+    phase.say(f"going back to {folder or 'the beginning'}, and over what was skipped: {bad}")
     record_rollback(bad, folder, out_dir)
-    return folder or elsewhere
+    return folder
 
 
 def _with_rows_of(resumed: Checkpoint, asked: RunConfig, world: World) -> RunConfig:
