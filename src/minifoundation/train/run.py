@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -17,7 +16,7 @@ from minifoundation.config import RunConfig, changed, to_yaml
 from minifoundation.data.supply import Supply
 from minifoundation.distributed import Split, World, join, sharing_rows
 from minifoundation.errors import Stopped, UserError
-from minifoundation.lock import LOCK, held
+from minifoundation.lock import held
 from minifoundation.runtime import Machine
 from minifoundation.train.construction import built
 from minifoundation.train.corpus import (
@@ -163,15 +162,9 @@ def _has_moments(config: RunConfig, resumed: Checkpoint | None, start: Start | N
 @contextmanager
 def _owned(out_dir: Path) -> Iterator[None]:
     """Hold the folder of the run, and remove what a killed one has left half-written in it."""
-    ours = not out_dir.exists()
-    out_dir.mkdir(parents=True, exist_ok=True)
     with held(out_dir):
         tidy(out_dir)
-        try:
-            yield
-        finally:
-            if ours and out_dir.is_dir() and [path.name for path in out_dir.iterdir()] == [LOCK]:  # a mistake leaves no folder behind
-                shutil.rmtree(out_dir)
+        yield
 
 
 def _trained(phase: Phase, stop: Stop, *, path: Path | None, resumed: Checkpoint | None) -> Path:
