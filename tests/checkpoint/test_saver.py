@@ -86,9 +86,14 @@ def test_the_same_step_is_written_once(tmp_path: Path) -> None:
 def test_a_save_that_fails_beside_what_ends_the_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     failing_write(monkeypatch, tmp_path)
-    with pytest.raises(UserError, match="another"), made_saver(tmp_path, said) as saves:
-        saves.save(made(1))
-        raise UserError("another", "fault", "remedy")
+
+    def run() -> None:
+        with made_saver(tmp_path, said) as saves:
+            saves.save(made(1))
+            raise UserError("another", "fault", "remedy")
+
+    with pytest.raises(UserError, match="another"):
+        run()
     assert said == ["warning: not written: outputs/x: no space left on device"]
 
 
