@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -10,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,3 +78,15 @@ def test_a_lock_that_went_with_its_folder_is_nobodys(tmp_path: Path) -> None:
             time.sleep(2 * POLL_SECONDS)
         waiting.result(30)
     assert (folder / "made").exists()
+
+
+def test_a_file_system_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    with (
+        pytest.raises(UserError, match=r"cannot be locked \(function not implemented\); give a folder on a file system that has"),
+        held(tmp_path),
+    ):
+        pass

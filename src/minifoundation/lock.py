@@ -28,7 +28,7 @@ def held(folder: Path, suffices: Callable[[], bool] | None = None) -> Iterator[b
             do not wait.
 
     Raises:
-        UserError: another process holds it; it is named.
+        UserError: another process holds it, which is named; the file system has no locks.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     while True:
@@ -48,6 +48,9 @@ def held(folder: Path, suffices: Callable[[], bool] | None = None) -> Iterator[b
                     return
                 time.sleep(POLL_SECONDS)
                 continue
+            except OSError as error:
+                remedy = "give a folder on a file system that has locks (Lustre has them when mounted with -o flock)"
+                raise UserError(str(folder), f"cannot be locked ({str(error.strerror).lower()})", remedy) from None
             if not _lies_there(lock, folder / LOCK):  # its last holder has removed it with the folder
                 continue
             lock.truncate(0)
@@ -77,12 +80,15 @@ def holder(folder: Path) -> str | None:
     try:
         with (folder / LOCK).open("r") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return None
     except BlockingIOError:
         return _owner(folder)
+    except OSError:  # there is none, or no such thing as a lock
+        return None
     return None
 
 
 def _owner(folder: Path) -> str:
-    return (folder / LOCK).read_text(encoding="utf-8")
+    try:
+        return (folder / LOCK).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return "which has just ended"
