@@ -186,8 +186,7 @@ def prune(newest: Path, *, keep: int, keep_every: int | None, before: int | None
     undone = re.compile(rf"step_(\d+){re.escape(UNDONE)}\d*")
     gone += [folder for folder in newest.parent.iterdir() if (named := undone.fullmatch(folder.name)) and int(named[1]) <= step_of(newest)]
     for folder in gone:
-        # First of all it is no checkpoint any more, so that half of one is never taken for a damaged one.
-        folder.rename(folder.with_name(folder.name + PART))
+        set_aside(folder, PART)  # first of all it is no checkpoint any more, so that half of one is never taken for a damaged one
     _remove_parts(newest.parent)
 
 
@@ -209,7 +208,7 @@ def tidy(out_dir: Path) -> None:
 
 
 def _remove_parts(out_dir: Path) -> None:
-    for part in out_dir.glob(f"step_*{PART}"):
+    for part in out_dir.glob(f"step_*{PART}*"):
         shutil.rmtree(part, ignore_errors=True)
 
 
