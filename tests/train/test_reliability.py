@@ -29,6 +29,7 @@ from minifoundation.errors import Stopped, UserError
 from minifoundation.lock import held
 from minifoundation.train import loop, rollback, step
 from minifoundation.train import run as running
+from minifoundation.train import stop as stopping
 from minifoundation.train.feed import NoData
 from minifoundation.train.metrics import MetricsLog, Row
 from minifoundation.train.plan import plan
@@ -134,6 +135,7 @@ def test_a_signal_before_the_first_step_leaves_at_once(settings: Make, monkeypat
 
 def test_a_second_signal_leaves_at_once_with_the_last_checkpoint_whole(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings()
+    monkeypatch.setattr(stopping, "TOGETHER", 0.0)
 
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -554,7 +556,7 @@ def test_places_step_over_holes() -> None:
     assert Progress().end(10**15, 4) == 4 * 10**15, "at once"
 
 
-def test_told_to_stop() -> None:
+def test_told_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     stop = Stop()
     assert not stop.asked
     with pytest.raises(KeyboardInterrupt):
@@ -562,7 +564,9 @@ def test_told_to_stop() -> None:
     stop = Stop(max_hours=10)
     stop.nothing_to_save = False
     stop(signal.SIGUSR1, None)
+    stop(signal.SIGTERM, None)  # of a scheduler that tells torchrun too, which tells its processes
     assert stop.asked and stop.reason == "SIGUSR1"
+    monkeypatch.setattr(stopping, "TOGETHER", 0.0)
     with pytest.raises(KeyboardInterrupt):
         stop(signal.SIGTERM, None)
 
