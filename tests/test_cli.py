@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
 import subprocess
 import sys
@@ -241,3 +242,15 @@ def test_help_answers_at_once() -> None:
 def test_the_program_is_a_click_group() -> None:
     assert isinstance(cli.program(), click.Group)
     assert list(cli.program().commands) == list(dict.fromkeys(name.split()[0] for name in COMMANDS))
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_reader_that_is_gone_ends_nothing(stream: str) -> None:
+    """Ctrl-C ends the ``tee`` behind a run too: what the run then says must not keep it from saving."""
+    read, write = os.pipe()
+    os.close(read)
+    arguments = ["--help"] if stream == "stdout" else ["no_such_command"]
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: write}
+    done = subprocess.run([sys.executable, "-m", "src.cli", *arguments], cwd=config.REPOSITORY, **streams, timeout=60, check=False)
+    os.close(write)
+    assert done.returncode == {"stdout": 0, "stderr": 2}[stream] and not done.stderr

@@ -11,11 +11,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin
+from typing import Any, NoReturn, TextIO, cast, get_args, get_origin
 
 import click
 from pydantic import BaseModel
@@ -240,8 +241,40 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
         ctx.exit()
 
 
+class Heard:
+    """A stream for a person who may have gone: what a closed pipe or terminal does not take is dropped, and the work goes on.
+
+    Ctrl-C also ends the ``tee`` behind a run, which is about to say that it saves, and then to save.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with _unless_gone():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with _unless_gone():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _unless_gone() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+
+
 def run() -> NoReturn:
     """Run the command line of this process, and leave with its exit code."""
+    sys.stdout, sys.stderr = (stream and cast(TextIO, Heard(stream)) for stream in (sys.stdout, sys.stderr))
     code = main()
     if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # torchrun ends the others as soon as one has left: the one that speaks goes first, and none loses its exit code.

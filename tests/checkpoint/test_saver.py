@@ -83,6 +83,20 @@ def test_the_same_step_is_written_once(tmp_path: Path) -> None:
     saves.close()
 
 
+def test_a_save_that_fails_beside_what_ends_the_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    failing_write(monkeypatch, tmp_path)
+
+    def run() -> None:
+        with made_saver(tmp_path, said) as saves:
+            saves.save(made(1))
+            raise UserError("another", "fault", "remedy")
+
+    with pytest.raises(UserError, match="another"):
+        run()
+    assert said == ["warning: not written: outputs/x: no space left on device"]
+
+
 def full_disk(monkeypatch: pytest.MonkeyPatch, _folder: Path) -> None:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1000))

@@ -284,6 +284,8 @@ def test_how_the_model_is_split_follows_from_the_model_that_is_trained(settings:
     monkeypatch.setattr(running, "chosen_split", split)
     run(settings(model=HUGE), resume=None, dry_run=True)
     assert sizes == [512]
+    found = trained(settings(tokenizer={"vocab_size": 32_000}, train={"tokens": 128}))
+    assert sizes == [512, 32_000, found.config.model.vocab_size], "the text supports fewer pieces than were asked for"
 
 
 def test_a_vocabulary_that_8_bits_cannot_have_is_refused(settings: Make, as_if_8_bits_could_run: None) -> None:
@@ -349,13 +351,14 @@ def test_an_empty_folder_of_the_users_own_is_left_there(settings: Make, tmp_path
         assert config.out_dir.exists() == mine
 
 
-def test_a_run_that_is_never_evaluated_says_so(settings: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_is_never_evaluated_says_so(settings: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The shard that is read to its end of a corpus that goes on holds no held-out document."""
-    trained(settings(data={"held_out": 0.0, "shard_tokens": 2048}, train={"tokens": 128 * 4}))
-    assert (
-        "warning: data.held_out: too few documents of the shards that are read fell into it to evaluate on; raise data.held_out"
-        in capsys.readouterr().err
-    )
+    for name, share in (("by chance", 1e-9), ("on purpose", 0.0)):
+        trained(
+            settings(name, data={"held_out": share, "shard_tokens": 2048, "shards_dir": str(tmp_path / name)}, train={"tokens": 128 * 4})
+        )
+        told = "warning: data.held_out: too few documents of the shards that are read fell into it to evaluate on; raise data.held_out"
+        assert (told in (said := capsys.readouterr().err)) is (name == "by chance") and "held out 0 tokens" in said
 
 
 def test_faults_are_one_line(settings: Make, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def _run(folder: Path) -> Iterator[Finding]:
         good += [] if problem else [path]
     if not checkpoints:
         yield Finding("note", "no checkpoint yet")
-    for left in sorted([*folder.glob("*.part"), *folder.glob("*.aside*")]):
+    for left in sorted([*folder.glob("*.part"), *folder.glob("*.aside*"), *folder.glob("*.undone*")]):
         yield Finding(
             "note", f"{left.name}: not used by the run; it can be removed" + (" once no process uses the folder" if owner else "")
         )
