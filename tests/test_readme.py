@@ -23,7 +23,8 @@ DOCUMENTS = [
 ]
 LINE = re.compile(
     r"(?:-m src\.cli|\$\(RUN\)|^[ `$]*minifoundation)\s+"
-    r"((?:prepare|inspect|pretrain|longft|bench|export_hf|import_hf|eval|eval-data \w+|contamination|report|generate|serve|doctor)\s+-[^\n`]*)",
+    r"((?:prepare|inspect|pretrain|longft|bench|export_hf|import_hf|eval|eval-data \w+|contamination|report|generate|serve|doctor)"
+    r"\s+-[^\n`]*)",
     re.MULTILINE,
 )
 SESSION = re.compile(r"^\$ python -m src\.cli (.*)\n(error: .*)$", re.MULTILINE)
