@@ -156,7 +156,7 @@ def test_a_terminal_that_lacks_a_character_loses_nothing_else() -> None:
         (
             OSError(errno.ENOSPC, "No space left on device", "outputs/x"),
             2,
-            "error: outputs/x: the disk is full; free some space and run the same line again (a training run with --resume auto)\n",
+            "error: outputs/x: the disk is full; free some space and run the same command again (a training run with --resume auto)\n",
         ),
         (OSError(errno.EACCES, "Permission denied", "/x"), 2, "error: /x: permission denied; check the path and its permissions\n"),
         (OSError(errno.EEXIST, "File exists", "/x"), 2, "error: /x: file exists; it is a file and a folder is needed: give another path\n"),
@@ -194,7 +194,7 @@ def test_help_shows_defaults_and_choices() -> None:
     assert "[default: 0.0006]" in shown
     assert "--train.schedule cosine|constant|wsd" in shown
     assert "--batch_size, --train.batch_size INT|auto" in shown
-    assert "training tokens in all  [required, here or in the YAML]" in shown
+    assert "training tokens in total  [required, here or in the YAML]" in shown
 
 
 def test_help_claims_no_default_that_a_command_does_not_have() -> None:
@@ -203,7 +203,7 @@ def test_help_claims_no_default_that_a_command_does_not_have() -> None:
     of_a_run = longft[longft.index("--out_dir PATH") :]
     assert "folder of the run" in of_a_run and "[default" not in of_a_run and "[required" not in of_a_run
     bench = CliRunner().invoke(cli.program(), ["bench", "--help"], terminal_width=200).output
-    assert "training tokens in all  [not needed]" in bench and "the most that fit  [default: auto]" in bench
+    assert "training tokens in total  [not needed]" in bench and "the most that fit  [default: auto]" in bench
 
 
 def test_an_empty_line_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,3 +258,15 @@ def test_help_answers_at_once() -> None:
 def test_the_program_is_a_click_group() -> None:
     assert isinstance(cli.program(), click.Group)
     assert list(cli.program().commands) == list(dict.fromkeys(name.split()[0] for name in COMMANDS))
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_reader_that_is_gone_ends_nothing(stream: str) -> None:
+    """Ctrl-C ends the ``tee`` behind a run too: what the run then says must not keep it from saving."""
+    read, write = os.pipe()
+    os.close(read)
+    arguments = ["--help"] if stream == "stdout" else ["no_such_command"]
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: write}
+    done = subprocess.run([sys.executable, "-m", "src.cli", *arguments], cwd=config.REPOSITORY, **streams, timeout=60, check=False)
+    os.close(write)
+    assert done.returncode == {"stdout": 0, "stderr": 2}[stream] and not done.stderr

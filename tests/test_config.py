@@ -129,7 +129,7 @@ def test_none_is_off_only_where_a_setting_can_be_off() -> None:
         ({"model": {"head_dim": 0}}, "model.head_dim: 0 is not valid; input should be greater than or equal to 2"),
         (
             {"train": {"precision": "fp8"}, "model": {"head_dim": 18}},
-            "a.yaml: model.n_head x head width 72 is no multiple of 16, which train.precision fp8 needs; choose one, or take bf16",
+            "a.yaml: model.n_head x head width 72 is not a multiple of 16, which train.precision fp8 needs; choose one, or take bf16",
         ),
         (
             {"train": {"seq_len": 256}},
@@ -148,7 +148,7 @@ def test_none_is_off_only_where_a_setting_can_be_off() -> None:
         ),
         (
             {"model": {"rope": {"scaling": "yarn", "max_seq_len": 512}}},
-            "model.rope: max_seq_len 512 with scaling yarn, of which the factor says it; leave it out",
+            "model.rope: max_seq_len 512 is a setting of scaling llama3, and scaling is yarn; leave it out",
         ),
         (
             {"model": {"rope": {"scaling": "llama3", "max_seq_len": 96}}},
@@ -167,33 +167,34 @@ def test_none_is_off_only_where_a_setting_can_be_off() -> None:
         ({"train": {"batch_size": 0}}, "train.batch_size: must be at least 1, or auto; correct it"),
         (
             {"train": {"precision": "fp8"}, "model": {"d_ff": 72}},
-            "a.yaml: model.d_ff 72 is no multiple of 16, which train.precision fp8 needs; choose one, or take bf16",
+            "a.yaml: model.d_ff 72 is not a multiple of 16, which train.precision fp8 needs; choose one, or take bf16",
         ),
         (
             {"train": {"precision": "fp8"}, "model": {"dropout": 0.1}},
-            "a.yaml: model.dropout 0.1 cannot be had with train.precision fp8; set it to 0, or take bf16",
+            "a.yaml: model.dropout 0.1 does not work with train.precision fp8; set it to 0, or take bf16",
         ),
         (
             {"train": {"context_parallel": 3, "seq_len": 128}},
-            "a.yaml: train.seq_len 128 is no multiple of 6, as train.context_parallel 3 needs (two chunks of a row for each process); "
+            "a.yaml: train.seq_len 128 is not a multiple of 6, as train.context_parallel 3 needs (two chunks of a row for each process); "
             "set it to 126",
         ),
         (
             {"train": {"context_parallel": 2, "precision": "fp8", "seq_len": 16}},
-            "a.yaml: train.seq_len 16 is no multiple of 32, as train.context_parallel 2 needs",
+            "a.yaml: train.seq_len 16 is not a multiple of 32, as train.context_parallel 2 needs",
         ),
         (
             {"train": {"context_parallel": 2}, "model": {"attention": "cudnn"}},
             "a.yaml: model.attention cudnn cannot read a row in chunks, as train.context_parallel 2 does; take auto, flash4 or flash",
         ),
-        ({"model": 3}, "model: 3 is no section of settings; write 'model:', and below it 'name: value', indented"),
+        ({"model": 3}, "model: 3 is not a section of settings; write 'model:', and below it 'name: value', indented"),
         (
             {"train": {"grad_clip": False}},
-            "train.grad_clip: False is no number (YAML reads yes, no, on and off as true and false); give a number, or none to turn it off",
+            "train.grad_clip: False is not a number (YAML reads yes, no, on and off as true and false); "
+            "give a number, or none to turn it off",
         ),
         (
             {"train": {"save_every": True}},
-            "train.save_every: True is no number (YAML reads yes, no, on and off as true and false); give a number",
+            "train.save_every: True is not a number (YAML reads yes, no, on and off as true and false); give a number",
         ),
         ({"train": {"tokens": 10**23}}, "train.tokens: 100000000000000000000000 is not valid; input should be less than or equal to"),
         ({"train.lr": 1}, "train.lr: stands by its dotted name (in a.yaml); write 'train:', and 'lr: value' below it, indented"),
@@ -238,7 +239,7 @@ def test_one_source_has_all_the_weight() -> None:
         ({"source": "a", "mix": {"b": 1}}, "data: data.source is a, and data.mix is set too"),
         ({"mix": {}}, "data: data.mix is empty"),
         ({"mix": {"a": 1, "b": 0}}, "data: the weight of b in data.mix is 0; give a number above 0"),
-        ({"mix": "a"}, "data.mix: 'a' is no mixture; write source=weight,source=weight"),
+        ({"mix": "a"}, "data.mix: 'a' is not a mixture; write source=weight,source=weight"),
         ({"mix": {"a": "much"}}, "data.mix.a: 'much' is not valid"),
         ({"mix": "a=1,b=2,a=3"}, "data.mix: 'a=1,b=2,a=3' names a source twice; give each its weight once"),
         ({"source": "a", "filters": "gopher"}, "data.filters: 'gopher' is not valid"),
@@ -379,7 +380,7 @@ def test_a_base_that_leads_back_to_itself_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("3: 4", "3 is no name of a setting"),
+        ("3: 4", "3 is not the name of a setting"),
         ("a: !!python/object/apply:os.system ['true']", "not YAML at line 1"),
         ("train: {tokens: 5}\ntrain: {lr: 1}", "'train' stands there twice, the second time at line 2; leave one of them out"),
         ("train:\n  lr: 1\n  lr: 2", "'lr' stands there twice, the second time at line 3"),

@@ -15,6 +15,7 @@ ROOT = config.REPOSITORY
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [
     ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "Makefile",
     *sorted((ROOT / "examples").glob("*.*")),
@@ -22,7 +23,8 @@ DOCUMENTS = [
 ]
 LINE = re.compile(
     r"(?:-m src\.cli|\$\(RUN\)|^[ `$]*minifoundation)\s+"
-    r"((?:prepare|pretrain|longft|bench|export_hf|import_hf|eval|eval-data \w+|contamination|report|generate|serve)\s+-[^\n`]*)",
+    r"((?:prepare|inspect|pretrain|longft|bench|export_hf|import_hf|eval|eval-data \w+|contamination|report|generate|serve|doctor)"
+    r"\s+-[^\n`]*)",
     re.MULTILINE,
 )
 SESSION = re.compile(r"^\$ python -m src\.cli (.*)\n(error: .*)$", re.MULTILINE)
@@ -73,6 +75,7 @@ def test_lines_were_found_in_every_kind_of_document() -> None:
     assert {"README.md", "Makefile", "after_the_demo.txt"} <= found
     assert {line.split()[0] for _, line in documented()} == {
         "prepare",
+        "inspect",
         "pretrain",
         "longft",
         "bench",
@@ -84,6 +87,7 @@ def test_lines_were_found_in_every_kind_of_document() -> None:
         "report",
         "generate",
         "serve",
+        "doctor",
     }
 
 
@@ -131,7 +135,16 @@ def test_the_table_of_sizes_is_that_of_the_presets(name: str) -> None:
     assert f"{wide / 1e9:.2f}B" in README, "what a literal 4 d_model would make"
 
 
+def anchors(path: Path) -> set[str]:
+    """Return the anchors that GitHub gives the headings of ``path``: lower case, no punctuation, dashes for spaces."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.suffix == ".md"], ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path) -> None:
-    targets = re.findall(r"\]\(((?!https?:|#|mailto:)[^)#]+)", path.read_text(encoding="utf-8"))
-    assert [target for target in targets if not (path.parent / target).exists()] == []
+    links = re.findall(r"\]\((?!https?:|mailto:)([^)#]*)(?:#([^)]*))?\)", path.read_text(encoding="utf-8"))
+    assert [name for name, _ in links if not (path.parent / name).exists()] == []
+    assert [f"{name}#{anchor}" for name, anchor in links if anchor and anchor not in anchors(path.parent / name if name else path)] == []

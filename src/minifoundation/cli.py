@@ -12,11 +12,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin
+from typing import Any, NoReturn, TextIO, cast, get_args, get_origin
 
 import click
 from pydantic import BaseModel
@@ -107,7 +108,7 @@ def _variable(name: str) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
-    return "none" if value in (None, ()) else str(value)
+    return "none" if value in (None, ()) else str(value).removeprefix(f"{config.REPOSITORY}/")  # a clone's own files, by their short path
 
 
 def _metavar(annotation: Any) -> str:
@@ -173,33 +174,35 @@ def program() -> Commands:
     version = click.Option(["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_version, help="print the version")
     group.params.append(version)
     run = config.RunConfig
-    mirror = Commands("eval-data", help="Keep benchmark data in a folder, for eval --data_dir.", no_args_is_help=True)
-    mirror.add_command(_command("pull", "eval_data.pull", "Write the data of tasks from the hub to a mirror folder.", config.PullOptions))
+    mirror = Commands("eval-data", help="Mirror benchmark data in a folder, for eval --data_dir.", no_args_is_help=True)
     mirror.add_command(
-        _command("check", "eval_data.check", "Compare a mirror folder with its manifest and the tasks.", config.CheckOptions)
+        _command("pull", "eval_data.pull", "Download the data of tasks from the hub to a mirror folder.", config.PullOptions)
+    )
+    mirror.add_command(
+        _command("check", "eval_data.check", "Check a mirror folder against its manifest and the tasks.", config.CheckOptions)
     )
     commands: tuple[click.Command, ...] = (
         _command(
             "prepare",
             "prepare.prepare",
-            "Turn a corpus into token shards.\n\nThe YAML of a whole run will do. How rows are read from the shards (data.mask_documents, "
-            "data.min_tokens, long_share, long_repeats, search_tokens) changes nothing here.",
+            "Turn a corpus into token shards.\n\n--config can be the YAML of a whole run. Settings of how rows are read from the shards "
+            "(data.mask_documents, data.min_tokens, long_share, long_repeats, search_tokens) have no effect here.",
             config.PrepareOptions,
             config.PrepareConfig,
         ),
-        _command("inspect", "inspect.inspect", "Show what shards hold, or what a checkpoint has read.", config.InspectOptions),
+        _command("inspect", "inspect.inspect", "Show what shards contain, or what a checkpoint has read.", config.InspectOptions),
         _command(
             "pretrain",
             "pretrain.pretrain",
-            "Train a model, from scratch or from given weights.\n\nA setting given here counts before the same one in --config.",
+            "Train a model, from scratch or from given weights.\n\nA setting given here overrides the same one in --config.",
             config.PretrainOptions,
             run,
         ),
         _command(
             "longft",
             "longft.longft",
-            "Extend the context of a trained model.\n\nA setting that is not given is that of --config (without it of configs/longft.yaml: "
-            "out_dir is outputs/longft), and one that is not there either is that of the checkpoint.",
+            "Extend the context of a trained model.\n\nSettings come from the checkpoint, then from --config (default: "
+            "configs/longft.yaml, with out_dir outputs/longft), then from this command line; later ones win.",
             config.LongftOptions,
             run,
             defaults={"*": ""},
@@ -207,26 +210,26 @@ def program() -> Commands:
         _command(
             "bench",
             "bench.bench",
-            "Measure a model on this machine, and recommend settings.\n\nIt takes the settings of pretrain, of which "
-            "those of data, checkpoints and evaluations change nothing.",
+            "Measure a model on this machine, and recommend settings.\n\nIt takes the settings of pretrain; those of data, checkpoints "
+            "and evaluations have no effect.",
             config.BenchOptions,
             run,
             defaults={
                 "train.tokens": "  [not needed]",
                 "train.batch_size": "  [default: auto]",
                 "train.precision": "  [default: bf16 on a GPU, else fp32]",
-                "train.compile": "  [default: on on a GPU]",
+                "train.compile": "  [default: on with a GPU]",
             },
         ),
-        _command("export_hf", "export_hf.export_hf", "Write a Hugging Face folder and prove it equal.", config.ExportOptions),
-        _command("import_hf", "import_hf.import_hf", "Turn a Hugging Face folder into an equal checkpoint.", config.ImportOptions),
+        _command("export_hf", "export_hf.export_hf", "Export to a Hugging Face folder, and prove it equal.", config.ExportOptions),
+        _command("import_hf", "import_hf.import_hf", "Convert a Hugging Face folder to an equal checkpoint.", config.ImportOptions),
         _command("eval", "eval.evaluate", "Run benchmarks on a model.", config.EvalOptions),
         mirror,
         _command("contamination", "contamination.contamination", "Find test items in the training text.", config.ContaminationOptions),
-        _command("report", "report.report", "Write a page and a model card of runs and evaluations.", config.ReportOptions),
+        _command("report", "report.report", "Write an HTML page and a model card of runs and scores.", config.ReportOptions),
         _command("generate", "generate.generate", "Continue a prompt.", config.GenerateOptions),
-        _command("serve", "serve.serve", "Answer OpenAI's completions, with a page to type into.", config.ServeOptions),
-        _command("doctor", "doctor.doctor", "Check this machine, and the folder of a run.", config.DoctorOptions),
+        _command("serve", "serve.serve", "Serve an OpenAI-compatible completions API and a web page.", config.ServeOptions),
+        _command("doctor", "doctor.doctor", "Check this machine, and the files of a run.", config.DoctorOptions),
     )
     for command in commands:
         group.add_command(command)
@@ -239,11 +242,43 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
         ctx.exit()
 
 
+class Heard:
+    """A stream for a person who may have gone: what a closed pipe or terminal does not take is dropped, and the work goes on.
+
+    Ctrl-C also ends the ``tee`` behind a run, which is about to say that it saves, and then to save.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with _unless_gone():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with _unless_gone():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _unless_gone() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+
+
 def run() -> NoReturn:
     """Run the command line of this process, and leave with its exit code."""
     for stream in (sys.stdout, sys.stderr):  # a character that the terminal does not have is no reason to lose the rest
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = (stream and cast(TextIO, Heard(stream)) for stream in (sys.stdout, sys.stderr))
     code = main()
     if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # torchrun ends the others as soon as one has left: the one that speaks goes first, and none loses its exit code.
@@ -284,7 +319,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             place = error.filename or Path.cwd()
-            remedy = "free some space and run the same line again (a training run with --resume auto)"
+            remedy = "free some space and run the same command again (a training run with --resume auto)"
             _say(f"error: {place}: the disk is full; {remedy}", error)
         elif error.filename is not None and error.strerror is not None:
             remedy = {

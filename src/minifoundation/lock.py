@@ -7,8 +7,9 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from minifoundation.errors import UserError
 
@@ -18,35 +19,60 @@ POLL_SECONDS = 0.3
 
 @contextmanager
 def held(folder: Path, suffices: Callable[[], bool] | None = None) -> Iterator[bool]:
-    """Hold the lock of ``folder``. A lock file that a killed process has left is of no account: the lock is the system's.
+    """Hold the lock of ``folder``, which is made, with those above it, and removed again where nothing has come into it.
+
+    A lock file that a killed process has left is of no account: the lock is the system's.
 
     Args:
         suffices: while another process holds it, wait until this is true, and then go on without the lock (False). Without it
             do not wait.
 
     Raises:
-        UserError: another process holds it; it is named.
+        UserError: another process holds it, which is named; the file system has no locks.
     """
-    with (folder / LOCK).open("a+") as lock:
-        while True:
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / LOCK).open("a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
             except BlockingIOError:
                 if suffices is None:
                     raise UserError(
                         str(folder),
                         f"is being written by another process ({_owner(folder)})",
-                        "wait until it is done, then run the same line again",
+                        "wait until it is done, then run the same command again",
                     ) from None
                 if suffices():
                     yield False
                     return
                 time.sleep(POLL_SECONDS)
-        lock.truncate(0)
-        lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-        yield True
+                continue
+            except OSError as error:
+                remedy = "give a folder on a file system that has locks (Lustre has them when mounted with -o flock)"
+                raise UserError(str(folder), f"cannot be locked ({str(error.strerror).lower()})", remedy) from None
+            if not _lies_there(lock, folder / LOCK):  # its last holder has removed it with the folder
+                continue
+            lock.truncate(0)
+            lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            try:
+                yield True
+            finally:
+                with suppress(OSError):  # the folder was moved, or others have begun to use one above it
+                    if made and [path.name for path in folder.iterdir()] == [LOCK]:
+                        (folder / LOCK).unlink()
+                        for place in made:
+                            place.rmdir()
+            return
+
+
+def _lies_there(file: IO[str], path: Path) -> bool:
+    """Return whether an open ``file`` is the one that ``path`` names."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def holder(folder: Path) -> str | None:
@@ -54,12 +80,15 @@ def holder(folder: Path) -> str | None:
     try:
         with (folder / LOCK).open("r") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return None
     except BlockingIOError:
         return _owner(folder)
+    except OSError:  # there is none, or no such thing as a lock
+        return None
     return None
 
 
 def _owner(folder: Path) -> str:
-    return (folder / LOCK).read_text(encoding="utf-8")
+    try:
+        return (folder / LOCK).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return "which has just ended"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 
 from minifoundation.checkpoint import (
     TENSORS,
+    UNDONE,
     Checkpoint,
     fault,
     load_checkpoint,
@@ -65,6 +68,46 @@ def test_every_so_manyth_is_kept_as_well(tmp_path: Path) -> None:
     for step in range(1, 13):
         save_step(made(step), tmp_path, keep=2, keep_every=5)
     assert [int(found.name[5:]) for found in step_folders(tmp_path)] == [5, 10, 11, 12]
+
+
+def test_in_a_row_of_skipped_steps_the_one_from_before_it_stays(tmp_path: Path) -> None:
+    """It is what the run may go back to."""
+    for step in range(1, 9):
+        one = made(step)
+        skipped = [{"step": number} for number in range(4, step + 1) if number < 8]
+        one.progress |= {"skipped": skipped, "skipped_in_a_row": len(skipped) if step < 8 else 0}
+        save_step(one, tmp_path, keep=2)
+        if step == 7:
+            assert [int(found.name[5:]) for found in step_folders(tmp_path)] == [3, 6, 7]
+    assert [int(found.name[5:]) for found in step_folders(tmp_path)] == [7, 8]
+
+
+def test_what_was_gone_back_over_goes_when_the_run_has_come_as_far_and_what_a_person_set_aside_stays(tmp_path: Path) -> None:
+    for step in (4, 8, 99_999_999):
+        save_step(made(step), tmp_path, keep=3)
+        set_aside(tmp_path / f"step_{step:08d}", UNDONE)
+    save_step(made(8), tmp_path, keep=3)
+    set_aside(tmp_path / "step_00000008")
+    save_step(made(7), tmp_path, keep=3)
+    assert sorted(found.name.partition(".")[2] for found in tmp_path.glob("*.*")) == ["aside", "undone"]
+    save_step(made(100_000_000), tmp_path, keep=3)
+    assert [found.name for found in tmp_path.glob("*.*")] == ["step_00000008.aside"]
+
+
+def test_an_old_one_that_cannot_be_removed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS keeps the folder of a file that another process has opened."""
+    save_step(made(1), tmp_path, keep=1)
+    remove = os.rmdir
+
+    def busy(path: Any, **where: Any) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+
+    monkeypatch.setattr(os, "rmdir", busy)
+    save_step(made(2), tmp_path, keep=1)
+    assert [found.name for found in step_folders(tmp_path)] == ["step_00000002"] and (tmp_path / "step_00000001.part").exists()
+    monkeypatch.setattr(os, "rmdir", remove)
+    save_step(made(3), tmp_path, keep=1)
+    assert [found.name for found in tmp_path.iterdir()] == ["step_00000003"]
 
 
 def test_the_one_just_written_stays_though_later_ones_are_there(tmp_path: Path) -> None:

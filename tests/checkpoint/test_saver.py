@@ -83,6 +83,20 @@ def test_the_same_step_is_written_once(tmp_path: Path) -> None:
     saves.close()
 
 
+def test_a_save_that_fails_beside_what_ends_the_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    failing_write(monkeypatch, tmp_path)
+
+    def run() -> None:
+        with made_saver(tmp_path, said) as saves:
+            saves.save(made(1))
+            raise UserError("another", "fault", "remedy")
+
+    with pytest.raises(UserError, match="another"):
+        run()
+    assert said == ["warning: not written: outputs/x: no space left on device"]
+
+
 def full_disk(monkeypatch: pytest.MonkeyPatch, _folder: Path) -> None:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1000))
@@ -102,7 +116,7 @@ def folder_gone(_monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fail", "message"),
     [
-        (full_disk, r"a checkpoint takes 1\.0 MiB, and 0\.0 MiB are free on its disk; free some space and go on with --resume auto"),
+        (full_disk, r"a checkpoint takes 1\.0 MiB, and 0\.0 MiB are free on its disk; free some space and continue with --resume auto"),
         (failing_write, r"No space left on device|outputs/x: no space left on device"),
         (folder_gone, r"the folder of the run is gone"),
     ],
@@ -200,7 +214,7 @@ def test_a_folder_that_goes_while_it_is_written_to_is_not_made_again(tmp_path: P
     monkeypatch.setattr(os, "fsync", moved)
     saves = made_saver(out_dir, [])
     saves.save(full(1))
-    with pytest.raises(UserError, match="the folder of the run is gone; look where it went"):
+    with pytest.raises(UserError, match="the folder of the run is gone; find out where it went"):
         saves.save(full(2))
     saves.close()
     assert len(seen) > moment and not out_dir.exists()

@@ -108,4 +108,4 @@ def test_what_fits_is_told_without_measuring(yaml: Path, capsys: pytest.CaptureF
     assert cli.main(["bench", "--config", str(yaml), "--fit", "24,large"]) == 2
     assert "error: fit" in capsys.readouterr().err
     assert cli.main(["bench", "--config", str(yaml), "--fit", "24,0"]) == 2
-    assert capsys.readouterr().err == "error: fit: 0 GiB is no memory; give numbers above 0\n"
+    assert capsys.readouterr().err == "error: fit: 0 GiB is not a memory size; give numbers above 0\n"

@@ -147,7 +147,7 @@ def test_what_is_missing_is_one_line(options: list[str], message: str, capsys: p
     ("options", "message"),
     [
         (["--out", "HERE"], "--out: HERE is a folder; give a file, such as HERE/contamination.json"),
-        (["--out", "HERE/file/found.json"], "--out: HERE/file/found.json cannot be written: HERE/file is no folder to write into; give"),
+        (["--out", "HERE/file/found.json"], "--out: HERE/file/found.json cannot be written: HERE/file is not a folder; give"),
         (["--data_dir", "HERE/none"], "--data_dir: HERE/none: no such folder; give a mirror folder"),
         (["--evals", "HERE"], "HERE: holds no results.json; give a folder that eval wrote"),
     ],

@@ -135,7 +135,7 @@ def test_a_stopped_evaluation_goes_on_and_ends_as_one_that_was_not(
     capsys.readouterr()
     assert main([*line, str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    assert f"{tmp_path / 'out'}: going on with what is left there, tasks done: 2 of 3" in printed and ran == ["hellaswag:0"]
+    assert f"{tmp_path / 'out'}: continuing with what is left there, tasks done: 2 of 3" in printed and ran == ["hellaswag:0"]
     whole, resumed = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "out"))
     assert resumed["complete"]
     for rows in (whole["rows"], resumed["rows"]):
@@ -211,7 +211,7 @@ def test_a_checkpoint_scores_as_the_folder_it_is_exported_to(final: Callable[...
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--ema"], "--ema: {path} holds no averaged weights; leave --ema away"),
+        (["--ema"], "--ema: {path} holds no averaged weights; leave --ema out"),
         (["--device", "cuda:7"], "--device: cuda:7 does not work here"),
         (
             ["--engine", "vllm"],
@@ -230,10 +230,10 @@ def test_what_a_checkpoint_cannot_do_is_one_line(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "--engine: vllm is not installed; pip install vllm, or leave --engine away"),
+        ([], "--engine: vllm is not installed; pip install vllm, or leave --engine out"),
         (
             ["--device", "cuda"],
-            "--device: vllm computes on the GPU that it finds; leave it away; CUDA_VISIBLE_DEVICES chooses among several",
+            "--device: vllm computes on the GPU that it finds; leave it out; CUDA_VISIBLE_DEVICES chooses among several",
         ),
     ],
 )

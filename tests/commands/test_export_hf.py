@@ -64,7 +64,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     monkeypatch.setattr("huggingface_hub.save_torch_state_dict", full)
     assert main(["export_hf", "--ckpt", str(final()), "--out_dir", str(tmp_path / "new" / "hf")]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("error: ") and "the disk is full; free some space and run the same line again" in said
+    assert said.startswith("error: ") and "the disk is full; free some space and run the same command again" in said
     assert not (tmp_path / "new").exists() and not list(tmp_path.glob("*.part"))
 
 

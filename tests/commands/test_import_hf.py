@@ -174,7 +174,9 @@ def test_llama_3_2_is_extended_by_its_own_scaling(llama_3_2: Path, tmp_path: Pat
     """What configs/longft.yaml says of another one is for models that were not scaled yet."""
     line = ["longft", "--ckpt_in", str(llama_3_2), "--out_dir", str(tmp_path / "long"), "--seq_len", "1536", *training(tmp_path)]
     assert cli.main([*line, "--model.rope.scaling", "yarn"]) == 2
-    message = r"model.rope.scaling: yarn here, but .* was trained with llama3, whose frequencies no other scaling goes on from; set it to"
+    message = (
+        r"model.rope.scaling: yarn here, but .* was trained with llama3, and no other scaling can continue from its frequencies; set it to"
+    )
     assert re.search(message, capsys.readouterr().err)
     short = ["--batch_size", "1", "--tokens", "1536", "--data.max_document_bytes", "8000", "--proof_documents", "0", "--needles", "0"]
     assert cli.main([*line, *short]) == 0

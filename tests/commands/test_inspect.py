@@ -56,7 +56,7 @@ def test_samples_are_the_text(made: tuple[DataConfig, Tokenizer, Shards], capsys
     assert plot.read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
     assert cli.main(["inspect", "--shards", str(shards.folder), "--plot", str(tmp_path / "lengths.txt")]) == 2
-    assert capsys.readouterr().err.endswith("lengths.txt is no .png; give the histogram a name that ends in .png\n")
+    assert capsys.readouterr().err.endswith("lengths.txt is not a .png; give the histogram a name that ends in .png\n")
 
 
 def test_several_folders_are_shown_with_their_shares(

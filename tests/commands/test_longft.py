@@ -230,7 +230,7 @@ def test_moments_begin_anew_or_go_on(pretrained: Path) -> None:
     [
         (
             ("--seq_len", "32"),
-            r"train.seq_len: 32 is shorter than the 64 tokens that .*final\.pth reaches; give --seq_len above 64, or go on",
+            r"train.seq_len: 32 is shorter than the 64 tokens that .*final\.pth reaches; give --seq_len above 64, or continue",
         ),
         (
             ("--carry_optimizer",),

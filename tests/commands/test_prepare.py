@@ -80,7 +80,7 @@ def test_a_stop_by_hand_says_how_to_go_on(corpus: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(prepare, "prepare_shards", stopped)
     line = ["prepare", "--data", str(corpus), "--tokenizer.vocab_size", "512", "--tokenizer_out", str(tmp_path)]
     assert main(line) == 130
-    assert capsys.readouterr().err.endswith("stopped; complete shards are kept, and the same line goes on after them\n")
+    assert capsys.readouterr().err.endswith("stopped; complete shards are kept, and the same command continues after them\n")
 
 
 def test_a_mixture_is_prepared_by_weight_and_shown_by_source(corpus: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -148,7 +148,7 @@ def test_ctrl_c_in_a_terminal_ends_in_one_line_and_leaves_no_process(tmp_path: P
         _, err = run.communicate(timeout=30)
     assert run.returncode == 130
     assert "Traceback" not in err
-    assert err.rstrip().endswith("stopped; complete shards are kept, and the same line goes on after them")
+    assert err.rstrip().endswith("stopped; complete shards are kept, and the same command continues after them")
     for _ in range(50):
         if not (left := running(run.pid)):
             break

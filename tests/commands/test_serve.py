@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +37,10 @@ class Engine(BaseHTTPRequestHandler):
     let_go = threading.Event()
 
     def do_POST(self) -> None:
+        with suppress(ConnectionError):  # who asked may leave before the end
+            self.answer()
+
+    def answer(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
         if b"wrong" in body:
             self.send_response(400)

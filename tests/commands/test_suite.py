@@ -106,11 +106,11 @@ def test_columns_of_an_earlier_start_stay(shared: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--eval.tasks", "arc_eazy"], "--tasks: 'arc_eazy' is no task; did you mean arc_easy?"),
+        (["--eval.tasks", "arc_eazy"], "--tasks: 'arc_eazy' is not a task; did you mean arc_easy?"),
         (["--eval.tasks", "humaneval"], "eval.tasks: humaneval runs programs; leave it to eval, after training"),
         (["--eval.data_dir", "nowhere"], "eval.data_dir: nowhere: no such folder"),
         (["--eval.tasks", "winogrande"], "winogrande/winogrande_xl: no such folder in --data_dir"),
-        (["--eval.ema"], "eval.ema: on, but train.ema is none; leave eval.ema away"),
+        (["--eval.ema"], "eval.ema: on, but train.ema is none; leave eval.ema out"),
     ],
 )
 def test_a_benchmark_that_cannot_run_is_known_before_training(

@@ -197,7 +197,7 @@ def test_machines_that_do_not_share_the_folder_are_told_before_the_work(
 def test_without_a_ray_cluster_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray", reason="pip install -e '.[ray]'")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
-    with pytest.raises(UserError, match=r"--engine: ray: 127.0.0.1:9 is no cluster to be reached .*Connection refused.*; run ray start"):
+    with pytest.raises(UserError, match=r"--engine: ray: 127.0.0.1:9 cannot be reached .*Connection refused.*; run ray start"):
         ray_engine(tmp_path)
 
 

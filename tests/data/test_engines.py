@@ -196,7 +196,7 @@ def test_the_local_engine_is_left_to_prepare(tmp_path: Path) -> None:
     ):
         pass
     with (
-        pytest.raises(UserError, match=r"--slurm: 'cpu' is no list of options; write option=value"),
+        pytest.raises(UserError, match=r"--slurm: 'cpu' is not a list of options; write option=value"),
         cluster("slurm", tmp_path, slurm="cpu"),
     ):
         pass

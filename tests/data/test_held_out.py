@@ -24,9 +24,11 @@ def two_a_token(ids: npt.NDArray[np.int64]) -> int:
     return 2 * ids.size
 
 
-def of(shards: Shards, *, seq_len: int, samples: int = 10**6, tokens: int, batch_size: int = 2, first_shard: int = 0) -> HeldOut:
+def of(
+    shards: Shards, *, seq_len: int, samples: int = 10**6, tokens: int, batch_size: int = 2, first_shard: int = 0, share: float = 0.1
+) -> HeldOut:
     loader = Loader({"one": Samples(shards, seq_len=seq_len, seed=0, first_shard=first_shard)}, {"one": 1.0})
-    return HeldOut(loader, samples=samples, tokens=tokens, batch_size=batch_size, text_bytes=two_a_token)
+    return HeldOut(loader, samples=samples, tokens=tokens, batch_size=batch_size, text_bytes=two_a_token, share=share)
 
 
 @relaxed
@@ -89,17 +91,26 @@ def test_nothing_is_known_before_enough_is_there(tmp_path: Path) -> None:
 def test_a_source_without_a_row_is_named_once_that_is_known(tmp_path: Path) -> None:
     folder = Folder(tmp_path, [41, 41], [3, 9])
     one = of(folder.grow(1), seq_len=4, samples=20, tokens=16)
-    assert one.without_rows() == []  # the second pair may hold some
+    assert one.lacking() == []  # the second pair may hold some
     folder.grow(2)
-    assert one.without_rows() == []
-    assert of(folder.grow(1), seq_len=4, samples=10, tokens=16).without_rows() == ["one"]  # all that the run reads
+    assert one.lacking() == []
+    (line,) = of(folder.grow(1), seq_len=4, samples=10, tokens=16).lacking()  # all that the run reads
+    assert line.startswith("warning: data.held_out: too few documents of the shards that are read fell into it")
+    assert of(folder.grow(1), seq_len=4, samples=10, tokens=16, share=0.0).lacking() == [], "on purpose"
+
+
+def test_of_a_mixture_the_source_that_lacks_rows_is_named(tmp_path: Path) -> None:
+    sources = {name: Samples(shards_of(tmp_path / name, [50], held), seq_len=4, seed=0) for name, held in (("a", [100]), ("b", [3]))}
+    held_out = HeldOut(Loader(sources, {"a": 1.0, "b": 1.0}), samples=20, tokens=64, batch_size=8, text_bytes=two_a_token, share=0.1)
+    (line,) = held_out.lacking()
+    assert "too few documents of the shards of b that are read" in line
 
 
 def test_a_mixture_is_evaluated_by_weight(tmp_path: Path) -> None:
     sources = {
         name: Samples(shards_of(tmp_path / name, [50], [100], first_id=1000 * n), seq_len=4, seed=0) for n, name in enumerate(("a", "b"))
     }
-    held_out = HeldOut(Loader(sources, {"a": 3.0, "b": 1.0}), samples=20, tokens=64, batch_size=8, text_bytes=two_a_token)
+    held_out = HeldOut(Loader(sources, {"a": 3.0, "b": 1.0}), samples=20, tokens=64, batch_size=8, text_bytes=two_a_token, share=0.1)
     rows = torch.cat([batch.tokens for batch in held_out.batches])
     assert (rows[:, 0] // 1000).tolist() == [0] * 12 + [1] * 4
 
@@ -111,5 +122,5 @@ def test_bytes_are_those_of_the_targets_alone(tmp_path: Path) -> None:
         return int((ids % 2 == 0).sum())
 
     loader = Loader({"one": Samples(shards, seq_len=4, seed=0)}, {"one": 1.0})
-    held_out = HeldOut(loader, samples=5, tokens=100, batch_size=8, text_bytes=evens)
+    held_out = HeldOut(loader, samples=5, tokens=100, batch_size=8, text_bytes=evens, share=0.1)
     assert held_out.bytes_per_token == 6 / 12  # targets 51 to 62

@@ -165,7 +165,7 @@ def test_giving_up_is_one_line_and_what_came_before_is_whole(tmp_path: Path) -> 
     written = write_version(tmp_path, "down/text")
     with hub(tmp_path, {"down/text": Fault("503", times=inf, after=4)}) as server:
         [result], _ = read(server, {"source": "down/text", "patience": 0.5})
-    assert result["error"].endswith("cannot be read (HTTP 503 Service Unavailable); run the same line again; complete shards are kept")
+    assert result["error"].endswith("cannot be read (HTTP 503 Service Unavailable); run the same command again; complete shards are kept")
     assert result["error"].startswith(f"hf://datasets/down/text@{result['id']['revision']}/data/train-00000-of-00002.parquet: ")
     got = [text for piece in result["pieces"] for text in piece]
     assert got == written[:100]

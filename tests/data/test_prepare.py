@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,28 @@ def test_held_out_documents_over_the_cap_are_dropped_and_never_trained_on(data: 
     assert shards.manifest.held_out_dropped == len(held_out) - len(kept) > 0
     assert shards.held_out_tokens - len(tokenizer.encode(kept[-1])) - 2 < 1024 <= shards.held_out_tokens
     assert set(texts_in(tokenizer, shards.train)) == set(texts) - set(held_out)
+
+
+def test_two_that_want_a_tokenizer_in_one_place_train_one(data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each would make shards with its own, and the file would be that of the last, or a mixture."""
+    trained = []
+
+    def slowly(*arguments: Any) -> Tokenizer:
+        trained.append(arguments)
+        time.sleep(0.5)
+        return train_tokenizer(*arguments)
+
+    monkeypatch.setattr(prepare, "train_tokenizer", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: tokenizer_for(SMALL, data, tmp_path / "new" / "tokenizer"), range(2)))
+    assert len({one.sha256 for one in found}) == len(trained) == 1
+
+
+def test_a_corpus_that_is_not_there_leaves_no_folder(tmp_path: Path) -> None:
+    data = DataConfig(source=str(tmp_path / "nowhere"), shards_dir=tmp_path / "shards")
+    with pytest.raises(UserError, match="nowhere"):
+        tokenizer_for(TokenizerConfig(), data, tmp_path / "new" / "tokenizer")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_tokenizer_is_trained_on_what_is_trained_on(data: DataConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,7 +366,9 @@ def test_a_shard_is_not_made_again_from_another_corpus(data: DataConfig, tokeniz
             rebuilt_files(source, data, tokenizer, engine=in_process())
     assert not (folder / "train-00001.bin").exists()
     assert not list(folder.glob(".rebuild*"))
+    (folder / ".rebuild-killed").mkdir()
     assert len(rebuilt_files(source, data, tokenizer)) == 1
+    assert not list(folder.glob(".rebuild*"))
 
 
 def test_documents_that_filters_drop_are_counted_and_duplicates_left_out(data: DataConfig, tokenizer: Tokenizer) -> None:

@@ -103,7 +103,7 @@ def test_giving_up_keeps_complete_shards_and_the_same_line_goes_on(
         assert "Traceback" not in done.stderr
         last = done.stderr.splitlines()[-1]
         assert last.startswith("error: hf://datasets/org/text@")
-        assert last.endswith("cannot be read (HTTP 503 Service Unavailable); run the same line again; complete shards are kept")
+        assert last.endswith("cannot be read (HTTP 503 Service Unavailable); run the same command again; complete shards are kept")
         kept = preparation.made()
         del kept["manifest.json"]
         assert 2 <= len(kept) < len(undisturbed[0]) - 1

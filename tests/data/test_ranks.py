@@ -110,7 +110,7 @@ def test_a_process_that_does_not_come_round_is_named(noted: Noted, monkeypatch: 
         other.turn()
         with closing(Leader(table, mine, ahead=6, ranks=2, lost=lost.append)):
             until(lambda: lost)
-        assert lost[0].startswith("rank 1 on ") and "has been silent for 1 s; the same line goes on after what is done" in lost[0]
+        assert lost[0].startswith("rank 1 on ") and "has been silent for 1 s; the same command continues after what is done" in lost[0]
     lost.clear()
     table.delete_key("pieces/over")
     with closing(Helper(table, 1, 1)) as other, pytest.raises(SystemExit):  # the first one is gone

@@ -65,7 +65,7 @@ def test_patience_ends(waits: list[float], patience: float | None, total: float)
 def test_giving_up_is_one_line_with_the_remedy(waits: list[float]) -> None:
     with pytest.raises(UserError) as error:
         fetched("hf://file", failing(*[Answer(503)] * 1000))
-    line = "hf://file: cannot be read (HTTP 503 Service Unavailable); run the same line again; complete shards are kept"
+    line = "hf://file: cannot be read (HTTP 503 Service Unavailable); run the same command again; complete shards are kept"
     assert str(error.value) == line
 
 

@@ -266,7 +266,7 @@ def test_a_network_that_fails_ends_in_one_line_in_every_form(form: str, monkeypa
 
     monkeypatch.setattr(remote, "PATIENCE_SECONDS", 0.0)
     monkeypatch.setattr(type(memory), "cat_file", broken)
-    with pytest.raises(UserError, match=r"cannot be read \(timed out\); run the same line again; complete shards are kept$") as error:
+    with pytest.raises(UserError, match=r"cannot be read \(timed out\); run the same command again; complete shards are kept$") as error:
         read("memory://corpus")
     assert error.value.where.endswith(f"/corpus/a{form}")
     assert "\n" not in str(error.value)

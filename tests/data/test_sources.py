@@ -127,7 +127,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytes
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refused)
-    with pytest.raises(UserError, match=r"a\.txt: cannot be read \(Permission denied\); mend that"):
+    with pytest.raises(UserError, match=r"a\.txt: cannot be read \(Permission denied\); fix that"):
         found(tmp_path)
 
 

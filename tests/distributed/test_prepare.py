@@ -140,7 +140,7 @@ def test_two_nodes_share_a_folder_and_one_that_is_lost_costs_nothing_that_is_don
         os.kill(pid, signal.SIGKILL)
     nodes[1].communicate(timeout=60)
     printed, _ = nodes[0].communicate(timeout=200)
-    assert nodes[0].returncode != 0 and "has been silent for 60 s; the same line goes on after what is done" in printed, printed
+    assert nodes[0].returncode != 0 and "has been silent for 60 s; the same command continues after what is done" in printed, printed
     port = free_port()
     nodes = [started(node(port, number, size=1), [*options, *places(tmp_path)], "prepare") for number in (0, 1)]
     printed = "".join(each.communicate(timeout=200)[0] for each in nodes)

@@ -67,7 +67,7 @@ def test_two_go_on_as_one_and_again_as_two(tmp_path: Path, alone: tuple[Path, li
         process.communicate(timeout=120)
         assert fault(run / f"step_{steps:08d}") is None
     printed = train(torchrun(2), [*here, "--train.parallel", parallel])
-    assert "going on from" in printed
+    assert "continuing from" in printed
     torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(losses(expected)), atol=1e-5, rtol=1e-5)
     weights_close(expected, run, 2e-6)
     assert load_checkpoint(run / "final.pth").ledger == load_checkpoint(expected / "final.pth").ledger
@@ -93,7 +93,7 @@ def test_processes_that_read_rows_together_train_the_weights_of_one(
         process.kill() if not launcher else os.kill(of_rank(process.pid, 1), signal.SIGKILL)
         process.communicate(timeout=120)
     printed = train(torchrun(size), together)
-    assert "2 read a row together, 16 tokens each" in printed and "going on from" in printed
+    assert "2 read a row together, 16 tokens each" in printed and "continuing from" in printed
     torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(losses(expected)), atol=1e-5, rtol=1e-5)
     assert len(held_out(run)) == 4 and held_out(run) == pytest.approx(held_out(expected), abs=1e-5)
     weights_close(expected, run, 1e-5)  # attention adds up in another order, and the first steps of Adam enlarge that
@@ -107,9 +107,9 @@ def test_two_processes_stop_at_the_same_step_and_one_goes_on(tmp_path: Path) -> 
     until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 12, process)
     process.terminate()
     printed, _ = process.communicate(timeout=120)
-    assert printed.count("go on with: torchrun --nproc_per_node 2 -m src.cli pretrain --") == 1
+    assert printed.count("continue with: torchrun --nproc_per_node 2 -m src.cli pretrain --") == 1
     assert len(list((tmp_path / "run").glob("step_*"))) == 1
-    assert "going on from" in train([], [*common, "--batch_size", "4", "--resume", "auto"])
+    assert "continuing from" in train([], [*common, "--batch_size", "4", "--resume", "auto"])
     assert load_checkpoint(tmp_path / "run" / "final.pth").progress["step"] == 800
 
 
@@ -176,7 +176,7 @@ def test_a_silent_process_is_named(tmp_path: Path) -> None:
     [
         (
             ["--train.tokens_per_step", "320", "--batch_size", "2"],
-            "train.tokens_per_step: 320 is no multiple of 128 (batch_size 2 x seq_len 32",
+            "train.tokens_per_step: 320 is not a multiple of 128 (batch_size 2 x seq_len 32",
         ),
         (["--batch_size", "4096", "--tokens", "1_000_000"], "samples of 32 tokens, and one step takes 8,192"),
         (["--train.parallel", "none"], "train.parallel: none, and there are 2 processes"),
@@ -184,7 +184,10 @@ def test_a_silent_process_is_named(tmp_path: Path) -> None:
         (["--train.parallel", "hsdp"], "train.parallel: hsdp with 1 nodes of 2 processes"),
         (["--train.context_parallel", "4"], "train.context_parallel: 4, and there are 2 processes; start a multiple of it"),
         (["--train.context_parallel", "2", "--model.attention", "cudnn"], "model.attention cudnn cannot read a row in chunks"),
-        (["--train.context_parallel", "2", "--seq_len", "30"], "train.seq_len 30 is no multiple of 4, as train.context_parallel 2 needs"),
+        (
+            ["--train.context_parallel", "2", "--seq_len", "30"],
+            "train.seq_len 30 is not a multiple of 4, as train.context_parallel 2 needs",
+        ),
         (["--lr", "nonsense"], "train.lr"),
         (["--resume", "/nowhere"], "/nowhere: no such checkpoint"),
     ],

@@ -49,7 +49,7 @@ def typed(line: str, folder: Path, *, code: int = 0) -> str:
 @pytest.mark.slow
 def test_the_lines_one_after_the_other(folder: Path) -> None:
     typed(PRETRAIN, folder)
-    assert "holds a finished run; type --resume auto" in typed(PRETRAIN, folder, code=2)
+    assert "holds a finished run; add --resume auto" in typed(PRETRAIN, folder, code=2)
     longft = "longft --ckpt_in outputs/pretrain/final.pth --data text --seq_len 256 --batch_size 1 --grad_accum 2 --amp --bf16"
     assert "after the 10,240 tokens that the phase before has seen" in typed(f"{longft} --tokens 2048", folder)
     typed("export_hf --ckpt outputs/longft/final.pth --out_dir outputs/hf_export", folder)
@@ -76,8 +76,8 @@ def test_a_run_that_is_struck_down_goes_on_to_the_same_weights(folder: Path, blo
     if blow == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
     else:
-        assert process.returncode == 0 and re.search(r"go on with: \S*python -m src.cli pretrain .* --resume auto", err)
-    assert "going on from outputs/pretrain/step_" in typed(f"{line} --resume auto", folder)
+        assert process.returncode == 0 and re.search(r"continue with: \S*python -m src.cli pretrain .* --resume auto", err)
+    assert "continuing from outputs/pretrain/step_" in typed(f"{line} --resume auto", folder)
     compare = "import torch,sys; a,b=(torch.load(f'outputs/{n}/final.pth',weights_only=True)['model'] for n in ('whole','pretrain'))"
     check = f"{compare}; sys.exit(not all(torch.equal(a[k],b[k]) for k in a))"
     assert subprocess.run([sys.executable, "-c", check], cwd=folder, check=False).returncode == 0

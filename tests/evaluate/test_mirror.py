@@ -80,5 +80,5 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, suffix: str, conten
 
 def test_a_damaged_manifest_is_named(made: Path) -> None:
     (made / "manifest.json").write_text("{}")
-    with pytest.raises(UserError, match=r"manifest\.json: is not a manifest of a mirror; write it anew"):
+    with pytest.raises(UserError, match=r"manifest\.json: is not a manifest of a mirror; write it again"):
         mirror.read_dataset(made, "org/name", None)

@@ -148,7 +148,9 @@ def test_llama3_scaling_is_in_factors_of_the_frequencies_and_refused_where_they_
 def test_widths_that_a_file_in_8_bits_cannot_hold_are_refused() -> None:
     llama_cpp.check_model(tiny(head_dim=12), ["f16"])
     llama_cpp.check_model(tiny(head_dim=24), ["f16", "q8_0"])
-    with pytest.raises(UserError, match=r"q8_0 keeps numbers in blocks of 32, of which model.n_head x head width 48 is no multiple; take"):
+    with pytest.raises(
+        UserError, match=r"q8_0 keeps numbers in blocks of 32, and model.n_head x head width 48 is not a multiple of that; take"
+    ):
         llama_cpp.check_model(tiny(head_dim=12), ["f16", "q8_0"])
 
 

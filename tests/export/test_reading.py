@@ -148,7 +148,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
         (in_config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "its RoPE has rope_type dynamic"),
         (
             in_config(rope_parameters=SCALINGS["yarn"] | {"attention_factor": 1.0}),
-            "its RoPE has attention_factor 1 instead of 1.06931, which this program does not compute",
+            "its RoPE has attention_factor 1 instead of 1.06931, which this program does not support",
         ),
         (in_config(rope_parameters=SCALINGS["yarn"] | {"truncate": False}), "its RoPE has truncate false"),
         (in_config(vocab_size=130), "vocab_size"),
@@ -168,7 +168,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
         (index({NAME: "model-00001-of-00001.safetensors"}), r"model-00001-of-00001.safetensors: no such file"),
         (index({NAME: "../model.safetensors"}), r"no such file"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"model.safetensors: no such file; .*safetensors"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "is no configuration of a model"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "is not a model configuration"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     ],
 )

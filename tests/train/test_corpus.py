@@ -10,7 +10,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,11 +26,14 @@ from minifoundation.data.prepare import shards_folder
 from minifoundation.data.shards import MANIFEST, Shards, read_manifest, write_manifest
 from minifoundation.data.supply import Supply
 from minifoundation.data.tokenizer import Tokenizer
+from minifoundation.distributed import World
 from minifoundation.errors import Stopped, UserError
 from minifoundation.train import corpus as train_corpus
 from minifoundation.train import run as train_run
+from minifoundation.train.plan import plan
 from minifoundation.train.run import run
 from minifoundation.train.state import Start
+from tests.train.threads import threads
 
 Make = Callable[..., RunConfig]
 SHARDS = {"shard_tokens": 1024, "held_out": 0.2}
@@ -241,3 +246,35 @@ def test_the_figure_on_held_out_text_does_not_depend_on_what_other_runs_have_mad
     again = settings("again", data=SHARDS, train={"eval_tokens": 100_000})
     trained(again)
     assert steady(again) == steady(short)
+
+
+@pytest.mark.parametrize("appears", [True, False])
+def test_what_the_first_process_has_made_is_waited_for_and_made_by_no_other(
+    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, appears: bool
+) -> None:
+    """What one machine writes to a network file system may take seconds to be seen by another; without one it never is."""
+    config, file = settings(), tmp_path / "tokenizer.model"
+    seen: list[bool] = []
+
+    def opened(*_: Any, **__: Any) -> Any:
+        seen.append(file.exists())
+        if len(seen) == 1 and appears:
+            threading.Timer(0.5, file.touch).start()
+        return SimpleNamespace(tokenizer=SimpleNamespace(path=file), loader=SimpleNamespace(sources={}))
+
+    def of(world: World) -> str:
+        try:
+            train_corpus.training_data(config, plan(config, 2), world, print, resumed=None, start=None, stepped_over=[])
+        except UserError as error:
+            return str(error)
+        return ""
+
+    monkeypatch.setattr(train_corpus, "_opened", opened)
+    monkeypatch.setattr(train_corpus, "VISIBLE_SECONDS", 10.0 if appears else 0.5)
+    with ThreadPoolExecutor(2) as pool:
+        told = list(pool.map(of, threads(2)))
+    if appears:
+        assert seen == [False, True] and told == ["", ""]
+    else:
+        assert seen == [False] and told[0] == told[1]
+        assert re.match(rf"{file}: was made by the first process, and .* does not see it; give --out_dir and data\.shards_dir", told[0])

@@ -77,7 +77,7 @@ def test_tokens_per_step_are_the_same_for_any_number_of_processes(size: int, mic
 def test_tokens_per_step_of_processes_that_read_rows_together() -> None:
     done = accumulated(run_config(tokens_per_step=2**19, batch_size=8, context_parallel=4), World(0, 16, context=Context(MESH)))
     assert done.train.grad_accum == 4 and plan(done, 16).tokens_per_step == 2**19
-    with pytest.raises(UserError, match=r"is no multiple of 98,304 \(batch_size 8 x seq_len 4096 x 3 groups of 4 processes\)"):
+    with pytest.raises(UserError, match=r"is not a multiple of 98,304 \(batch_size 8 x seq_len 4096 x 3 groups of 4 processes\)"):
         accumulated(run_config(tokens_per_step=2**19, batch_size=8, context_parallel=4), World(0, 12, context=Context(MESH)))
 
 
@@ -111,7 +111,7 @@ def test_tokens_that_cannot_be_shared_evenly() -> None:
     with pytest.raises(UserError) as caught:
         accumulated(run_config(tokens_per_step=2**19, batch_size=8), World(0, 6, 0, 6))
     assert str(caught.value) == (
-        "train.tokens_per_step: 524,288 is no multiple of 196,608 (batch_size 8 x seq_len 4096 x 6 processes); "
+        "train.tokens_per_step: 524,288 is not a multiple of 196,608 (batch_size 8 x seq_len 4096 x 6 processes); "
         "set it to 589,824, or choose another --batch_size or number of processes"
     )
     with pytest.raises(UserError, match=r"tokens_per_step is 524,288, and grad_accum 4 too; leave grad_accum out: it follows"):

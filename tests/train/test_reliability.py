@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -28,13 +29,14 @@ from minifoundation.errors import Stopped, UserError
 from minifoundation.lock import held
 from minifoundation.train import loop, rollback, step
 from minifoundation.train import run as running
+from minifoundation.train import stop as stopping
 from minifoundation.train.feed import NoData
 from minifoundation.train.metrics import MetricsLog, Row
 from minifoundation.train.plan import plan
 from minifoundation.train.rollback import Bad
 from minifoundation.train.run import run
 from minifoundation.train.state import Phase, Progress, beyond
-from minifoundation.train.stop import Stop
+from minifoundation.train.stop import Stop, stop_on_signals
 from tests.checkpoint.made import same
 from tests.train.test_run import at_step, rows, steady, trained
 from tests.train.threads import threads
@@ -51,7 +53,7 @@ def test_stopped_and_resumed_again_and_again_is_the_uninterrupted_run(settings: 
     expected = trained(whole)
     for number in range(first, 12, 2):
         at_step(monkeypatch, first if number == first else 2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
-        with pytest.raises(Stopped, match=rf"SIGUSR1: stopped at step {number} of 12 and saved .*; go on with: .* --resume auto"):
+        with pytest.raises(Stopped, match=rf"SIGUSR1: stopped at step {number} of 12 and saved .*; continue with: .* --resume auto"):
             trained(broken, resume=None if number == first else "auto")
         monkeypatch.undo()
     assert same(trained(broken, resume="auto"), Checkpoint(**{**vars(expected), "config": broken}))
@@ -66,7 +68,7 @@ def test_from_an_earlier_step_the_later_checkpoints_are_set_aside(settings: Make
     (config.out_dir / "final.pth").unlink()
     again = trained(config, resume=str(config.out_dir / "step_00000004"))
     assert same(again, expected)
-    assert "step_00000008: is after the step to go on from; kept as step_00000008.aside" in capsys.readouterr().err
+    assert "step_00000008: is after the step to continue from; kept as step_00000008.aside" in capsys.readouterr().err
     assert [found.name for found in step_folders(config.out_dir)] == ["step_00000004", "step_00000008"]
 
 
@@ -77,7 +79,7 @@ def test_a_longer_course_that_is_stopped_goes_on_by_itself(settings: Make, monke
     at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Stopped, match=r"stopped at step 10 of 20 .* --resume auto"):
         run(long, resume=str(short.out_dir / "step_00000008"), dry_run=False, allowed=("train.tokens",))
-    assert "final.pth: is after the step to go on from; kept as final.pth.aside" in capsys.readouterr().err
+    assert "final.pth: is after the step to continue from; kept as final.pth.aside" in capsys.readouterr().err
     monkeypatch.undo()
     assert trained(long, resume="auto").progress["step"] == 20
     assert load_checkpoint(short.out_dir / "final.pth").progress["step"] == 20
@@ -101,7 +103,7 @@ def test_the_path_that_was_typed_stays_until_something_is_saved(settings: Make, 
     line = ["minifoundation", "pretrain", "--resume", str(begun)]
     monkeypatch.setattr("sys.argv", line)
     at_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Stopped, match=rf"stopped \(no step was done yet\); go on with: .* --resume {begun}$"):
+    with pytest.raises(Stopped, match=rf"stopped \(no step was done yet\); continue with: .* --resume {begun}$"):
         trained(settings("after"), resume=str(begun))
     monkeypatch.undo()
     monkeypatch.setattr("sys.argv", line)
@@ -125,7 +127,7 @@ def test_a_signal_before_the_first_step_leaves_at_once(settings: Make, monkeypat
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr("minifoundation.train.corpus.run_tokenizer", tokenizing)
-    with pytest.raises(Stopped, match=r"stopped \(no step was done yet\); go on with: .* --resume auto"):
+    with pytest.raises(Stopped, match=r"stopped \(no step was done yet\); continue with: .* --resume auto"):
         trained(config)
     monkeypatch.undo()
     assert trained(config, resume="auto").progress["step"] == 12
@@ -133,6 +135,7 @@ def test_a_signal_before_the_first_step_leaves_at_once(settings: Make, monkeypat
 
 def test_a_second_signal_leaves_at_once_with_the_last_checkpoint_whole(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings()
+    monkeypatch.setattr(stopping, "TOGETHER", 0.0)
 
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -516,7 +519,7 @@ def test_a_folder_that_vanishes_is_one_line(settings: Make, monkeypatch: pytest.
         shutil.rmtree(config.out_dir)
 
     at_step(monkeypatch, 6, vanish)
-    with pytest.raises(UserError, match="the folder of the run is gone; look where it went"):
+    with pytest.raises(UserError, match="the folder of the run is gone; find out where it went"):
         trained(config)
     assert not config.out_dir.exists()
 
@@ -527,7 +530,7 @@ def test_when_no_checkpoint_is_whole_the_run_is_not_begun_anew(settings: Make) -
     (config.out_dir / "final.pth").write_bytes(b"")
     for folder in step_folders(config.out_dir):
         (folder / "state.json").write_text("{}")
-    with pytest.raises(UserError, match="holds checkpoints, and none of them is whole; begin again in another --out_dir"):
+    with pytest.raises(UserError, match="holds checkpoints, but none of them is intact; begin again in another --out_dir"):
         run(config, resume="auto", dry_run=False)
 
 
@@ -553,7 +556,7 @@ def test_places_step_over_holes() -> None:
     assert Progress().end(10**15, 4) == 4 * 10**15, "at once"
 
 
-def test_told_to_stop() -> None:
+def test_told_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     stop = Stop()
     assert not stop.asked
     with pytest.raises(KeyboardInterrupt):
@@ -561,9 +564,23 @@ def test_told_to_stop() -> None:
     stop = Stop(max_hours=10)
     stop.nothing_to_save = False
     stop(signal.SIGUSR1, None)
+    stop(signal.SIGTERM, None)  # of a scheduler that tells torchrun too, which tells its processes
     assert stop.asked and stop.reason == "SIGUSR1"
+    monkeypatch.setattr(stopping, "TOGETHER", 0.0)
     with pytest.raises(KeyboardInterrupt):
         stop(signal.SIGTERM, None)
+
+
+@pytest.mark.parametrize("under_nohup", [False, True])
+def test_a_terminal_that_closes_is_a_stop_but_under_nohup(under_nohup: bool) -> None:
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN if under_nohup else signal.SIG_DFL)
+    try:
+        with stop_on_signals() as stop:
+            stop.nothing_to_save = False
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.asked is not under_nohup
+    finally:
+        signal.signal(signal.SIGHUP, former)
 
 
 def test_the_disk_that_is_planned_is_what_checkpoints_take(settings: Make) -> None:
@@ -599,3 +616,85 @@ def test_the_former_model_is_gone_before_the_run_goes_back(settings: Make, tmp_p
         assert running._trained(phase, Stop(), path=None, resumed=None) == tmp_path
     finally:
         gc.enable()
+
+
+def test_no_other_run_can_write_while_one_chooses_where_to_go_on(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would set aside what the other one, which is just saving its last step, has written since."""
+    config = settings()
+    expected = trained(config)
+    (config.out_dir / "final.pth").unlink()
+    real = running.checkpoint_to_resume
+
+    def chosen(*arguments: Any) -> Any:
+        found = real(*arguments)
+        with pytest.raises(UserError, match="is being written by another process"), held(config.out_dir):
+            pass
+        return found
+
+    monkeypatch.setattr(running, "checkpoint_to_resume", chosen)
+    assert same(trained(config, resume="auto"), expected)
+
+
+def test_a_stop_whose_save_fails_does_not_say_that_it_is_saved(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(train={"if_save_fails": "continue"})
+    real = saver.write_step  # type: ignore[attr-defined]
+
+    def fails(state: Any, *arguments: Any) -> Path:
+        if state["progress"]["step"] == 6:
+            raise OSError(28, "No space left on device", "disk")
+        return Path(real(state, *arguments))
+
+    monkeypatch.setattr(saver, "write_step", fails)
+    at_step(monkeypatch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(UserError, match=r"SIGTERM: stopped at step 6, which could not be saved; --resume auto goes on from step_00000004$"):
+        trained(config)
+
+
+def test_all_processes_step_over_what_the_first_one_knows(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine may still see the folder as it was before the first one wrote down that the run goes back."""
+    config = settings()
+    config.out_dir.mkdir()
+    given: list[Any] = []
+    process = threading.local()
+
+    def begins(*_: Any, stepped_over: Any, **__: Any) -> Any:
+        given.append(stepped_over)
+        raise UserError("data", "is not there", "look for it")
+
+    def one(world: World) -> None:
+        process.sees = [[8, 12]] if world.is_first else []
+        phase = Phase(config, plan(config, 2), runtime.machine(), world, start=None, suite=None, say=print)
+        with pytest.raises(UserError, match="is not there"):
+            running._train(phase, Stop(), resumed=None, again=True)
+
+    monkeypatch.setattr(running, "training_data", begins)
+    monkeypatch.setattr(running, "stepped_over", lambda _: process.sees)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(one, threads(2)))
+    assert given == [[[8, 12]]] * 2
+
+
+def test_a_run_that_saves_often_goes_back_to_the_step_before_the_first_bad_one(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not to the beginning, and what it went back over does not stay on the disk."""
+    poisoned(monkeypatch, lambda sample: 40 <= sample < 52)  # steps 11 to 13
+    config = settings(train={"tokens": 32 * 4 * 16, "max_skips": 3, "save_every": 1, "keep": 1})
+    assert trained(config).progress["stepped_over"] == [[40, 52]]
+    assert [one["to"] for one in json.loads((config.out_dir / "rollbacks.json").read_text())] == [10]
+    assert [found.name for found in config.out_dir.glob("step_*")] == ["step_00000015"]
+
+
+def test_what_there_is_to_go_back_to(tmp_path: Path) -> None:
+    bad = Bad(9, 11, 32, 44, "loss not finite")
+    begun = tmp_path / "step_00000008.aside"  # of the run's own folder, under another name
+    begun.mkdir()
+
+    def found(begun: Path | None) -> Path | None:
+        return rollback.checkpoint_before(bad, tmp_path, begun, most=3, say=print)
+
+    assert found(None) is None and found(begun) == begun and found(tmp_path / "removed") is None
+    (tmp_path / "rollbacks.json").write_text(json.dumps([{"to": 8, **vars(bad)}]))
+    assert found(begun) == begun
+    with pytest.raises(UserError, match=r"loss not finite, at once after going back to step 8, and there is no checkpoint from before"):
+        found(None)
+    rollback.record_rollback(bad, begun, tmp_path)
+    assert [one["to"] for one in rollback.rollbacks(tmp_path)] == [8, 0]

@@ -129,7 +129,7 @@ def test_a_killed_run_goes_on_from_the_last_checkpoint(
     resumed = trained(killed, resume="auto")
     said = capsys.readouterr().err
     assert re.search(r"step_00000008: tensors.safetensors has [\d,]+ bytes instead of [\d,]+; passed over", said)
-    assert "going on from" in said and "at step 4 of 12" in said and "kept as step_00000008.aside" in said
+    assert "continuing from" in said and "at step 4 of 12" in said and "kept as step_00000008.aside" in said
     assert all(torch.equal(value, resumed.model[name]) for name, value in whole.model.items())
     assert [row["step"] for row in rows(killed)] == [str(n) for n in range(1, 13)]
 
@@ -151,7 +151,7 @@ def test_the_same_line_twice_resumes_nothing_and_overwrites_nothing(settings: Ma
     path = run(config, resume=None, dry_run=False)
     assert path is not None
     before = path.read_bytes()
-    with pytest.raises(UserError, match="holds a finished run; type --resume auto to go on with it, or --out_dir"):
+    with pytest.raises(UserError, match="holds a finished run; add --resume auto to continue it, or --out_dir"):
         run(config, resume=None, dry_run=False)
     assert run(config, resume="auto", dry_run=False) == path
     assert path.read_bytes() == before
@@ -284,13 +284,15 @@ def test_how_the_model_is_split_follows_from_the_model_that_is_trained(settings:
     monkeypatch.setattr(running, "chosen_split", split)
     run(settings(model=HUGE), resume=None, dry_run=True)
     assert sizes == [512]
+    found = trained(settings(tokenizer={"vocab_size": 32_000}, train={"tokens": 128}))
+    assert sizes == [512, 32_000, found.config.model.vocab_size], "the text supports fewer pieces than were asked for"
 
 
 def test_a_vocabulary_that_8_bits_cannot_have_is_refused(settings: Make, as_if_8_bits_could_run: None) -> None:
     """The settings' own may be one that they can, and is not the one that is trained."""
     first = trained(settings())
     odd = replace(first, config=first.config.replaced(model={"vocab_size": 520}))
-    with pytest.raises(UserError, match=r"model\.vocab_size: 520 in the checkpoint is no multiple of 16, which train\.precision fp8"):
+    with pytest.raises(UserError, match=r"model\.vocab_size: 520 in the checkpoint is not a multiple of 16, which train\.precision fp8"):
         run(settings("long", train={"precision": "fp8", "loss_chunk": 64}), resume=None, dry_run=True, start=Start("longft", odd))
 
 
@@ -349,13 +351,14 @@ def test_an_empty_folder_of_the_users_own_is_left_there(settings: Make, tmp_path
         assert config.out_dir.exists() == mine
 
 
-def test_a_run_that_is_never_evaluated_says_so(settings: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_is_never_evaluated_says_so(settings: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The shard that is read to its end of a corpus that goes on holds no held-out document."""
-    trained(settings(data={"held_out": 0.0, "shard_tokens": 2048}, train={"tokens": 128 * 4}))
-    assert (
-        "warning: data.held_out: too few documents of the shards that are read fell into it to evaluate on; raise data.held_out"
-        in capsys.readouterr().err
-    )
+    for name, share in (("by chance", 1e-9), ("on purpose", 0.0)):
+        trained(
+            settings(name, data={"held_out": share, "shard_tokens": 2048, "shards_dir": str(tmp_path / name)}, train={"tokens": 128 * 4})
+        )
+        told = "warning: data.held_out: too few documents of the shards that are read fell into it to evaluate on; raise data.held_out"
+        assert (told in (said := capsys.readouterr().err)) is (name == "by chance") and "held out 0 tokens" in said
 
 
 def test_faults_are_one_line(settings: Make, tmp_path: Path) -> None:

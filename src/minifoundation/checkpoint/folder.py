@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -31,7 +32,9 @@ FINAL = "final.pth"
 FINAL_MANIFEST = "final.json"
 PART = ".part"
 ASIDE = ".aside"
-"""Ends the name of a checkpoint that its run does not go on from any more."""
+"""Ends the name of a checkpoint that its run does not go on from any more, since a person has chosen another; it stays."""
+UNDONE = ".undone"
+"""Ends the name of one that its run has gone back over by itself; it goes once the run has come as far again."""
 
 SECTIONS = ("model", "ema", "optimizer", "window", "kernel_state")
 """The fields of a checkpoint that hold tensors; a tensor's name in the file is section/name."""
@@ -120,6 +123,12 @@ def step_folders(out_dir: Path) -> list[Path]:
     return sorted((folder for folder in out_dir.glob("step_*") if folder.is_dir() and folder.name[5:].isdigit()), key=step_of)
 
 
+def first_of_a_row(progress: Mapping[str, Any]) -> int | None:
+    """Return the first of the skipped steps in a row at whose end a checkpoint's ``progress`` stands; None where its last step was good."""
+    count = progress.get("skipped_in_a_row", 0)
+    return progress["skipped"][-count]["step"] if count else None
+
+
 def step_of(folder: Path) -> int:
     """Return the step that a checkpoint's folder is named after."""
     return int(folder.name[5:])
@@ -134,7 +143,7 @@ def write_step(state: Mapping[str, Any], layout: Layout, body: Iterable[memoryvi
     """
     step = state["progress"]["step"]
     folder = step_folder(out_dir, step)
-    part = folder.with_suffix(PART)
+    part = folder.with_name(folder.name + PART)
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir()
@@ -163,21 +172,28 @@ def _written(path: Path, head: Iterable[bytes], body: Iterable[memoryview] = ())
     return out.record
 
 
-def prune(newest: Path, *, keep: int, keep_every: int | None) -> None:
-    """Remove the checkpoints before ``newest``, which has just been written, but for the last ``keep`` and every ``keep_every``-th step."""
-    before = [folder for folder in step_folders(newest.parent) if step_of(folder) <= step_of(newest)]
-    for old in before[:-keep]:
-        if keep_every is None or step_of(old) % keep_every:
-            part = old.with_suffix(PART)  # first of all it is no checkpoint any more, so that half of one is never taken for a damaged one
-            shutil.rmtree(part, ignore_errors=True)
-            old.rename(part)
-            shutil.rmtree(part)
+def prune(newest: Path, *, keep: int, keep_every: int | None, before: int | None = None) -> None:
+    """Remove the checkpoints before ``newest``, which has just been written, but for the last ``keep`` and every ``keep_every``-th step.
+
+    What the run had gone back over goes too. What cannot be removed, as where another process reads it over NFS, is tried again next time.
+
+    Args:
+        before: the last one of an earlier step than this stays as well: the run may have to go back to it.
+    """
+    saved = [folder for folder in step_folders(newest.parent) if step_of(folder) <= step_of(newest)]
+    spared = [folder for folder in saved if before is not None and step_of(folder) < before][-1:]
+    gone = [folder for folder in saved[:-keep] if folder not in spared and (keep_every is None or step_of(folder) % keep_every)]
+    undone = re.compile(rf"step_(\d+){re.escape(UNDONE)}\d*")
+    gone += [folder for folder in newest.parent.iterdir() if (named := undone.fullmatch(folder.name)) and int(named[1]) <= step_of(newest)]
+    for folder in gone:
+        set_aside(folder, PART)  # first of all it is no checkpoint any more, so that half of one is never taken for a damaged one
+    _remove_parts(newest.parent)
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename a checkpoint so that no run goes on from it, and return its new place."""
+def set_aside(folder: Path, end: str = ASIDE) -> Path:
+    """Rename a checkpoint, by an ``end`` to its name, so that no run goes on from it, and return its new place."""
     number = 1
-    while (place := folder.with_name(f"{folder.name}{ASIDE}{'' if number == 1 else number}")).exists():
+    while (place := folder.with_name(f"{folder.name}{end}{'' if number == 1 else number}")).exists():
         number += 1
     folder.rename(place)
     sync_folder(folder.parent)
@@ -186,10 +202,14 @@ def set_aside(folder: Path) -> Path:
 
 def tidy(out_dir: Path) -> None:
     """Remove what a write that was killed has left; for the one run that holds the folder."""
-    for part in out_dir.glob(f"step_*{PART}"):
-        shutil.rmtree(part, ignore_errors=True)
+    _remove_parts(out_dir)
     for part in (out_dir / (name + PART) for name in (FINAL, FINAL_MANIFEST, "metrics.csv", "config.yaml", "run.json", "rollbacks.json")):
         part.unlink(missing_ok=True)
+
+
+def _remove_parts(out_dir: Path) -> None:
+    for part in out_dir.glob(f"step_*{PART}*"):
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def save_final(checkpoint: Checkpoint, out_dir: Path) -> Path:

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from minifoundation.checkpoint.folder import Checkpoint, prune, write_step
+from minifoundation.checkpoint.folder import Checkpoint, first_of_a_row, prune, write_step
 from minifoundation.checkpoint.tensors import HostCopy, Layout, raw
 from minifoundation.errors import UserError
 
@@ -145,9 +145,9 @@ class Saver:
             self.failed(self._gone() or error)
 
     def close(self) -> None:
-        """Wait for what is being written, whatever becomes of it, and give the host memory back."""
-        if self._writing is not None:
-            self._writing.exception()
+        """Wait for what is being written, say it if that fails, and give the host memory back."""
+        if self._writing is not None and (error := self._writing.exception()) is not None:
+            self._say(f"warning: not written: {_reason(error)}")
         if self._copy is not None:
             self._copy.close()
             self._copy = None
@@ -163,14 +163,13 @@ class Saver:
         """Raise what could not be written, or say it and go on, as ``if_fails`` has it."""
         if self._if_fails == "stop" or not isinstance(error, (UserError, OSError)):
             raise error
-        reason = f"{error.filename}: {str(error.strerror).lower()}" if isinstance(error, OSError) else str(error)
-        self._say(f"warning: not written: {reason}; training on, since train.if_save_fails is continue")
+        self._say(f"warning: not written: {_reason(error)}; training on, since train.if_save_fails is continue")
 
     def _gone(self) -> UserError | None:
         """Return what to say of a folder that has been moved or removed under the run; None while it is there."""
         if self.out_dir.is_dir():
             return None
-        return UserError(str(self.out_dir), "the folder of the run is gone", "look where it went, and go on with --resume auto")
+        return UserError(str(self.out_dir), "the folder of the run is gone", "find out where it went, and continue with --resume auto")
 
     def _check_space(self, tensor_bytes: int) -> None:
         if gone := self._gone():
@@ -180,7 +179,7 @@ class Saver:
             raise UserError(
                 str(self.out_dir),
                 f"a checkpoint takes {size(needed)}, and {size(free)} are free on its disk",
-                "free some space and go on with --resume auto",
+                "free some space and continue with --resume auto",
             )
 
     def _host_copy(self, layout: Layout, tensors: Mapping[str, Tensor]) -> HostCopy | None:
@@ -204,11 +203,15 @@ class Saver:
     def _write(self, writing: Future[None], state: dict[str, Any], layout: Layout, tokenizer: bytes, body: Iterable[memoryview]) -> None:
         try:
             folder = write_step(state, layout, body, tokenizer, self.out_dir)
-            prune(folder, keep=self._keep, keep_every=self._keep_every)
+            prune(folder, keep=self._keep, keep_every=self._keep_every, before=first_of_a_row(state["progress"]))
         except BaseException as error:
             writing.set_exception(error)
         else:
             writing.set_result(None)
+
+
+def _reason(error: BaseException) -> str:
+    return f"{error.filename}: {str(error.strerror).lower()}" if isinstance(error, OSError) else str(error)
 
 
 def size(n_bytes: int) -> str:

@@ -131,8 +131,10 @@ def _run(folder: Path) -> Iterator[Finding]:
         good += [] if problem else [path]
     if not checkpoints:
         yield Finding("note", "no checkpoint yet")
-    for left in sorted([*folder.glob("*.part"), *folder.glob("*.aside*")]):
-        yield Finding("note", f"{left.name}: not used by the run; it can be removed" + (" once none goes on" if owner else ""))
+    for left in sorted([*folder.glob("*.part"), *folder.glob("*.aside*"), *folder.glob("*.undone*")]):
+        yield Finding(
+            "note", f"{left.name}: not used by the run; it can be removed" + (" once no process uses the folder" if owner else "")
+        )
     steps = [step_of(path) for path in good if path.name != FINAL]
     yield from _metrics(folder / METRICS, max(steps, default=0))
     yield from _rolled_back(folder)
@@ -158,7 +160,7 @@ def _settings(folder: Path) -> Iterator[Finding]:
         starts = json.loads((folder / RUN).read_text(encoding="utf-8"))["starts"]
         yield Finding("ok", f"{RUN}: {counted(len(starts), 'start')}, the last {starts[-1]['time']} with: {starts[-1]['command']}")
     except (OSError, ValueError, KeyError, TypeError, IndexError):
-        yield Finding("note", f"{RUN}: missing or damaged; the next start writes it anew")
+        yield Finding("note", f"{RUN}: missing or damaged; the next start writes it again")
 
 
 def _metrics(path: Path, saved: int) -> Iterator[Finding]:

@@ -74,7 +74,7 @@ def _evaluate(options: EvalOptions, requests: list[Request], baselines: Baseline
         left = [request for request in requests if request.label not in folder.done]
         if folder.done:
             count = f"{len(requests) - len(left)} of {len(requests)}"
-            print(f"{folder.path}: going on with what is left there, tasks done: {count}")
+            print(f"{folder.path}: continuing with what is left there, tasks done: {count}")
         running = harness.run(model, manager, left, limit=options.limit, data_dir=options.data_dir, code=options.allow_code_exec)
         outcomes: list[Outcome] = []
         for place, request in enumerate(requests, 1):
@@ -105,11 +105,11 @@ def _check_vllm(options: EvalOptions) -> None:
         raise UserError("--engine", f"vllm runs in one process, {processes} were started", "start it without torchrun")
     if is_checkpoint(Path(options.model_path)):
         problem = f"vllm reads folders in Hugging Face form, {options.model_path} is a checkpoint"
-        raise UserError("--engine", problem, f"write one with export_hf --ckpt {options.model_path}, or leave --engine away")
+        raise UserError("--engine", problem, f"write one with export_hf --ckpt {options.model_path}, or leave --engine out")
     if options.device is not None:
-        raise UserError("--device", "vllm computes on the GPU that it finds", "leave it away; CUDA_VISIBLE_DEVICES chooses among several")
+        raise UserError("--device", "vllm computes on the GPU that it finds", "leave it out; CUDA_VISIBLE_DEVICES chooses among several")
     if find_spec("vllm") is None:
-        raise UserError("--engine", "vllm is not installed", "pip install vllm, or leave --engine away")
+        raise UserError("--engine", "vllm is not installed", "pip install vllm, or leave --engine out")
 
 
 @contextmanager
@@ -121,7 +121,7 @@ def _model(options: EvalOptions, world: World) -> Iterator[Evaluated]:
         try:
             from minifoundation.evaluate.vllm import from_folder
         except Exception as error:  # a torch that it was not built for, a package that lm-eval does not find
-            remedy = "install vllm in an environment of its own, or leave --engine away"
+            remedy = "install vllm in an environment of its own, or leave --engine out"
             raise UserError("--engine", f"vllm does not load ({first_line(error)})", remedy) from error
         yield from_folder(options.model_path, dtype=options.dtype, rows=options.batch_size)
         return
@@ -137,7 +137,7 @@ def _loaded(options: EvalOptions) -> Iterator[Loaded]:
     path = Path(options.model_path)
     if not is_checkpoint(path):
         if options.ema:
-            raise UserError("--ema", f"{path} is no checkpoint", "leave it away: an exported folder holds what export_hf --ema was told")
+            raise UserError("--ema", f"{path} is not a checkpoint", "leave it out: an exported folder holds what export_hf --ema was told")
         yield model.from_folder(options.model_path, dtype=options.dtype, device=options.device)
         return
     from minifoundation.checkpoint import TENSORS, load_checkpoint
@@ -146,7 +146,7 @@ def _loaded(options: EvalOptions) -> Iterator[Loaded]:
 
     checkpoint = load_checkpoint(path)
     if options.ema and checkpoint.ema is None:
-        raise UserError("--ema", f"{path} holds no averaged weights", "leave --ema away, or train with --train.ema 0.999")
+        raise UserError("--ema", f"{path} holds no averaged weights", "leave --ema out, or train with --train.ema 0.999")
     device = model.default_device(options.device)
     dtype = model.DTYPES["fp32" if device == "cpu" else "bf16"] if options.dtype == "auto" else model.DTYPES[options.dtype]
     file = path / TENSORS if path.is_dir() else path

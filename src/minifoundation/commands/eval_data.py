@@ -41,7 +41,7 @@ def pull(options: PullOptions) -> None:
         print(f"{options.data_dir}: {counted(len(written), 'file')} written, {sealed} in {mirror.MANIFEST}")
     if failed:
         without = f"{counted(len(failed), 'task')} without data: {failed[0]}"
-        raise UserError("eval-data pull", without, "mend it and type the same line again")
+        raise UserError("eval-data pull", without, "fix it and run the same command again")
 
 
 def check(options: CheckOptions) -> None:

@@ -53,7 +53,7 @@ def export_hf(options: ExportOptions) -> None:
     with folder_written_whole(options.out_dir) as folder:
         checkpoint = load_checkpoint(options.ckpt)
         if options.ema and checkpoint.ema is None:
-            raise UserError("--ema", f"{options.ckpt} holds no averaged weights", "leave --ema away, or train with --train.ema 0.999")
+            raise UserError("--ema", f"{options.ckpt} holds no averaged weights", "leave --ema out, or train with --train.ema 0.999")
         parity = _write(checkpoint, folder, options)
     print(f"{options.out_dir}: {options.dtype}, equal to {options.ckpt} ({verify.in_words(parity)})")
 

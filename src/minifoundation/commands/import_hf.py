@@ -103,4 +103,4 @@ def _belongs(tokenizer: Tokenizer, config: ModelConfig, folder: Path) -> None:
     if ends is not None and tokenizer.special.eos not in known:
         named = tokenizer.special_tokens["eos_token"]
         problem = f"the tokenizer's eos_token {named} is {tokenizer.special.eos}, and eos_token_id in config.json {ends}"
-        raise UserError(str(folder), problem, "copy the tokenizer of this very model into the folder, or mend eos_token_id")
+        raise UserError(str(folder), problem, "copy the tokenizer of this very model into the folder, or correct eos_token_id")

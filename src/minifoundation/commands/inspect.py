@@ -24,7 +24,7 @@ def inspect(options: InspectOptions) -> None:
     if options.shards is None and options.checkpoint is None:
         raise UserError("inspect", "nothing to look at", "give --shards or --checkpoint")
     if options.plot is not None and options.plot.suffix != ".png":
-        raise UserError("--plot", f"{options.plot} is no .png", "give the histogram a name that ends in .png")
+        raise UserError("--plot", f"{options.plot} is not a .png", "give the histogram a name that ends in .png")
     if options.shards is not None:
         opened = [Shards.open(folder) for folder in survey.folders(options.shards)]
         for shards in opened:

@@ -46,11 +46,11 @@ def longft(options: LongftOptions, values: dict[str, Any]) -> None:
     seq_len = config.build(TrainConfig, settings["train"], sources(options), section="train.").seq_len
     model = checkpoint.config.model
     if seq_len < model.max_seq_len:
-        remedy = f"give --seq_len above {model.max_seq_len}, or go on at the length there is with pretrain"
+        remedy = f"give --seq_len above {model.max_seq_len}, or continue at the current length with pretrain"
         raise UserError("train.seq_len", f"{seq_len} is shorter than the {model.max_seq_len} tokens that {options.ckpt_in} reaches", remedy)
     asked = own.get("model", {}).get("rope", {})
     if model.rope.scaling == "llama3" and (other := asked.get("scaling", "llama3")) != "llama3":
-        problem = f"{other} here, but {options.ckpt_in} was trained with llama3, whose frequencies no other scaling goes on from"
+        problem = f"{other} here, but {options.ckpt_in} was trained with llama3, and no other scaling can continue from its frequencies"
         raise UserError("model.rope.scaling", problem, "set it to llama3, whose factor grows as the length does")
     if "factor" not in asked:
         settings = config.merged(settings, {"model": {"rope": reaching(seq_len, model)}})

@@ -44,7 +44,7 @@ def prepare(options: PrepareOptions, values: dict[str, Any]) -> None:
             with cluster(options.engine, chosen.data.shards_dir, slurm=options.slurm, workers=chosen.data.workers) as engine:
                 _make(options, chosen, tokenizer, engine)
     except KeyboardInterrupt:
-        raise Interrupted("stopped; complete shards are kept, and the same line goes on after them") from None
+        raise Interrupted("stopped; complete shards are kept, and the same command continues after them") from None
 
 
 def _tokenizer(options: PrepareOptions, chosen: PrepareConfig) -> Tokenizer:
@@ -112,7 +112,7 @@ def _together(options: PrepareOptions, chosen: PrepareConfig) -> None:
                 world.wait()  # the first process may hold the table itself
             except RuntimeError as error:  # torch's word for a process that is gone
                 if not world.is_first:
-                    raise UserError("torchrun", "the first process is gone", "the same line goes on after what is done") from error
+                    raise UserError("torchrun", "the first process is gone", "the same command continues after what is done") from error
                 if not finished:  # else the shards are there, and who is gone had nothing of them in hand
                     raise
 

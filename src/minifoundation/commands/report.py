@@ -31,7 +31,7 @@ def report(options: ReportOptions) -> None:
     if options.vendors is not None:
         names = [name.strip() for name in options.vendors.split(",") if name.strip()]
         if not names:
-            raise UserError("--vendors", f"{options.vendors!r} names no model", "give names of configs/baselines.yaml, or leave it away")
+            raise UserError("--vendors", f"{options.vendors!r} names no model", "give names of configs/baselines.yaml, or leave it out")
         if len(names) > FIGURES_BESIDE:
             raise UserError("--vendors", f"{len(names)} models, and the table has room for {FIGURES_BESIDE}", "name those that matter most")
         baselines = baselines.with_columns(names)

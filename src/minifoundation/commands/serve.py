@@ -50,7 +50,7 @@ def serve(options: ServeOptions) -> None:
         raise UserError("--model", f"{options.model}: no such file or folder", "give final.pth, a step_ folder or an exported folder")
     engine: Engine = ("vllm" if find_spec("vllm") else "transformers") if options.engine == "auto" else options.engine
     if engine == "vllm" and find_spec("vllm") is None:
-        raise UserError("--engine", "vllm is not installed", "pip install vllm, or leave --engine away")
+        raise UserError("--engine", "vllm is not installed", "pip install vllm, or leave --engine out")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, so that the engine is ended too
     host = options.host.removeprefix("[").removesuffix("]")  # as in a URL
     listening = _listening(host, options.port)
@@ -127,7 +127,7 @@ def _started(engine: Engine, folder: Path) -> Iterator[int]:
                 if process.poll() is not None:
                     log.seek(0)
                     last = next((line for line in reversed(log.read().splitlines()) if line.strip()), f"exit code {process.returncode}")
-                    raise UserError(engine, f"did not start ({last.strip()})", "mend that, or choose the other --engine")
+                    raise UserError(engine, f"did not start ({last.strip()})", "fix that, or choose the other --engine")
                 time.sleep(0.2)
             yield port
         finally:

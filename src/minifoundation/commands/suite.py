@@ -23,7 +23,7 @@ def suite_for(config: RunConfig) -> Suite | None:
     if config.eval.every_steps is None:
         return None
     if config.eval.ema and config.train.ema is None:
-        raise UserError("eval.ema", "on, but train.ema is none", "leave eval.ema away, or average weights with --train.ema 0.999")
+        raise UserError("eval.ema", "on, but train.ema is none", "leave eval.ema out, or average weights with --train.ema 0.999")
     return LiveSuite(config.eval)
 
 
@@ -40,7 +40,7 @@ class LiveSuite:
         try:
             from minifoundation.evaluate import harness
         except ImportError as error:
-            raise UserError("lm-eval", f"is not installed ({error})", "pip install -e '.[eval]', or leave eval.every_steps away") from None
+            raise UserError("lm-eval", f"is not installed ({error})", "pip install -e '.[eval]', or leave eval.every_steps out") from None
         harness.quieten()
         self._manager = harness.task_manager(self._requests)
         for request in self._requests:  # a benchmark that cannot be read is better known now than after the first thousand steps

@@ -40,7 +40,7 @@ class RunOptions(Settings):
 
     config: Path | None = setting(None, flag="config", help="YAML file with settings")
     amp: bool = setting(False, flag="amp", help="mixed precision: fp16 with loss scaling, or bf16 with --bf16")
-    bf16: bool = setting(False, flag="bf16", help="bf16 compute over fp32 weights; means --amp --bf16")
+    bf16: bool = setting(False, flag="bf16", help="bf16 compute with fp32 weights; the same as --amp --bf16")
 
 
 class PhaseOptions(RunOptions):
@@ -49,12 +49,12 @@ class PhaseOptions(RunOptions):
     resume: str | None = setting(
         None,
         flag="resume",
-        help="auto: go on from the latest good checkpoint in out_dir; the path of one; none: begin, in an unused folder",
+        help="auto: continue from the latest good checkpoint in out_dir; PATH: continue from that one; none: begin, in an unused folder",
     )
     allow_change: tuple[str, ...] = setting(
         (),
         flag="allow_change",
-        help="settings that may differ from the checkpoint's although they change the result: train.lr,train.warmup",
+        help="settings that may differ from those of the checkpoint although they change the result: train.lr,train.warmup",
     )
     dry_run: bool = setting(False, flag="dry_run", help="print the plan (steps, parameters, FLOPs, memory, time) and stop")
 
@@ -70,7 +70,7 @@ class PhaseOptions(RunOptions):
         for name in value:
             if name not in known:
                 near = nearest(name, known)
-                raise ValueError(f"{name!r} is no setting of a run; " + (f"did you mean {near}?" if near else "--help lists them"))
+                raise ValueError(f"{name!r} is not a setting of a run; " + (f"did you mean {near}?" if near else "--help lists them"))
         return value
 
 
@@ -88,31 +88,31 @@ class LongftOptions(PhaseOptions):
     """``longft``: the same, and the model to begin from."""
 
     ckpt_in: Path = setting(
-        help="final.pth (or a step folder) of the run whose context is extended, or a Llama or Qwen3 folder of Hugging Face", flag="ckpt_in"
+        help="the model to extend: final.pth, a step folder, or a Llama or Qwen3 folder of Hugging Face", flag="ckpt_in"
     )
     carry_optimizer: bool = setting(
-        False, flag="carry_optimizer", help="go on with the optimizer's moments of ckpt_in, a step folder; by default they begin anew"
+        False,
+        flag="carry_optimizer",
+        help="keep the optimizer's moments of ckpt_in, which must be a step folder; by default they start fresh",
     )
     proof_documents: int = setting(
-        200, ge=0, flag="proof_documents", help="held-out long documents on which loss by position is compared before and after; 0: none"
+        200, ge=0, flag="proof_documents", help="long held-out documents on which loss by position is compared before and after; 0: none"
     )
     proof_data: str | None = setting(
         None,
         flag="proof_data",
-        help="text that was not trained on, as --data takes it, for these documents and to hide needles in, as many tokens of it as are "
-        "trained on, or data.search_tokens, two million at least; default: the held-out split",
+        help="text that was not trained on, as for --data, for these documents and for hiding needles. Reads as many tokens as are "
+        "trained on, or data.search_tokens, at least two million; none: the held-out split",
     )
-    needles: int = setting(2, ge=0, flag="needles", help="prompts of each task, length and depth that hide a number in text; 0: none")
+    needles: int = setting(2, ge=0, flag="needles", help="needle prompts of each task, length and depth; 0: none")
 
 
 class BenchOptions(RunOptions):
     """``bench``: what this machine does with the settings of a run."""
 
-    steps: int = setting(10, ge=2, flag="steps", help="steps that count, after three to warm up")
+    steps: int = setting(10, ge=2, flag="steps", help="measured steps, after three warm-up steps")
     json_out: Path | None = setting(None, flag="json", help="also write the figures to this file")
-    fit: tuple[float, ...] = setting(
-        (), flag="fit", help="measure nothing: what is predicted to fit GPUs of so many GiB, as --fit 24,40,80"
-    )
+    fit: tuple[float, ...] = setting((), flag="fit", help="only predict what fits on GPUs of these sizes in GiB: --fit 24,40,80")
 
     @field_validator("fit", mode="before")
     @classmethod
@@ -123,7 +123,7 @@ class BenchOptions(RunOptions):
     @classmethod
     def _sizes_above_nothing(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if none := [size for size in value if size <= 0]:
-            raise ValueError(f"{none[0]:g} GiB is no memory; give numbers above 0")
+            raise ValueError(f"{none[0]:g} GiB is not a memory size; give numbers above 0")
         return value
 
 
@@ -131,21 +131,17 @@ class PrepareOptions(Settings):
     """``prepare``: corpus to token shards, by hand."""
 
     config: Path | None = setting(None, flag="config", help="YAML file with settings (data, tokenizer)")
-    tokens: int | None = setting(None, ge=1, flag="tokens", help="stop after this many training tokens; none reads the whole corpus")
+    tokens: int | None = setting(None, ge=1, flag="tokens", help="stop after this many training tokens; none: read the whole corpus")
     tokenizer_out: Path = setting(
-        Path("outputs/tokenizer"), flag="tokenizer_out", help="where a tokenizer is trained to, or the one that is there is taken from"
+        Path("outputs/tokenizer"), flag="tokenizer_out", help="folder for a trained tokenizer; one that is already there is used"
     )
     engine: Literal["local", "ray", "slurm"] = setting(
         "local",
         flag="engine",
-        help="where the work is done: processes of this machine (under torchrun of all its machines), a Ray cluster, or Slurm jobs",
+        help="where to work. local: processes of this machine (under torchrun: of all its machines); ray: a Ray cluster; slurm: Slurm jobs",
     )
-    slurm: str | None = setting(
-        None, flag="slurm", help="what sbatch needs, for --engine slurm: partition=cpu,time=04:00:00 (any long option of sbatch)"
-    )
-    rebuild: bool = setting(
-        False, flag="rebuild", help="first check every shard by its sha256, and make those again that are damaged or missing"
-    )
+    slurm: str | None = setting(None, flag="slurm", help="for --engine slurm: any long options of sbatch, as partition=cpu,time=04:00:00")
+    rebuild: bool = setting(False, flag="rebuild", help="first check every shard by its sha256, and make damaged or missing ones again")
 
 
 class PrepareConfig(Settings):
@@ -159,11 +155,13 @@ class InspectOptions(Settings):
     """``inspect``: what is in token shards, and what a checkpoint has read."""
 
     shards: Path | None = setting(None, flag="shards", help="a folder of token shards (prepare prints it)")
-    checkpoint: Path | None = setting(None, flag="checkpoint", help="final.pth or a step folder: print how far it is and where in the data")
+    checkpoint: Path | None = setting(
+        None, flag="checkpoint", help="final.pth or a step folder: print how far it is and what data it has read"
+    )
     tokenizer: Path | None = setting(None, flag="tokenizer", help="the tokenizer of the shards: print decoded samples")
-    samples: int = setting(3, ge=1, flag="samples", help="how many samples")
+    samples: int = setting(3, ge=1, flag="samples", help="number of samples to print")
     plot: Path | None = setting(None, flag="plot", help="write a histogram of document lengths to this .png")
-    verify: bool = setting(False, flag="verify", help="read every file again and compare its sha256")
+    verify: bool = setting(False, flag="verify", help="read every file and compare its sha256")
 
 
 class ExportOptions(Settings):
@@ -177,13 +175,13 @@ class ExportOptions(Settings):
         5_000_000_000,
         ge=1_000,
         flag="max_shard_bytes",
-        help="largest file of weights; more become several with an index [huggingface_hub: 5 GB]",
+        help="largest weights file; larger weights become several files with an index [huggingface_hub: 5 GB]",
     )
 
     gguf: tuple[Literal["f16", "q8_0"], ...] = setting(
         (),
         flag="gguf",
-        help="also write files of llama.cpp, as f16,q8_0, and compare llama.cpp (pip install -e '.[gguf]')",
+        help="also write llama.cpp files, for example f16,q8_0, and compare what llama.cpp computes (pip install -e '.[gguf]')",
     )
 
     @field_validator("gguf", mode="before")
@@ -195,7 +193,7 @@ class ExportOptions(Settings):
 class ImportOptions(Settings):
     """``import_hf``: Hugging Face folder to checkpoint, with proof of parity."""
 
-    model_path: Path = setting(help="a folder of a LlamaForCausalLM or Qwen3ForCausalLM in safetensors", flag="model_path")
+    model_path: Path = setting(help="folder of a LlamaForCausalLM or Qwen3ForCausalLM in safetensors", flag="model_path")
     out_dir: Path = setting(Path("outputs/import"), flag="out_dir", help="folder to write final.pth into")
 
 
@@ -203,32 +201,32 @@ class EvalOptions(Settings):
     """``eval``: benchmarks of a model through lm-eval."""
 
     model_path: str = setting(
-        help="folder in Hugging Face form, ours or any other; final.pth or a step folder of a run; org/name of the hub", flag="model_path"
+        help="a Hugging Face folder, ours or any other; final.pth or a step folder; or org/name of the hub", flag="model_path"
     )
     tasks: str = setting(
         str(REPOSITORY / "configs" / "tasks.txt"),
         flag="tasks",
-        help="a suite (quick, paper, code, long), names separated by commas, or a file with one task a line",
+        help="a suite (quick, paper, code, long), names separated by commas, or a file with one task per line",
     )
-    limit: int = setting(0, ge=0, flag="limit", help="documents of each task, 0 means all")
-    batch_size: int | None = setting(None, ge=1, flag="batch_size", help="rows in a batch; default: by memory")
+    limit: int = setting(0, ge=0, flag="limit", help="documents of each task; 0: all")
+    batch_size: int | None = setting(None, ge=1, flag="batch_size", help="rows in a batch; none: as many as fit in memory")
     data_dir: Path | None = setting(
         None, flag="data_dir", help="mirror folder <org>/<name>/<config>/<split>.parquet to read benchmarks from instead of the hub"
     )
     out_dir: Path | None = setting(
         None,
         flag="out_dir",
-        help="where results.json and report.md go; default <model_path>/eval, beside a checkpoint, or outputs/eval/<name>",
+        help="folder of results.json and report.md; none: <model_path>/eval, beside a checkpoint, or outputs/eval/<name>",
     )
-    beside: Folders = setting((), flag="beside", help="folders that eval wrote for other models: their scores become columns")
+    beside: Folders = setting((), flag="beside", help="result folders of other models: their scores become columns")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
-        "auto", flag="dtype", help="dtype of the weights in memory; auto: as stored (of a checkpoint bf16), fp32 on a CPU"
+        "auto", flag="dtype", help="dtype of the weights in memory; auto: as stored (a checkpoint: bf16), fp32 on a CPU"
     )
     engine: Literal["transformers", "vllm"] = setting(
-        "transformers", flag="engine", help="what computes: transformers, or vLLM, which takes folders and names of the hub"
+        "transformers", flag="engine", help="transformers, or vLLM, which takes folders and names of the hub"
     )
     ema: bool = setting(False, flag="ema", help="evaluate the averaged weights of a checkpoint")
-    device: str | None = setting(None, flag="device", help="cuda, cpu; default: cuda where there is one")
+    device: str | None = setting(None, flag="device", help="cuda or cpu; none: cuda if there is one")
     allow_code_exec: bool = setting(
         False, flag="allow_code_exec", help="run programs written by the model (HumanEval, MBPP) in a sandboxed process"
     )
@@ -238,49 +236,53 @@ class PullOptions(Settings):
     """``eval-data pull``: benchmark data from the hub to a mirror folder."""
 
     data_dir: Path = setting(help="mirror folder to write: <org>/<name>/<config>/<split>.parquet and manifest.json", flag="data_dir")
-    tasks: str = setting("paper", flag="tasks", help="whose data: a suite, names separated by commas, or a file, as for eval")
+    tasks: str = setting("paper", flag="tasks", help="tasks whose data to pull: a suite, names separated by commas, or a file, as for eval")
 
 
 class CheckOptions(Settings):
     """``eval-data check``: whether a mirror folder is whole."""
 
     data_dir: Path = setting(help="mirror folder to read", flag="data_dir")
-    tasks: str = setting("paper", flag="tasks", help="whose data should be there: a suite, names separated by commas, or a file")
-    seal: bool = setting(False, flag="seal", help="write the manifest anew: the files are right as they are")
+    tasks: str = setting("paper", flag="tasks", help="tasks whose data must be there: a suite, names separated by commas, or a file")
+    seal: bool = setting(False, flag="seal", help="rewrite the manifest from the files as they are")
 
 
 class ContaminationOptions(Settings):
     """``contamination``: test items in the training text."""
 
-    ckpt: Path | None = setting(None, flag="ckpt", help="final.pth or a step folder: the shards its ledger names, its tokenizer")
-    shards: Path | None = setting(None, flag="shards", help="a folder of token shards instead, with --tokenizer")
+    ckpt: Path | None = setting(None, flag="ckpt", help="final.pth or a step folder; takes its tokenizer and the shards in its ledger")
+    shards: Path | None = setting(None, flag="shards", help="instead of a checkpoint: a folder of token shards, with --tokenizer")
     tokenizer: Path | None = setting(None, flag="tokenizer", help="the tokenizer of --shards")
-    tasks: str = setting("paper", flag="tasks", help="whose items: a suite, names separated by commas, or a file, as for eval")
+    tasks: str = setting(
+        "paper", flag="tasks", help="tasks whose items to look for: a suite, names separated by commas, or a file, as for eval"
+    )
     data_dir: Path | None = setting(None, flag="data_dir", help="mirror folder to read benchmarks from instead of the hub")
-    evals: Folders = setting((), flag="evals", help="folders that eval wrote: their scores on clean and dirty items are printed")
-    workers: int | None = setting(None, ge=1, flag="workers", help="processes that read shards; default: one a core")
-    out: Path | None = setting(None, flag="out", help="the file to write; default contamination.json beside the checkpoint or the shards")
+    evals: Folders = setting((), flag="evals", help="result folders of eval: print their scores on clean and dirty items")
+    workers: int | None = setting(None, ge=1, flag="workers", help="processes that read shards; none: one per core")
+    out: Path | None = setting(None, flag="out", help="file to write; none: contamination.json beside the checkpoint or the shards")
 
 
 class ReportOptions(Settings):
     """``report``: one HTML page and a model card."""
 
-    runs: Folders = setting((), flag="runs", help="run folders of pretrain and longft, in the order in which they were trained")
+    runs: Folders = setting((), flag="runs", help="run folders of pretrain and longft, in training order")
     evals: Folders = setting(
-        (), flag="evals", help="folders that eval wrote; the first gives the table, all the scores over training tokens"
+        (), flag="evals", help="result folders of eval; the first gives the table, all of them the scores over training tokens"
     )
-    out_dir: Path = setting(Path("outputs/report"), flag="out_dir", help="where report.html and README.md (the model card) go")
-    name: str | None = setting(None, flag="name", help="of the model; default: that of the folder that was evaluated or trained")
+    out_dir: Path = setting(Path("outputs/report"), flag="out_dir", help="folder for report.html and README.md (the model card)")
+    name: str | None = setting(None, flag="name", help="name of the model; none: that of the evaluated or trained folder")
     vendors: str | None = setting(
-        None, flag="vendors", help="models of configs/baselines.yaml beside ours, separated by commas; default: those under beside there"
+        None,
+        flag="vendors",
+        help="models of configs/baselines.yaml to compare with, separated by commas; none: those listed there under beside",
     )
-    beside: Folders = setting((), flag="beside", help="folders that eval wrote for other models: their scores become columns")
-    contamination: Path | None = setting(None, flag="contamination", help="contamination.json; default: the one beside the last run")
-    license: str = setting("apache-2.0", flag="license", help="of the weights, as the hub spells it")
+    beside: Folders = setting((), flag="beside", help="result folders of other models: their scores become columns")
+    contamination: Path | None = setting(None, flag="contamination", help="contamination.json to use; none: the one beside the last run")
+    license: str = setting("apache-2.0", flag="license", help="license of the weights, as the hub spells it")
     price_per_hour: float | None = setting(
-        None, ge=0, flag="price_per_hour", help="of the machine, in any currency: shows the cost of training"
+        None, ge=0, flag="price_per_hour", help="price of the machine, in any currency: adds the cost of training"
     )
-    watts: float | None = setting(None, ge=0, flag="watts", help="that the machine draws: shows the energy of training")
+    watts: float | None = setting(None, ge=0, flag="watts", help="power draw of the machine: adds the energy of training")
 
     _text = field_validator("name", "license")(_encodable)
 
@@ -289,11 +291,11 @@ class GenerateOptions(Settings):
     """``generate``: a prompt in, text out."""
 
     model: Path = setting(help="a checkpoint (final.pth, step folder) or an exported folder", flag="model")
-    prompt: str = setting(help="the text to go on from", flag="prompt")
-    max_new_tokens: int = setting(128, ge=1, flag="max_new_tokens", help="tokens to add at most")
-    temperature: float = setting(0.8, ge=0, flag="temperature", help="0 is greedy")
+    prompt: str = setting(help="the text to continue", flag="prompt")
+    max_new_tokens: int = setting(128, ge=1, flag="max_new_tokens", help="most tokens to generate")
+    temperature: float = setting(0.8, ge=0, flag="temperature", help="sampling temperature; 0: greedy")
     top_p: float = setting(0.95, gt=0, le=1, flag="top_p", help="nucleus sampling (arXiv:1904.09751)")
-    seed: int = setting(1234, ge=0, lt=2**63, flag="seed", help="of the sampling")
+    seed: int = setting(1234, ge=0, lt=2**63, flag="seed", help="seed of the sampling")
 
     _prompt = field_validator("prompt")(_encodable)
 
@@ -302,15 +304,17 @@ class ServeOptions(Settings):
     """``serve``: a model behind an address."""
 
     model: Path = setting(help="a checkpoint (final.pth, step folder) or an exported folder", flag="model")
-    host: str = setting("127.0.0.1", flag="host", help="address to listen on; 0.0.0.0: every one of this machine, for whoever reaches it")
+    host: str = setting(
+        "127.0.0.1", flag="host", help="address to listen on; 0.0.0.0: all addresses of this machine, open to everyone who can reach it"
+    )
     port: int = setting(8000, ge=1, le=65535, flag="port", help="port to listen on")
     engine: Literal["auto", "vllm", "transformers"] = setting(
-        "auto", flag="engine", help="what computes: vLLM where it is installed, else transformers' own server"
+        "auto", flag="engine", help="vllm, or transformers' own server; auto: vLLM if it is installed"
     )
 
 
 class DoctorOptions(Settings):
     """``doctor``: whether this machine is fit to train, and a run's folder whole."""
 
-    run: Path | None = setting(None, flag="run", help="folder of a run: verify its checkpoints, metrics.csv and token shards as well")
-    network: bool = setting(True, flag="network", help="also ask whether the Hugging Face Hub answers")
+    run: Path | None = setting(None, flag="run", help="run folder: also verify its checkpoints, metrics.csv and token shards")
+    network: bool = setting(True, flag="network", help="also check whether the Hugging Face Hub answers")

@@ -57,7 +57,7 @@ def _readable(kind: type[BaseModel], invalid: ValidationError, sources: str) -> 
             return UserError(name, f"{fault['input']!r} is no path", "write a path, in quotation marks where YAML reads something else")
         case "model_type":
             return UserError(
-                name, f"{fault['input']!r} is no section of settings", f"write '{name}:', and below it 'name: value', indented"
+                name, f"{fault['input']!r} is not a section of settings", f"write '{name}:', and below it 'name: value', indented"
             )
         case "value_error":
             problem, _, remedy = str(fault["ctx"]["error"]).partition("; ")
@@ -212,7 +212,7 @@ def yaml_values(text: str, path: Path) -> dict[str, Any]:
         raise UserError(str(path), "holds no settings", "write 'section:' lines with 'name: value' below them")
     if not all(isinstance(name, str) for name in values):
         raise UserError(
-            str(path), f"{next(name for name in values if not isinstance(name, str))!r} is no name of a setting", "--help lists them"
+            str(path), f"{next(name for name in values if not isinstance(name, str))!r} is not the name of a setting", "--help lists them"
         )
     return values
 

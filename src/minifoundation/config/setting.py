@@ -47,7 +47,7 @@ class Settings(BaseModel):
         kinds = cls._kinds(info)
         if isinstance(value, bool) and not kinds.isdisjoint({int, float}) and bool not in kinds:
             off = ", or none to turn it off" if NoneType in kinds else ""
-            raise ValueError(f"{value} is no number (YAML reads yes, no, on and off as true and false); give a number{off}")
+            raise ValueError(f"{value} is not a number (YAML reads yes, no, on and off as true and false); give a number{off}")
         if isinstance(value, str) and int in kinds and re.fullmatch(r"\+?[\d_]+(\.\d+)?[eE]\+?\d{1,2}", value.strip()):
             number = float(value)
             return int(number) if number.is_integer() else value

@@ -68,7 +68,7 @@ def ray_engine(folder: Path) -> Engine:
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise UserError(
             "--engine",
-            f"ray: {address} is no cluster to be reached ({_first_line(error)})",
+            f"ray: {address} cannot be reached ({_first_line(error)})",
             "run ray start --head, ray start --address=HOST:6379 on the other machines, and set RAY_ADDRESS=HOST:6379",
         ) from error
     try:
@@ -93,7 +93,7 @@ def slurm_engine(options: dict[str, str], folder: Path, workers: int | None = No
         UserError: there is no Slurm on this machine.
     """
     if shutil.which("sbatch") is None:
-        raise UserError("--engine", "slurm: there is no sbatch on this machine", "run the same line where jobs are submitted")
+        raise UserError("--engine", "slurm: there is no sbatch on this machine", "run the same command where jobs are submitted")
     return _Slurm(options, folder.absolute() / f".slurm-{uuid.uuid4().hex[:8]}", workers or JOBS)
 
 
@@ -146,7 +146,7 @@ def _hand_over(future: Future[None], done: Future[None]) -> None:
         error = error.cause
     elif error is not None:
         lost = f"ray: a piece was lost with its process or machine ({_first_line(error)})"
-        error = UserError("--engine", lost, "look into the cluster's logs, then run the same line again")
+        error = UserError("--engine", lost, "look into the cluster's logs, then run the same command again")
     settle(future, error)
 
 
@@ -309,7 +309,7 @@ class _Slurm:
         while job.waiting:
             _, future = job.waiting.popitem()
             problem = "is the log of a Slurm job that ended before its work was done"
-            remedy = "read it; --slurm mem=4G,time=02:00:00 asks for more; the same line goes on after what is done"
+            remedy = "read it; --slurm mem=4G,time=02:00:00 asks for more; the same command continues after what is done"
             settle(future, UserError(str(job.log), problem, remedy))
 
 

@@ -252,5 +252,5 @@ def is_held_out(text: bytes, share: float) -> bool:
 def _tokenizer(path: Path, sha256: str) -> Tokenizer:
     tokenizer = Tokenizer.load(path)
     if tokenizer.sha256 != sha256:
-        raise UserError(str(path), "was replaced while shards were made with it", "run the same line again")
+        raise UserError(str(path), "was replaced while shards were made with it", "run the same command again")
     return tokenizer

@@ -55,7 +55,7 @@ def cluster(
         workers: Slurm jobs at a time.
 
     Raises:
-        UserError: the cluster is not there, or ``slurm`` is no list of options or given for another engine.
+        UserError: the cluster is not there, or ``slurm`` is not a list of options or given for another engine.
     """
     if slurm is not None and name != "slurm":
         raise UserError("--slurm", f"{slurm} is given, but --engine is {name}", "add --engine slurm, or leave --slurm out")
@@ -286,5 +286,7 @@ def _deadly(task: Task, number: int, piece: Piece, death: _Died) -> UserError:
 def _options(text: str) -> dict[str, str]:
     options = dict(part.partition("=")[::2] for part in text.split(",") if part)
     if not all(options.values()):
-        raise UserError("--slurm", f"{text!r} is no list of options", "write option=value,option=value, as in partition=cpu,time=04:00:00")
+        raise UserError(
+            "--slurm", f"{text!r} is not a list of options", "write option=value,option=value, as in partition=cpu,time=04:00:00"
+        )
     return options

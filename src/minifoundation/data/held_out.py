@@ -27,14 +27,23 @@ class HeldOut:
         samples: how many of them it reads.
         tokens: held-out tokens over all sources, at most; one row at least.
         text_bytes: the bytes of text that ids stand for.
+        share: of the documents that was to be held out.
     """
 
     def __init__(
-        self, loader: Loader, *, samples: int, tokens: int, batch_size: int, text_bytes: Callable[[npt.NDArray[np.int64]], int]
+        self,
+        loader: Loader,
+        *,
+        samples: int,
+        tokens: int,
+        batch_size: int,
+        text_bytes: Callable[[npt.NDArray[np.int64]], int],
+        share: float,
     ) -> None:
         self._loader = loader
         self._batch_size = batch_size
         self._text_bytes = text_bytes
+        self._share = share
         self._wanted = loader.counts(samples)
         first = next(iter(loader.sources.values()))
         self._n_rows = loader.counts(max(tokens // first.seq_len, 1))
@@ -50,13 +59,19 @@ class HeldOut:
         parts = [rows[first : first + self._batch_size] for first in range(0, len(rows), self._batch_size)]
         return [Batch.of_rows(part, mask_documents=self._loader.mask_documents, eos=self._loader.eos) for part in parts]
 
-    def without_rows(self) -> list[str]:
-        """Return the sources of which rows are wanted and too little is held out for one, as far as that is known by now."""
-        return [
-            name
-            for name, shards in self._by_source.items()
-            if shards is not None and self._n_rows[name] and sum(shard.n_tokens for shard in shards) <= self._loader.sources[name].seq_len
-        ]
+    def lacking(self) -> list[str]:
+        """Return a line for each source of which rows are wanted and too little is held out for one, as far as that is known by now.
+
+        None where nothing was to be held out.
+        """
+        lines = []
+        for name, shards in self._by_source.items() if self._share else ():
+            least = self._loader.sources[name].seq_len
+            if shards is not None and self._n_rows[name] and sum(shard.n_tokens for shard in shards) <= least:
+                of_which = "" if len(self._n_rows) == 1 else f"of {name} "
+                few = f"too few documents of the shards {of_which}that are read fell into it to evaluate on"
+                lines.append(f"warning: data.held_out: {few}; raise data.held_out or lower data.max_document_bytes")
+        return lines
 
     @cached_property
     def bytes_per_token(self) -> float:

@@ -82,7 +82,7 @@ def hub_files(source: str, hub: HubCorpus, revision: str | None) -> tuple[str, l
     except UserError:
         raise
     except Exception as error:
-        raise UserError("data.source", f"the files of {source} cannot be listed ({reason(error)})", "run the same line again") from error
+        raise UserError("data.source", f"the files of {source} cannot be listed ({reason(error)})", "run the same command again") from error
     if "train" not in data_files:
         splits = ", ".join(map(str, data_files)) or "none"
         raise UserError("data.source", f"{source} has no split train; its splits: {splits}", "give its files as hf://datasets/…")

@@ -36,6 +36,9 @@ from minifoundation.lock import held
 SETTINGS = ("shard_tokens", "held_out", "held_out_tokens", "max_document_bytes", "filters", "dedup")
 """Settings of ``data`` that the bytes of the shards depend on, beside the source."""
 
+REBUILD = ".rebuild-"
+"""Begins the name of the folder in which a shard is made again."""
+
 SMALL_BYTES = 8 * 1024 * 1024
 """A corpus of less is encoded in this process, which takes no longer than starting another."""
 
@@ -69,9 +72,6 @@ def prepare_shards(
     preparation = _Preparation(source, config, tokenizer, engine)
     folder = preparation.folder
     if not preparation.suffices(tokens):
-        if not folder.exists():
-            preparation.corpus()  # a mistake in its name should leave no folder behind
-            folder.mkdir(parents=True, exist_ok=True)
         with held(folder, partial(preparation.suffices, tokens) if wait_for_lock else None) as ours:
             if ours:
                 preparation.extend(tokens, show_progress)
@@ -94,6 +94,7 @@ def rebuilt_files(source: str, config: DataConfig, tokenizer: Tokenizer, *, engi
     if not manifest_of(folder).pairs:
         raise UserError(str(folder), "holds no token shards yet", "make them with minifoundation prepare")
     with held(folder):
+        preparation.tidy()
         manifest = manifest_of(folder)
         damaged = [[folder / record.file for record in pair.records if not intact(folder, record)] for pair in manifest.pairs]
         for number, files in enumerate(damaged):
@@ -120,14 +121,17 @@ def tokenizer_for(tokenizer: TokenizerConfig, data: DataConfig, out: Path) -> To
     """
     model = out / "tokenizer.model"
     if not model.exists():
-        if tokenizer.path is None:
-            shares = ((source, int(weight * tokenizer.sample_bytes)) for source, weight in data.weights.items())
-            return train_tokenizer(chain.from_iterable(_sample(source, data, size) for source, size in shares), tokenizer, model)
-        given = Tokenizer.load(tokenizer.path)
-        out.mkdir(parents=True, exist_ok=True)
-        part = model.with_name(model.name + PART)
-        part.write_bytes(given.model)
-        part.replace(model)
+        given = None if tokenizer.path is None else Tokenizer.load(tokenizer.path)
+        with held(out, model.exists) as ours:  # one that another process is making is waited for
+            if not ours or model.exists():
+                pass
+            elif given is None:
+                shares = ((source, int(weight * tokenizer.sample_bytes)) for source, weight in data.weights.items())
+                return train_tokenizer(chain.from_iterable(_sample(source, data, size) for source, size in shares), tokenizer, model)
+            else:
+                part = model.with_name(model.name + PART)
+                part.write_bytes(given.model)
+                part.replace(model)
     found = Tokenizer.load(model)
     remedy = f"remove {model} to replace it, or choose another folder"
     if tokenizer.path is not None:
@@ -210,8 +214,7 @@ class _Preparation:
         manifest = self.recorded() or self._begun(corpus)
         if _suffices(manifest, tokens):  # another process was quicker
             return
-        for left in self.folder.glob(f"*{PART}"):
-            left.unlink()
+        self.tidy()
         bar = tqdm(
             total=tokens,
             initial=manifest.train_tokens,
@@ -227,6 +230,13 @@ class _Preparation:
             error.filename = error.filename or str(self.folder)
             raise
 
+    def tidy(self) -> None:
+        """Remove what a killed process has left half-made; for the one that holds the folder."""
+        for left in self.folder.glob(f"*{PART}"):
+            left.unlink()
+        for left in self.folder.glob(f"{REBUILD}*"):
+            shutil.rmtree(left, ignore_errors=True)
+
     def rebuild(self, number: int) -> None:
         """Make a pair again, aside, and put it in its place when it is what the manifest says.
 
@@ -237,7 +247,7 @@ class _Preparation:
         manifest = manifest_of(self.folder)
         pair = manifest.pairs[number]
         before = manifest.model_copy(update={"pairs": manifest.pairs[:number], "place": pair.start, "complete": False})
-        with TemporaryDirectory(prefix=".rebuild-", dir=self.folder, ignore_cleanup_errors=True) as name:
+        with TemporaryDirectory(prefix=REBUILD, dir=self.folder, ignore_cleanup_errors=True) as name:
             aside = Path(name)
             write_manifest(aside, before)
             with tqdm(disable=True) as bar, closing(self._growth(aside, before, corpus, bar)) as growth:

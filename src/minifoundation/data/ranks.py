@@ -62,7 +62,9 @@ class _Beats:
                 self._seen[rank] = now, moment
             elif moment - since > SILENT_SECONDS:
                 host = self._table.get(f"pieces/host/{rank}").decode()
-                self._lost(f"rank {rank} on {host} has been silent for {SILENT_SECONDS:.0f} s; the same line goes on after what is done")
+                self._lost(
+                    f"rank {rank} on {host} has been silent for {SILENT_SECONDS:.0f} s; the same command continues after what is done"
+                )
 
 
 class Helper:

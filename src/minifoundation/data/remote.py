@@ -100,7 +100,7 @@ def fetched(url: str, call: Callable[[], T]) -> T:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(url, f"cannot be read ({reason(error)})", "run the same line again; complete shards are kept") from error
+        raise UserError(url, f"cannot be read ({reason(error)})", "run the same command again; complete shards are kept") from error
 
 
 def filesystem(url: str) -> tuple[Any, str]:

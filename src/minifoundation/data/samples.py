@@ -138,12 +138,6 @@ class Samples:
             rows[here] = self._rows(shard)[self._permutation(epoch, shard)[places[here]]]
         return rows
 
-    def shard_of(self, number: int) -> int:
-        """Return which shard (its index in the folder) a sample in reach lies in."""
-        assert self.has(number + 1)
-        order = self._order
-        return order.turns[int(np.searchsorted(order.ends, number % order.known, side="right"))]
-
     def _rows_of(self, shard: int) -> npt.NDArray[Any]:
         """Return the samples of a shard in their order on disk, as a view of the file."""
         return np.lib.stride_tricks.sliding_window_view(self._order.shards.train[shard].tokens(), self.seq_len + 1)[:: self.seq_len]

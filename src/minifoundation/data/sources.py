@@ -197,7 +197,7 @@ def _ends(file: File) -> bytes:
             stream.seek(max(0, file.size - 4096), io.SEEK_SET)
             return first + stream.read(4096)
     except OSError as error:
-        raise UserError(file.url, f"cannot be read ({error.strerror})", "mend that, or take it out of the corpus") from None
+        raise UserError(file.url, f"cannot be read ({error.strerror})", "fix that, or remove it from the corpus") from None
 
 
 def _listed(source: str, url: str) -> dict[File, bytes]:
@@ -244,7 +244,7 @@ def _pinned(source: str, revision: str | None) -> tuple[str, str]:
     except Exception as error:
         raise _unreachable(source, error) from error
     if not hasattr(resolved, "repo_id"):
-        raise UserError("data.source", f"{source} is no data set of the Hub, whose versions are kept", "write hf://datasets/org/name/path")
+        raise UserError("data.source", f"{source} is not a data set of the Hub", "write hf://datasets/org/name/path")
     commit = repository_commit(source, resolved.repo_id, resolved.repo_type, revision or resolved.revision, "check the address")
     kind = "" if resolved.repo_type == "model" else f"{resolved.repo_type}s/"
     return f"hf://{kind}{resolved.repo_id}@{commit}/{resolved.path_in_repo}".rstrip("/"), commit

@@ -81,7 +81,7 @@ def unreadable(file: File, error: Exception) -> Exception:
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return error
     reason = error.strerror if isinstance(error, OSError) and error.strerror else remote.reason(error)
-    return UserError(file.url, f"cannot be read to its end ({reason})", "fetch the file again, or take it out of the corpus")
+    return UserError(file.url, f"cannot be read to its end ({reason})", "fetch the file again, or remove it from the corpus")
 
 
 @lru_cache(maxsize=4)

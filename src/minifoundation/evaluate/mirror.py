@@ -36,7 +36,7 @@ def read_manifest(data_dir: Path) -> dict[str, str] | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
-        raise UserError(str(path), "is not a manifest of a mirror", "write it anew with eval-data check --seal") from None
+        raise UserError(str(path), "is not a manifest of a mirror", "write it again with eval-data check --seal") from None
     return hashes
 
 

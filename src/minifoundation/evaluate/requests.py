@@ -134,4 +134,4 @@ def check_names(requests: Sequence[Request], known: Sequence[str]) -> None:
         name = request.row.name
         if not request.known and name not in known:
             near = get_close_matches(name, [*ROWS, *SUITES], n=1) or get_close_matches(name, known, n=1)
-            raise UserError("--tasks", f"{name!r} is no task", f"did you mean {near[0]}?" if near else f"choose from {', '.join(ROWS)}")
+            raise UserError("--tasks", f"{name!r} is not a task", f"did you mean {near[0]}?" if near else f"choose from {', '.join(ROWS)}")

@@ -130,7 +130,7 @@ def read_results(folder: Path) -> dict[str, Any]:
         raise UserError(str(folder), f"holds no {RESULTS}", remedy) from None
     except NotADirectoryError:
         remedy = f"give {folder.parent}" if folder.name == RESULTS else "give a folder that eval wrote"
-        raise UserError(str(folder), "is a file, and no folder", remedy) from None
+        raise UserError(str(folder), "is a file, not a folder", remedy) from None
     except ValueError:
         content = None
     if not _is_result(content):

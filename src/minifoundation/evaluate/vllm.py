@@ -94,4 +94,4 @@ def from_folder(path: str, *, dtype: str, rows: int | None) -> VllmModel:
     try:
         return VllmModel(source, dtype=dtype, rows=rows)
     except Exception as error:  # what it raises is as varied as the processes and libraries below it
-        raise UserError("--engine", f"vllm does not start on {path} ({first_line(error)})", "leave --engine away") from error
+        raise UserError("--engine", f"vllm does not start on {path} ({first_line(error)})", "leave --engine out") from error

@@ -58,18 +58,18 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
     match tokenizer:
         case SentencePiece(kind="unigram"):
             problem = "the tokenizer is Unigram, and llama.cpp ignores its byte fallback (ggml-org/llama.cpp#28862): other ids, lost text"
-            raise UserError("--gguf", problem, "train with --tokenizer.kind bpe, or leave --gguf away")
+            raise UserError("--gguf", problem, "train with --tokenizer.kind bpe, or leave --gguf out")
         case FastTokenizer():
             if _cuts(tokenizer) not in PRE_TOKENIZERS:
                 problem = f"llama.cpp has no name for how the tokenizer ({tokenizer.kind}) cuts text"
-                raise UserError("--gguf", problem, "leave --gguf away")
+                raise UserError("--gguf", problem, "leave --gguf out")
 
 
 def check_model(config: ModelConfig, kinds: Iterable[Kind]) -> None:
     """Raise a UserError for a model that llama.cpp would compute otherwise, or that a file of one of ``kinds`` cannot hold."""
     if config.qk_norm and config.rope.scaling == "llama3":
         problem = "model.rope.scaling is llama3, which llama.cpp does not compute in models with QK-norm"
-        raise UserError("--gguf", problem, "leave --gguf away")
+        raise UserError("--gguf", problem, "leave --gguf out")
     widths = {
         "model.d_model": config.d_model,
         "model.n_head x head width": config.n_head * config.head_width,
@@ -77,7 +77,7 @@ def check_model(config: ModelConfig, kinds: Iterable[Kind]) -> None:
     }
     for name, width in widths.items():
         if "q8_0" in kinds and width % Q8_0_BLOCK:
-            problem = f"q8_0 keeps numbers in blocks of {Q8_0_BLOCK}, of which {name} {width} is no multiple"
+            problem = f"q8_0 keeps numbers in blocks of {Q8_0_BLOCK}, and {name} {width} is not a multiple of that"
             raise UserError("--gguf", problem, "take f16")
 
 

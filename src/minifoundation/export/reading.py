@@ -39,7 +39,7 @@ def model_config(folder: Path) -> ModelConfig:
         written = json.loads(path.read_text(encoding="utf-8"))
         kind = written["model_type"]
     except (ValueError, KeyError, TypeError, OSError):
-        raise UserError(str(path), "is no configuration of a model", "give a folder that save_pretrained or export_hf wrote") from None
+        raise UserError(str(path), "is not a model configuration", "give a folder that save_pretrained or export_hf wrote") from None
     if kind not in ARCHITECTURES:
         named = (written.get("architectures") or [kind])[0]
         raise UserError(str(path), f"the architecture is {named}", f"{' and '.join(ARCHITECTURES.values())} can be imported")
@@ -117,7 +117,7 @@ def _rope(hf: Any, path: Path) -> dict[str, Any]:
         case other:
             fault = f"rope_type {other}"
     raise UserError(
-        str(path), f"its RoPE has {fault}, which this program does not compute", "default, linear, yarn and llama3 can be imported"
+        str(path), f"its RoPE has {fault}, which this program does not support", "default, linear, yarn and llama3 can be imported"
     )
 
 
@@ -135,7 +135,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
         try:
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise UserError(str(index), "is no index of weights", "copy the folder again") from None
+            raise UserError(str(index), "is not a weights index", "copy the folder again") from None
     else:
         files = [SINGLE]
     found: dict[str, Tensor] = {}
@@ -164,15 +164,17 @@ def state_of(config: ModelConfig, folder: Path) -> dict[str, Tensor]:
     head, embedding = hf.get("lm_head.weight"), hf.get("model.embed_tokens.weight")
     if config.tie_embeddings and head is not None and embedding is not None:
         if not torch.equal(head, embedding):
-            raise UserError(str(folder), "config.json ties lm_head to the embedding, but the weights differ", "mend tie_word_embeddings")
+            raise UserError(str(folder), "config.json ties lm_head to the embedding, but the weights differ", "correct tie_word_embeddings")
         del hf["lm_head.weight"]
     missing = [name for name in expected if name not in hf]
     if missing:
-        raise UserError(str(folder), f"the weights have no {_some(missing)}", "copy the folder again, or mend its config.json")
+        raise UserError(str(folder), f"the weights have no {_some(missing)}", "copy the folder again, or correct its config.json")
     for name, shape in expected.items():
         if tuple(hf[name].shape) != shape:
             raise UserError(
-                str(folder), f"{name} is {tuple(hf[name].shape)}, but {shape} by config.json", "mend config.json, or copy again"
+                str(folder),
+                f"{name} is {tuple(hf[name].shape)}, but {shape} by config.json",
+                "correct config.json, or copy the folder again",
             )
     more = [name for name in hf if name not in expected and not name.endswith("rotary_emb.inv_freq")]
     if more:

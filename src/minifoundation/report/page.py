@@ -189,6 +189,6 @@ def read_parity(folders: Sequence[Path]) -> dict[str, Any] | None:
                 except ValueError:
                     content = None
                 if not isinstance(content, dict) or not {"checks", "tolerance", "compared"} <= content.keys():
-                    raise UserError(str(path), "is no proof that export_hf wrote", "export again, or remove the file")
+                    raise UserError(str(path), "is not a proof written by export_hf", "export again, or remove the file")
                 return content
     return None

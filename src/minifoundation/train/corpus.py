@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import socket
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from minifoundation.checkpoint import Checkpoint, write_whole
 from minifoundation.config import RunConfig
+from minifoundation.data.assemble import VISIBLE_SECONDS
 from minifoundation.data.held_out import HeldOut
 from minifoundation.data.ledger import Entry
-from minifoundation.data.loader import Loader, source_of
+from minifoundation.data.loader import POLL_SECONDS, Loader, source_of
 from minifoundation.data.mixture import Mixture
 from minifoundation.data.prepare import is_remote, tokenizer_for
 from minifoundation.data.samples import Order, Samples
-from minifoundation.data.shards import Shards
+from minifoundation.data.shards import MANIFEST, Shards
 from minifoundation.data.sources import find_corpus
 from minifoundation.data.supply import Want, prepared
 from minifoundation.data.tokenizer import Tokenizer
@@ -53,19 +58,43 @@ def training_data(
 ) -> TrainingData:
     """Return the data of a phase, with at least the samples of its first steps there.
 
-    The first process makes them; the others wait, then open what it made.
+    The first process makes them; the others wait, then open what it made, and make nothing.
 
     Args:
         stepped_over: samples to leave out, beside those that the checkpoint names.
 
     Raises:
-        UserError: the corpus cannot be read, is too small for one step, or is not the one that the checkpoint has read.
+        UserError: the corpus cannot be read, is too small for one step, or is not the one that the checkpoint has read; a process does not
+            see what the first one has made.
     """
     made: list[TrainingData] = []
     opened = partial(_opened, config, planned, say, resumed=resumed, start=start, stepped_over=stepped_over)
-    world.agreed(lambda: made.append(opened()))
+
+    def make() -> list[Path]:
+        made.append(opened())
+        shards = [samples.order.shards.folder / MANIFEST for samples in made[0].loader.sources.values()]
+        return [made[0].tokenizer.path, *shards]
+
+    files = world.agreed(make)
     with world.together():
+        if not made:
+            _wait_for(files)
         return made[0] if made else opened()
+
+
+def _wait_for(files: Iterable[Path]) -> None:
+    """Return when all ``files`` are there: what one machine has written may take a while to appear on another.
+
+    Raises:
+        UserError: one does not come.
+    """
+    patience = time.monotonic() + VISIBLE_SECONDS
+    for file in files:
+        while not file.exists():
+            if time.monotonic() > patience:
+                problem = f"was made by the first process, and {socket.gethostname()} does not see it"
+                raise UserError(str(file), problem, "give --out_dir and data.shards_dir folders that all machines share")
+            time.sleep(POLL_SECONDS)
 
 
 def _opened(
@@ -128,6 +157,7 @@ def _opened(
         tokens=config.train.eval_tokens,
         batch_size=config.train.batch_size,
         text_bytes=tokenizer.text_bytes,
+        share=config.data.held_out,
     )
     read = loader.counts(progress.end(planned.steps - progress.step, size))  # of windows that may be more than was looked through
     wants = [replace(want, samples=max(want.samples, read.get(want.source, 0))) for want in wants]
@@ -197,7 +227,7 @@ def with_vocabulary(config: RunConfig, before: Checkpoint | None, tokenizer: Tok
         if size != config.model.vocab_size:
             say(f"model.vocab_size: {size:,} instead of {config.model.vocab_size:,}, since the tokenizer {has} {pieces:,} pieces")
     if config.train.precision == "fp8" and size % 16:
-        problem = f"{size} in the checkpoint is no multiple of 16, which train.precision fp8 needs"
+        problem = f"{size} in the checkpoint is not a multiple of 16, which train.precision fp8 needs"
         raise UserError("model.vocab_size", problem, "take bf16")
     return config.replaced(model={"vocab_size": size})
 
@@ -263,10 +293,4 @@ def described(data: TrainingData, planned: Plan) -> list[str]:
         lines.append(f"  data     {text}; held out {shards.held_out_tokens:,} tokens")
         if shards.manifest.skipped:
             lines.append("  skipped  " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(shards.manifest.skipped.items())))
-    return lines + [none_held_out(source, alone=len(in_all) == 1) for source in data.held_out.without_rows()]
-
-
-def none_held_out(source: str, *, alone: bool) -> str:
-    """Return the line that tells that nothing of ``source`` is evaluated on."""
-    few = f"too few documents of the shards {'' if alone else f'of {source} '}that are read fell into it to evaluate on"
-    return f"warning: data.held_out: {few}; raise data.held_out or lower data.max_document_bytes"
+    return lines + data.held_out.lacking()

@@ -108,7 +108,7 @@ class Feed:
             if not going_on:
                 raise NoData(None, everywhere=True)
             if not working:
-                raise NoData(fault or UserError("data", "another process cannot go on", "see its message"), everywhere=True)
+                raise NoData(fault or UserError("data", "another process cannot continue", "see its message"), everywhere=True)
             self._training.watch.rest()  # all wait alike
             if time.perf_counter() - began > SILENT_SECONDS:
                 self._bar.set_postfix_str("waiting for data")

@@ -15,7 +15,6 @@ from minifoundation.checkpoint import step_folder
 from minifoundation.data.batch import Batch
 from minifoundation.model.size import flops_per_token
 from minifoundation.runtime import Moment, collector_held, compiled_graphs
-from minifoundation.train.corpus import none_held_out
 from minifoundation.train.feed import Feed, NoData
 from minifoundation.train.guard import GOOD, OVERFLOW, REASONS
 from minifoundation.train.metrics import MetricsLog, Row, bits_per_byte, model_flops_utilisation
@@ -115,8 +114,8 @@ def _evaluated(training: Training, feed: Feed, stop: Stop, row: Row) -> bool:
         feed.wait_for_held_out()
         held_out = training.held_out
         if training.supply is not None and row["step"] <= training.config.train.eval_every:  # now the rows are known
-            for source in held_out.without_rows():
-                training.say(none_held_out(source, alone=len(training.loader.sources) == 1))
+            for line in held_out.lacking():
+                training.say(line)
         if held_out.batches:
             nats = held_out_loss(training.model, held_out.batches, training.world, training.machine.device, lambda: stop.asked)
             if nats is None:

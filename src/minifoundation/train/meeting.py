@@ -40,7 +40,7 @@ def same_run(config: RunConfig, world: World) -> None:
     with world.together():
         mine = {name: str(attrgetter(name)(config)) for name in dotted_names(RunConfig)}
         mine |= {"the code of minifoundation": code_sha256(), "torch": torch.__version__}
-        _alike(mine, world, "start all processes with the same line, files and versions")
+        _alike(mine, world, "start all processes with the same command, files and versions")
 
 
 def same_data(loader: Loader, sample: int, world: World) -> None:

@@ -86,7 +86,7 @@ def accumulated(config: RunConfig, world: World) -> RunConfig:
         near = max(1, round(train.tokens_per_step / once)) * once
         raise UserError(
             "train.tokens_per_step",
-            f"{train.tokens_per_step:,} is no multiple of {once:,} "
+            f"{train.tokens_per_step:,} is not a multiple of {once:,} "
             f"(batch_size {rows} x seq_len {train.seq_len} x {sharers(config, world.size)})",
             f"set it to {near:,}, or choose another --batch_size or number of processes",
         )

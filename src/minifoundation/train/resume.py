@@ -96,7 +96,7 @@ def refuse_used(out_dir: Path) -> None:
     done = (out_dir / FINAL).exists()
     if done or steps or (out_dir / "metrics.csv").exists():
         state = "a finished run" if done else f"a run at {steps[-1].name}" if steps else "a run without a checkpoint yet"
-        raise UserError(str(out_dir), f"holds {state}", "type --resume auto to go on with it, or --out_dir for another folder")
+        raise UserError(str(out_dir), f"holds {state}", "add --resume auto to continue it, or --out_dir for another folder")
 
 
 def newest(out_dir: Path, say: Say) -> Path | None:
@@ -113,7 +113,7 @@ def newest(out_dir: Path, say: Say) -> Path | None:
         say(f"warning: {final}: {problem}; passed over")
     folder = latest_good(out_dir, say)
     if folder is None and (final.exists() or step_folders(out_dir)):
-        raise UserError(str(out_dir), "holds checkpoints, and none of them is whole", "begin again in another --out_dir")
+        raise UserError(str(out_dir), "holds checkpoints, but none of them is intact", "begin again in another --out_dir")
     return folder
 
 
@@ -126,12 +126,12 @@ def set_others_aside(out_dir: Path, path: Path, step: int, say: Say) -> None:
     elsewhere = path.parent.resolve() != out_dir.resolve()
     for folder in step_folders(out_dir):
         if step_of(folder) > step:
-            say(f"{folder}: is after the step to go on from; kept as {set_aside(folder).name}")
+            say(f"{folder}: is after the step to continue from; kept as {set_aside(folder).name}")
         elif elsewhere or (step_of(folder) == step and folder.resolve() != path.resolve()):
             say(f"{folder}: is of another run than {path}; kept as {set_aside(folder).name}")
     final, manifest = out_dir / FINAL, out_dir / FINAL_MANIFEST
     if final.exists():
-        say(f"{final}: is after the step to go on from; kept as {set_aside(final).name}")
+        say(f"{final}: is after the step to continue from; kept as {set_aside(final).name}")
     if manifest.exists():
         set_aside(manifest)
 
@@ -172,7 +172,7 @@ def refuse_another_run(checkpoint: Checkpoint, config: RunConfig, allowed: tuple
             f"choose them so that their product is {rows}",
         )
     if not checkpoint.optimizer and 0 < checkpoint.progress["step"] < planned.steps:
-        raise UserError(str(path), "holds no optimizer state to go on with", "give a step_ folder, or start a new phase with longft")
+        raise UserError(str(path), "holds no optimizer state to continue with", "give a step_ folder, or start a new phase with longft")
     if told:
         say(f"changed since {path}: {', '.join(told)}")
-    say(f"going on from {path} at step {checkpoint.progress['step']:,} of {planned.steps:,}")
+    say(f"continuing from {path} at step {checkpoint.progress['step']:,} of {planned.steps:,}")

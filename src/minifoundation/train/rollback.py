@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from minifoundation.checkpoint import latest_good, set_aside, step_folders, step_of, write_whole
+from minifoundation.checkpoint import UNDONE, latest_good, set_aside, step_folders, step_of, write_whole
 from minifoundation.errors import UserError
 from minifoundation.train.printer import Say
 from minifoundation.wording import counted
@@ -56,14 +56,17 @@ def stepped_over(out_dir: Path) -> list[list[int]]:
     return [[one["first_sample"], one["end"]] for one in rollbacks(out_dir)]
 
 
-def checkpoint_before(bad: Bad, out_dir: Path, *, most: int, say: Say) -> Path | None:
+def checkpoint_before(bad: Bad, out_dir: Path, begun: Path | None, *, most: int, say: Say) -> Path | None:
     """Return the checkpoint to go back to, None for the beginning; nothing is changed.
 
     It is the newest good one from before the first bad step; from before the one that was gone back to last, when no step since was good:
-    then the weights in that were bad already.
+    then the weights in that were bad already. Where the run has none of its own it is the one that it went on from.
+
+    Args:
+        begun: the checkpoint that it went on from, perhaps in another folder or under another name than a run's own.
 
     Raises:
-        UserError: the run has gone back ``most`` times.
+        UserError: the run has gone back ``most`` times, or all that is left from before is a checkpoint of bad weights.
     """
     before = rollbacks(out_dir)
     if len(before) >= most:
@@ -75,17 +78,29 @@ def checkpoint_before(bad: Bad, out_dir: Path, *, most: int, say: Say) -> Path |
             "or, when the text is at fault, look at these samples",
         )
     at_once = bool(before) and before[-1]["to"] >= bad.first_step - 1
-    return latest_good(out_dir, say, before=before[-1]["to"] if at_once else bad.first_step)
+    own = latest_good(out_dir, say, before=before[-1]["to"] if at_once else bad.first_step)
+    if own is not None:
+        return own
+    if begun is not None and begun.exists() and begun.resolve() not in [folder.resolve() for folder in step_folders(out_dir)]:
+        return begun
+    if at_once and before[-1]["to"] > 0:  # a run of days does not begin anew by itself
+        raise UserError(
+            str(out_dir),
+            f"{bad}, at once after going back to step {before[-1]['to']:,}, and there is no checkpoint from before that",
+            "begin again in another --out_dir; a higher --train.keep, or --train.keep_every, has more to go back to",
+        )
+    return None
 
 
 def record_rollback(bad: Bad, folder: Path | None, out_dir: Path) -> None:
-    """Set the checkpoints after ``folder`` aside, and note that the run goes back to that one and steps over ``bad``.
+    """Set the run's checkpoints after ``folder`` aside, and note that it goes back to that one and steps over ``bad``.
 
     In this order: a run that is killed in between comes to the same steps again and goes back then. The other way round it would go on
     from a later checkpoint.
     """
-    step = step_of(folder) if folder else 0
-    for later in step_folders(out_dir):
+    own = step_folders(out_dir)
+    step = step_of(folder) if folder in own else 0
+    for later in own:
         if step_of(later) > step:
-            set_aside(later)
+            set_aside(later, UNDONE)
     write_whole(out_dir / ROLLBACKS, json.dumps([*rollbacks(out_dir), {"to": step, **asdict(bad)}], indent=1).encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -12,12 +11,12 @@ from pathlib import Path
 import torch
 
 from minifoundation import runtime
-from minifoundation.checkpoint import FINAL, Checkpoint, Saver, load_checkpoint, save_final, step_folders, tidy, write_whole
+from minifoundation.checkpoint import FINAL, Checkpoint, Saver, load_checkpoint, save_final, step_folder, step_folders, tidy, write_whole
 from minifoundation.config import RunConfig, changed, to_yaml
 from minifoundation.data.supply import Supply
 from minifoundation.distributed import Split, World, join, sharing_rows
-from minifoundation.errors import Stopped
-from minifoundation.lock import LOCK, held
+from minifoundation.errors import Stopped, UserError
+from minifoundation.lock import held
 from minifoundation.runtime import Machine
 from minifoundation.train.construction import built
 from minifoundation.train.corpus import (
@@ -69,15 +68,17 @@ def run(
         UserError: anything in the settings, files or device that cannot work.
         Stopped: told to stop; saved, with the line that goes on.
     """
-    with join() as world, stop_on_signals(config.train.max_hours) as stop:
+    with join() as world, stop_on_signals(config.train.max_hours) as stop, ExitStack() as owned:
         say = Printer(world)
         same_run(config, world)
         try:
+            if not dry_run:  # before a checkpoint is chosen: until the folder is ours another process may write a later one
+                world.agreed(lambda: owned.enter_context(_owned(config.out_dir)))
             return _run(config, world, stop, say, resume=resume, dry_run=dry_run, allowed=allowed, start=start, suite_for=suite_for)
         except KeyboardInterrupt:
             if stop.nothing_to_save:
                 there = "nothing is lost" if step_folders(config.out_dir) else "no step was done yet"
-                raise Stopped(f"stopped ({there}); go on with: {typed(world, **_going_on(config, resume))}") from None
+                raise Stopped(f"stopped ({there}); continue with: {typed(world, **_going_on(config, resume))}") from None
             raise
 
 
@@ -126,20 +127,18 @@ def _run(
     if resume is None:
         world.agreed(lambda: refuse_used(config.out_dir))
     try:
-        with ExitStack() as owned:
-            world.agreed(lambda: owned.enter_context(_owned(config.out_dir)))
-            if resumed is not None and path is not None:
-                world.agreed(partial(set_others_aside, config.out_dir, path, resumed.progress["step"], say))
-            with world.together():
-                suite = suite_for(config)
-            # One that is trained now may have fewer pieces than were planned with.
-            config = world.agreed(lambda: with_vocabulary(config, before, run_tokenizer(config, before), say))
-            with world.together():
-                if asked.train.batch_size == "auto":  # only now is it known which model has to fit
-                    config = _fitting(asked.replaced(model={"vocab_size": config.model.vocab_size}), split, machine, world, say)
-                planned = plan(config, world.size, split)
-            phase = Phase(config, planned, machine, world, start, suite, say)
-            return _trained(phase, stop, path=path, resumed=resumed)
+        if resumed is not None and path is not None:
+            world.agreed(partial(set_others_aside, config.out_dir, path, resumed.progress["step"], say))
+        with world.together():
+            suite = suite_for(config)
+        # One that is trained now may have fewer pieces than were planned with.
+        asked = world.agreed(lambda: with_vocabulary(asked, before, run_tokenizer(asked, before), say))
+        split = world.agreed(lambda: chosen_split(asked, machine, world))
+        with world.together():
+            config = _fitting(asked, split, machine, world, say) if asked.train.batch_size == "auto" else asked
+            planned = plan(config, world.size, split)
+        phase = Phase(config, planned, machine, world, start, suite, say)
+        return _trained(phase, stop, path=path, resumed=resumed)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -164,15 +163,9 @@ def _has_moments(config: RunConfig, resumed: Checkpoint | None, start: Start | N
 @contextmanager
 def _owned(out_dir: Path) -> Iterator[None]:
     """Hold the folder of the run, and remove what a killed one has left half-written in it."""
-    ours = not out_dir.exists()
-    out_dir.mkdir(parents=True, exist_ok=True)
     with held(out_dir):
         tidy(out_dir)
-        try:
-            yield
-        finally:
-            if ours and out_dir.is_dir() and [path.name for path in out_dir.iterdir()] == [LOCK]:  # a mistake leaves no folder behind
-                shutil.rmtree(out_dir)
+        yield
 
 
 def _trained(phase: Phase, stop: Stop, *, path: Path | None, resumed: Checkpoint | None) -> Path:
@@ -194,16 +187,12 @@ def _trained(phase: Phase, stop: Stop, *, path: Path | None, resumed: Checkpoint
 
 
 def _gone_back(bad: Bad, phase: Phase, path: Path | None) -> Path | None:
-    """Return the checkpoint from which the run goes on, once the folder says so; None for the beginning.
-
-    Where the run has none of its own from before that it is the one it went on from (``path``).
-    """
+    """Return the checkpoint that the run, which went on from ``path``, goes back to, once its folder says so; None for the beginning."""
     out_dir = phase.config.out_dir
-    folder = checkpoint_before(bad, out_dir, most=phase.config.train.max_rollbacks, say=phase.say)
-    elsewhere = path if folder is None and path is not None and path.parent.resolve() != out_dir.resolve() else None
-    phase.say(f"going back to {folder or elsewhere or 'the beginning'}, and over what was skipped: {bad}")
+    folder = checkpoint_before(bad, out_dir, path, most=phase.config.train.max_rollbacks, say=phase.say)
+    phase.say(f"going back to {folder or 'the beginning'}, and over what was skipped: {bad}")
     record_rollback(bad, folder, out_dir)
-    return folder or elsewhere
+    return folder
 
 
 def _with_rows_of(resumed: Checkpoint, asked: RunConfig, world: World) -> RunConfig:
@@ -230,7 +219,8 @@ def _train(phase: Phase, stop: Stop, *, resumed: Checkpoint | None, again: bool)
     """
     config, planned, machine, world, say = phase.config, phase.plan, phase.machine, phase.world, phase.say
     out_dir = config.out_dir
-    data = training_data(config, planned, world, say, resumed=resumed, start=phase.start, stepped_over=stepped_over(out_dir))
+    left_out = world.agreed(lambda: stepped_over(out_dir))  # another machine may not see yet what the first one has just written
+    data = training_data(config, planned, world, say, resumed=resumed, start=phase.start, stepped_over=left_out)
     same_data(data.loader, data.progress.sample, world)
     if not again:
         _tell(phase, data)
@@ -250,9 +240,10 @@ def _train(phase: Phase, stop: Stop, *, resumed: Checkpoint | None, again: bool)
         if isinstance(outcome, Bad):
             return outcome
         if outcome == "stopped":
+            world.agreed(lambda: _refuse_unsaved(out_dir, progress.step, f"{stop.reason}: stopped at step {progress.step:,}"))
             raise Stopped(
                 f"{stop.reason}: stopped at step {progress.step:,} of {planned.steps:,} and saved {out_dir}; "
-                f"go on with: {typed(world, resume='auto')}"
+                f"continue with: {typed(world, resume='auto')}"
             )
         saver.finish()
         path = out_dir / FINAL
@@ -262,6 +253,18 @@ def _train(phase: Phase, stop: Stop, *, resumed: Checkpoint | None, again: bool)
         world.agreed(lambda: save_final(checkpoint, out_dir))
         say(f"wrote {path} (metrics: {out_dir / METRICS}, settings: {out_dir / 'config.yaml'})")
         return path
+
+
+def _refuse_unsaved(out_dir: Path, step: int, told: str) -> None:
+    """Refuse to say that a stopped run is saved when it is not; why was said, where ``train.if_save_fails`` is continue.
+
+    Raises:
+        UserError: there is no checkpoint of ``step``.
+    """
+    if not step_folder(out_dir, step).exists():
+        last = step_folders(out_dir)
+        since = f"--resume auto goes on from {last[-1].name}" if last else "there is none to go on from"
+        raise UserError(str(out_dir), f"{told}, which could not be saved", since)
 
 
 def _tell(phase: Phase, data: TrainingData) -> None:

@@ -7,11 +7,20 @@ likewise, since a thread of the epilogue must hold both.
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-INSTALLED = find_spec("quack") is not None
+
+def _installed() -> bool:
+    """Return whether the package is QuACK, not a folder that is called so; it is not imported, which takes seconds."""
+    spec = find_spec("quack")
+    places = spec.submodule_search_locations if spec is not None else None
+    return any((Path(place) / "gemm_interface.py").is_file() for place in places or ())
+
+
+INSTALLED = _installed()
 
 
 def interleaved(gate_up: Tensor) -> Tensor:
