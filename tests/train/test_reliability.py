@@ -623,7 +623,7 @@ def test_no_other_run_can_write_while_one_chooses_where_to_go_on(settings: Make,
     config = settings()
     expected = trained(config)
     (config.out_dir / "final.pth").unlink()
-    real = running.checkpoint_to_resume
+    real = running.checkpoint_to_resume  # type: ignore[attr-defined]
 
     def chosen(*arguments: Any) -> Any:
         found = real(*arguments)
