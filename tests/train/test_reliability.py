@@ -33,6 +33,7 @@ from minifoundation.train import stop as stopping
 from minifoundation.train.feed import NoData
 from minifoundation.train.metrics import MetricsLog, Row
 from minifoundation.train.plan import plan
+from minifoundation.train.resume import checkpoint_to_resume
 from minifoundation.train.rollback import Bad
 from minifoundation.train.run import run
 from minifoundation.train.state import Phase, Progress, beyond
@@ -623,7 +624,7 @@ def test_no_other_run_can_write_while_one_chooses_where_to_go_on(settings: Make,
     config = settings()
     expected = trained(config)
     (config.out_dir / "final.pth").unlink()
-    real = running.checkpoint_to_resume
+    real = checkpoint_to_resume
 
     def chosen(*arguments: Any) -> Any:
         found = real(*arguments)
