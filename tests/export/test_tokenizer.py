@@ -225,7 +225,7 @@ def test_a_planted_fault_is_found(
 
 def test_the_export_of_another_tokenizer_is_found(tokenizer: SentencePiece, folder: Path, tmp_path: Path) -> None:
     other = train_tokenizer([CODE * 100], TokenizerConfig(kind="bpe", vocab_size=512), tmp_path / "other.model")
-    assert tokenizer_differences(other, folder, [])[0] == f"the vocabulary has {tokenizer.vocab_size} entries, not {other.vocab_size}"
+    assert tokenizer_differences(other, folder, [])[0] == f"the vocabulary has {tokenizer.vocab_size:,} entries, not {other.vocab_size:,}"
 
 
 def test_every_humaneval_solution_survives_separate_encoding(tokenizer: SentencePiece, fast: Any) -> None:

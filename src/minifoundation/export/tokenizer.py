@@ -55,7 +55,7 @@ def tokenizer_differences(tokenizer: Tokenizer, folder: Path, texts: Iterable[st
     exported = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **settings)
     differences = []
     if len(exported) != tokenizer.vocab_size:
-        differences.append(f"the vocabulary has {counted(len(exported), 'entry', 'entries')}, not {tokenizer.vocab_size}")
+        differences.append(f"the vocabulary has {counted(len(exported), 'entry', 'entries')}, not {tokenizer.vocab_size:,}")
     for name, token in tokenizer.special._asdict().items():
         found = getattr(exported, f"{name}_token_id")
         if token is not None and found != token:
