@@ -209,6 +209,16 @@ def test_dry_run_writes_nothing_and_prints_the_plan(settings: Make, capsys: pyte
     assert not config.out_dir.exists() and not config.data.shards_dir.exists()
 
 
+def test_a_dry_run_refuses_the_shards_that_the_run_would_refuse(settings: Make) -> None:
+    path = run(settings("first"), resume=None, dry_run=False)
+    assert path is not None
+    tokenizer = {"path": path.parent / "tokenizer" / "tokenizer.model"}
+    other = settings("second", tokenizer=tokenizer, data={"shard_tokens": 100_000})
+    for dry_run in (True, False):
+        with pytest.raises(UserError, match=r"^data.shard_tokens: 100000 here, but .* was made with "):
+            run(other, resume=None, dry_run=dry_run)
+
+
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     """Every plan that a run makes."""

@@ -29,7 +29,7 @@ from minifoundation.evaluate.requests import read_tasks
 from minifoundation.evaluate.results import read_items, read_results
 from minifoundation.evaluate.scan import Scan
 from minifoundation.evaluate.vocabulary import Vocabulary
-from minifoundation.wording import counted
+from minifoundation.wording import counted, short_bytes
 
 Seen = dict[int, npt.NDArray[np.bool_]]
 
@@ -67,7 +67,7 @@ def contamination(options: ContaminationOptions) -> None:
 
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, json.dumps({"sizes": SIZES, "text": text, "benchmarks": rows, "not_read": missing}, indent=1).encode())
-    print(f"{text['tokens']:,} tokens ({text['bytes'] / 1e6:,.0f} MB of text) in {text['seconds']:,} s")
+    print(f"{text['tokens']:,} tokens ({short_bytes(text['bytes'])} of text) in {text['seconds']:,} s")
     for row in rows:
         shares = ", ".join(f"{len(row['dirty'][str(n)]) / row['items']:.2%} by {n}-grams ({row['short'][str(n)]} too short)" for n in SIZES)
         print(f"{row['benchmark']}: {counted(row['items'], 'item')}, {shares}")

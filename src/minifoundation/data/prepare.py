@@ -111,6 +111,15 @@ def shards_folder(source: str, config: DataConfig, tokenizer: Tokenizer) -> Path
     return config.shards_dir / f"{slug}-{hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
+def refuse_other_shards(source: str, config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Refuse the shards that are there when they were made with other settings.
+
+    Raises:
+        UserError: the setting, with both values.
+    """
+    _Preparation(source, config, tokenizer, None).recorded()
+
+
 def tokenizer_for(tokenizer: TokenizerConfig, data: DataConfig, out: Path) -> Tokenizer:
     """Return the tokenizer of ``out/tokenizer.model``; without one, first put the given or a newly trained one there.
 

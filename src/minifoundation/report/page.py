@@ -19,7 +19,7 @@ from minifoundation.model.size import n_parameters
 from minifoundation.report import evaluations, plots
 from minifoundation.report.evaluations import LEGEND, Evaluation, Line
 from minifoundation.report.runs import Run
-from minifoundation.wording import counted
+from minifoundation.wording import counted, short_bytes, short_count
 
 CURVES = (
     ("loss", "Training loss", "nats a token"),
@@ -101,9 +101,9 @@ def tiles(content: Content) -> list[tuple[str, str]]:
     """Return the figures at the top: value and what it is."""
     made = []
     if content.parameters:
-        made.append((plots.short_count(content.parameters), "parameters"))
+        made.append((short_count(content.parameters), "parameters"))
     if content.runs:
-        made.append((plots.short_count(content.tokens), plots.tokens_of(content.imported_from)))
+        made.append((short_count(content.tokens), plots.tokens_of(content.imported_from)))
         bits = content.runs[-1].last("held_out_bits_per_byte")
         if bits is not None:
             made.append((f"{bits:.3f}", "bits a byte, held-out"))
@@ -141,7 +141,7 @@ def corpus_in_words(corpus: Mapping[str, Any]) -> str:
     if "files" not in corpus:
         return ""
     count = counted(corpus["files"], "file")
-    size = "" if corpus.get("bytes") is None else f", {plots.short_bytes(corpus['bytes'])}"
+    size = "" if corpus.get("bytes") is None else f", {short_bytes(corpus['bytes'])}"
     return f"{count}{size}, sha256 {corpus['sha256'][:12]}"
 
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from minifoundation.report.runs import Run
+from minifoundation.wording import short_count
 
 OURS, GRID, INK, MUTED = "#1d4ed8", "#e2e8f0", "#0f172a", "#64748b"
 OTHERS = ("#d97706", "#059669", "#9333ea", "#db2777", "#0891b2", "#475569")
@@ -179,20 +180,3 @@ def over_tokens(scores: dict[str, list[tuple[float, float, float | None]]], impo
                 axes.xaxis.set_minor_locator(NullLocator())
         figure.supxlabel(tokens_of(imported_from), fontsize=9, color=MUTED)
         return _svg(figure, "tokens", "score over training tokens by benchmark")
-
-
-def short_bytes(size: float) -> str:
-    """Return a size as people say it: 34.5 MB, 1.2 TB."""
-    return _short(size, "TGMk", " ") + "B"
-
-
-def short_count(value: float) -> str:
-    """Return a number as people say it: 1.5M, 200M, 10B."""
-    return _short(value, "TBMk")
-
-
-def _short(value: float, letters: str, space: str = "") -> str:
-    for unit, letter in zip((1e12, 1e9, 1e6, 1e3), letters, strict=True):
-        if abs(value) >= unit:
-            return f"{value / unit:.3g}{space}{letter}"
-    return f"{value:.3g}{space}"

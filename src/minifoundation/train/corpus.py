@@ -16,7 +16,7 @@ from minifoundation.data.held_out import HeldOut
 from minifoundation.data.ledger import Entry
 from minifoundation.data.loader import POLL_SECONDS, Loader, source_of
 from minifoundation.data.mixture import Mixture
-from minifoundation.data.prepare import is_remote, tokenizer_for
+from minifoundation.data.prepare import is_remote, refuse_other_shards, tokenizer_for
 from minifoundation.data.samples import Order, Samples
 from minifoundation.data.shards import MANIFEST, Shards
 from minifoundation.data.sources import find_corpus
@@ -166,16 +166,19 @@ def _opened(
 
 
 def refuse_absent(config: RunConfig) -> None:
-    """Refuse a tokenizer or a corpus that is not there, where this can be known without a network.
+    """Refuse a tokenizer or a corpus that is not there, and shards made with other settings, where this can be known without a network.
 
     Raises:
-        UserError: one of them cannot be read.
+        UserError: one of them cannot be read or used.
     """
     if config.tokenizer.path is not None:
         Tokenizer.load(config.tokenizer.path)
+    tokenizer = given_tokenizer(config, say=lambda _line: None)
     for source in config.data.weights:
         if not is_remote(source):
             find_corpus(source, config.data)
+        if tokenizer is not None:
+            refuse_other_shards(source, config.data, tokenizer)
 
 
 def run_tokenizer(config: RunConfig, before: Checkpoint | None) -> Tokenizer:
