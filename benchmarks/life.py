@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from minifoundation import cli, config
 from minifoundation.config import RunConfig
@@ -29,7 +32,11 @@ class Life:
             log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
+            # A fork spoils torch's pool of threads, and it is made anew by whoever asks first: threads that do so at once can get none.
+            torch.set_num_threads(torch.get_num_threads())
             code = cli.main(["pretrain", "--config", str(yaml), "--resume", "auto"])
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
 
