@@ -200,7 +200,7 @@ def test_none_is_off_only_where_a_setting_can_be_off() -> None:
         ({"train.lr": 1}, "train.lr: stands by its dotted name (in a.yaml); write 'train:', and 'lr: value' below it, indented"),
         ({"out_dir": "~nobody-of-that-name/x"}, "out_dir: ~nobody-of-that-name/x: there is no such user; write the whole path"),
         ({"out_dir": ""}, "out_dir: is empty; give a path, or leave it out"),
-        ({"out_dir": 5}, "out_dir: 5 is no path; write a path, in quotation marks where YAML reads something else"),
+        ({"out_dir": 5}, "out_dir: 5 is not a path; write a path, in quotation marks where YAML reads something else"),
         ({"train": None}, "train: has nothing below it; write 'name: value' below it, indented, or leave it out"),
         ({"data": {"source": " "}}, "data.source: is empty; give a corpus, a path or an address"),
         ({"train": {"learning_rate": 1}}, "train.learning_rate: unknown setting (in a.yaml); did you mean train.lr?"),

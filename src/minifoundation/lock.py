@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -31,40 +31,44 @@ def held(folder: Path, suffices: Callable[[], bool] | None = None) -> Iterator[b
         UserError: another process holds it, which is named; the file system has no locks.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
+    while (lock := _locked(folder)) is None:
+        if suffices is None:
+            remedy = "wait until it is done, then run the same command again"
+            raise UserError(str(folder), f"is being written by another process ({_owner(folder)})", remedy)
+        if suffices():
+            yield False
+            return
+        time.sleep(POLL_SECONDS)
+    with lock:
+        try:
+            yield True
+        finally:
+            with suppress(OSError):  # the folder was moved, or others have begun to use one above it
+                if made and [path.name for path in folder.iterdir()] == [LOCK]:
+                    (folder / LOCK).unlink()
+                    for place in made:
+                        place.rmdir()
+
+
+def _locked(folder: Path) -> IO[str] | None:
+    """Return the lock of ``folder``, held until it is closed; None while another process holds it."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / LOCK).open("a+") as lock:
+        with ExitStack() as closed:
+            lock = closed.enter_context((folder / LOCK).open("a+"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if suffices is None:
-                    raise UserError(
-                        str(folder),
-                        f"is being written by another process ({_owner(folder)})",
-                        "wait until it is done, then run the same command again",
-                    ) from None
-                if suffices():
-                    yield False
-                    return
-                time.sleep(POLL_SECONDS)
-                continue
+                return None
             except OSError as error:
                 remedy = "give a folder on a file system that has locks (Lustre has them when mounted with -o flock)"
                 raise UserError(str(folder), f"cannot be locked ({str(error.strerror).lower()})", remedy) from None
-            if not _lies_there(lock, folder / LOCK):  # its last holder has removed it with the folder
-                continue
-            lock.truncate(0)
-            lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
-            try:
-                yield True
-            finally:
-                with suppress(OSError):  # the folder was moved, or others have begun to use one above it
-                    if made and [path.name for path in folder.iterdir()] == [LOCK]:
-                        (folder / LOCK).unlink()
-                        for place in made:
-                            place.rmdir()
-            return
+            if _lies_there(lock, folder / LOCK):  # else its last holder has removed it with the folder
+                lock.truncate(0)
+                lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
+                lock.flush()
+                closed.pop_all()
+                return lock
 
 
 def _lies_there(file: IO[str], path: Path) -> bool:

@@ -55,10 +55,10 @@ def test_a_link_to_what_is_not_there_is_no_silent_loss(tree: Path) -> None:
         for source in (tree, f"{tree}/b/*.txt"):
             with pytest.raises(UserError, match=r"b/lost\.txt: is a link to what is not there; mend that, or take it out of the corpus"):
                 names(source)
-        with pytest.raises(UserError, match=r"lost\.txt is no file and no folder, nor a link to one; give a \.txt, "):
+        with pytest.raises(UserError, match=r"lost\.txt is neither a file nor a folder, nor a link to one; give a \.txt, "):
             names(link)
         link.unlink()
-    with pytest.raises(UserError, match="/dev/null is no file and no folder"):
+    with pytest.raises(UserError, match="/dev/null is neither a file nor a folder"):
         names("/dev/null")
 
 

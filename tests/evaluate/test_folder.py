@@ -73,7 +73,7 @@ def test_what_is_missing_or_damaged_is_named(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     assert fault().startswith(f"--model: {folder} holds no tokenizer (tokenizer.json, tokenizer.model)")
     (folder / "config.json").write_text(json.dumps({"hidden_size": 3}))
-    assert fault().startswith(f"{folder}/config.json: is no configuration of a model (no model_type)")
+    assert fault().startswith(f"{folder}/config.json: is not a model configuration (no model_type)")
     (folder / "config.json").write_text("{")
     assert fault().startswith(f"{folder}/config.json: is damaged")
 

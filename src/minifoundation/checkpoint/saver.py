@@ -147,7 +147,7 @@ class Saver:
     def close(self) -> None:
         """Wait for what is being written, say it if that fails, and give the host memory back."""
         if self._writing is not None and (error := self._writing.exception()) is not None:
-            self._say(f"warning: not written: {_reason(error)}")
+            self._say(f"warning: not written: {_reason(self._gone() or error)}")
         if self._copy is not None:
             self._copy.close()
             self._copy = None

@@ -54,7 +54,7 @@ def _readable(kind: type[BaseModel], invalid: ValidationError, sources: str) -> 
         case "model_type" if fault["input"] is None:
             return UserError(name, "has nothing below it", "write 'name: value' below it, indented, or leave it out")
         case "path_type":
-            return UserError(name, f"{fault['input']!r} is no path", "write a path, in quotation marks where YAML reads something else")
+            return UserError(name, f"{fault['input']!r} is not a path", "write a path, in quotation marks where YAML reads something else")
         case "model_type":
             return UserError(
                 name, f"{fault['input']!r} is not a section of settings", f"write '{name}:', and below it 'name: value', indented"

@@ -62,7 +62,7 @@ class HeldOut:
     def lacking(self) -> list[str]:
         """Return a line for each source of which rows are wanted and too little is held out for one, as far as that is known by now.
 
-        None where nothing was to be held out.
+        No line where nothing was to be held out.
         """
         lines = []
         for name, shards in self._by_source.items() if self._share else ():

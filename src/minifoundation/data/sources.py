@@ -258,7 +258,7 @@ def _unreachable(source: str, error: Exception) -> UserError:
 
 def _unknown(source: str, root: Path) -> UserError:
     if root.exists() or root.is_symlink():
-        return UserError("data.source", f"{source} is no file and no folder, nor a link to one", f"give {FORMS}, or a folder of them")
+        return UserError("data.source", f"{source} is neither a file nor a folder, nor a link to one", f"give {FORMS}, or a folder of them")
     near = get_close_matches(source, HUB, n=1)
     if not near and root.parent.is_dir():
         near = [str(root.with_name(name)) for name in get_close_matches(root.name, [path.name for path in root.parent.iterdir()], n=1)]

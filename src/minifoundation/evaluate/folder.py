@@ -35,7 +35,7 @@ def check_folder(folder: Path, setting: str) -> None:
         )
         raise UserError(setting, f"{folder} holds no {CONFIG}", remedy)
     if not isinstance(_json(folder / CONFIG).get("model_type"), str):
-        raise UserError(str(folder / CONFIG), "is no configuration of a model (no model_type)", AGAIN)
+        raise UserError(str(folder / CONFIG), "is not a model configuration (no model_type)", AGAIN)
     first = next((name for name in WEIGHTS if (folder / name).is_file()), None)
     if first is None:
         raise UserError(setting, f"{folder} holds no weights ({', '.join(WEIGHTS[::2])}, or an index of several files)", AGAIN)
@@ -72,7 +72,7 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         content = None
     if not isinstance(content, dict):
-        raise UserError(str(path), "is damaged: no JSON with names and values", AGAIN)
+        raise UserError(str(path), "is damaged: not a JSON object", AGAIN)
     return content
 
 
