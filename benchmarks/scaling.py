@@ -29,12 +29,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.record import ROOT, finish, with_kept
 
@@ -61,7 +60,7 @@ class Row(NamedTuple):
     """All GPUs read a row together (context parallelism)."""
     checkpointing: str = "none"
     sending: str = "beside the backward"
-    """Of ddp; or "nothing", which shows what DDP itself takes, or "at the end", all at once after the backward."""
+    """Of ddp; or "nothing", not even updated weights, or "at the end", all gradients at once after the backward."""
 
     def name(self, gpus: int) -> str:
         """Return how the row is called on ``gpus`` GPUs."""
@@ -188,29 +187,20 @@ def work(rows: list[Row], steps: int) -> None:
 
 @contextmanager
 def sending(when: str) -> Iterator[None]:
-    """Have DDP send gradients as a row asks."""
-    split: Any = import_module("minifoundation.distributed.split")
+    """Have the processes send gradients as a row asks, and weights not at all where it asks for nothing."""
+    from minifoundation.distributed import Copies
 
-    def silent(_, bucket):  # type: ignore[no-untyped-def]  # torch compares annotations with its own
-        gradients = bucket.buffer()
-        sent: Any = torch.futures.Future(devices=[gradients.device] if gradients.is_cuda else None)
-        sent.set_result(gradients)
-        return sent
+    begin = Copies.__init__
 
-    class Silent(DistributedDataParallel):
-        def __init__(self, *arguments: Any, **settings: Any) -> None:
-            super().__init__(*arguments, **settings)
-            self.register_comm_hook(None, silent)
+    def at_once(self: Copies, *arguments: Any, **settings: Any) -> None:
+        begin(self, *arguments, **{**settings, "units": ()})
 
-    mib = split.BUCKET_MIB
-    if when == "at the end":
-        split.BUCKET_MIB = 2**16
-    elif when == "nothing":
-        split.DistributedDataParallel = Silent
-    try:
+    def nothing(*_: Any) -> None:
+        pass
+
+    ways: dict[str, dict[str, Any]] = {"nothing": {"_send": nothing, "put_together": nothing}, "at the end": {"__init__": at_once}}
+    with patch.multiple(Copies, **ways.get(when, {"__init__": begin})):
         yield
-    finally:
-        split.BUCKET_MIB, split.DistributedDataParallel = mib, DistributedDataParallel
 
 
 def _print(found: dict[str, Any], *, first: bool) -> None:

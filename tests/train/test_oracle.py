@@ -73,7 +73,7 @@ def ours(case: Case, config: ModelConfig, train: TrainConfig, data: Tensor) -> t
     transformer = Transformer(config)
     transformer.initialise(3)
     model = TrainingModel(transformer, z_loss=case.z_loss, chunk=50)
-    optimizer = adamw(transformer, train)
+    optimizer = adamw(dict(transformer.named_parameters()), train)
     losses = []
     for step, rows in enumerate(data):
         batches = [Batch(part[:, :-1], part[:, 1:]) for part in rows.chunk(case.grad_accum)]

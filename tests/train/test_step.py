@@ -25,7 +25,7 @@ ALONE = World()
 def made(precision: torch.dtype = torch.float32, lr: float = 3e-3) -> tuple[TrainingModel, torch.optim.Optimizer]:
     transformer = Transformer(CONFIG, dtype=precision)
     transformer.initialise(0)
-    return TrainingModel(transformer, z_loss=1e-4, chunk=24), adamw(transformer, TrainConfig(tokens=1, lr=lr))
+    return TrainingModel(transformer, z_loss=1e-4, chunk=24), adamw(dict(transformer.named_parameters()), TrainConfig(tokens=1, lr=lr))
 
 
 def rows(count: int, seed: int = 0) -> Tensor:

@@ -10,6 +10,7 @@ from minifoundation.config import RunConfig
 from minifoundation.data.batch import Batch
 from minifoundation.distributed import Split, World, spread
 from minifoundation.errors import UserError
+from minifoundation.model.size import rows_divisor
 from minifoundation.model.training import TrainingModel
 from minifoundation.runtime import Machine
 from minifoundation.train.plan import USABLE_MEMORY, predicted_memory, sharers
@@ -37,8 +38,9 @@ def chosen_split(config: RunConfig, machine: Machine, world: World) -> Split:
             "train.parallel", f"hsdp with {world.nodes} nodes of {world.local_size} processes", "it needs two of each; take fsdp"
         )
     whole = train.precision == "fp8" or train.optimizer_states == "int8"
-    if asked == "ddp" or (asked == "auto" and (whole or _fits(config, machine, Split("ddp")))):
-        return Split("ddp")
+    copies = Split("ddp", owners=_owners(config, world))
+    if asked == "ddp" or (asked == "auto" and (whole or _fits(config, machine, copies))):
+        return copies
     within_a_node = world.nodes > 1 and world.local_size > 1
     in_a_node = Split("hsdp", world.local_size)
     chosen = (
@@ -46,6 +48,13 @@ def chosen_split(config: RunConfig, machine: Machine, world: World) -> Split:
     )
     kept = chosen._replace(regathers=False)
     return kept if _fits(config, machine, kept) else chosen
+
+
+def _owners(config: RunConfig, world: World) -> int:
+    """Return among how many processes of a machine the rows of every weight are divided: all, where that can be done."""
+    size = world.local_size
+    divisible = world.size % size == 0 and rows_divisor(config.model) % size == 0
+    return size if divisible and config.train.optimizer_states != "int8" else 1
 
 
 def _fits(config: RunConfig, machine: Machine, split: Split) -> bool:
