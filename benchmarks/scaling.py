@@ -37,7 +37,6 @@ import torch
 
 from benchmarks.record import ROOT, finish, with_kept
 
-NETWORK_BYTES = 2**28
 KEPT = ROOT / "docs" / "data" / "scaling.json"
 WARM_UP = 24
 """Micro-batches before the first step that counts: a GPU that was idle is 1% faster for some seconds, until its power is at the limit."""
@@ -59,8 +58,8 @@ class Row(NamedTuple):
     together: bool = False
     """All GPUs read a row together (context parallelism)."""
     checkpointing: str = "none"
-    sending: str = "beside the backward"
-    """Of ddp; or "nothing", not even updated weights, or "at the end", all gradients at once after the backward."""
+    sending: str = "as usual"
+    """Of ddp; or "nothing", not even updated weights, or gradients "beside the backward", or "after the backward" all at once."""
 
     def name(self, gpus: int) -> str:
         """Return how the row is called on ``gpus`` GPUs."""
@@ -72,12 +71,12 @@ class Row(NamedTuple):
         parts += [f"of {self.seq_len // 1024}k"] if self.seq_len != 4096 else []
         parts += [f"recomputing all but {self.checkpointing}"] if self.checkpointing != "none" else []
         parts += ["together"] if self.together else []
-        parts += [f"sending {self.sending}"] if self.sending != "beside the backward" else []
+        parts += [f"sending {self.sending}"] if self.sending != "as usual" else []
         return " ".join(parts)
 
     def alone(self) -> Row:
         """Return the row of one GPU that this one is measured by."""
-        return self._replace(parallel="none", reduce="fp32", together=False, sending="beside the backward")
+        return self._replace(parallel="none", reduce="fp32", together=False, sending="as usual")
 
     def like(self) -> str:
         """Return the name of that row."""
@@ -95,7 +94,7 @@ THEN = [
     Row("1B", "fsdp", reduce="bf16"),
     Row("0.5B", "fsdp", swiglu="own"),
 ]
-SENDING = [Row("0.5B", "ddp", sending="nothing"), Row("0.5B", "ddp", sending="at the end")]
+SENDING = [Row("0.5B", "ddp", sending=when) for when in ("nothing", "beside the backward", "after the backward")]
 LONG = [
     Row("0.5B", "ddp", batch_size=1, seq_len=2**16, together=True),
     Row("1B", "ddp", batch_size=1, seq_len=2**16, together=True),
@@ -106,7 +105,7 @@ SMALL = [
     Row("tiny", "fsdp", batch_size=2, tokens_per_step=512, precision="fp32"),
     Row("tiny", "ddp", batch_size=1, seq_len=1024, precision="fp32", together=True),
     Row("tiny", "ddp", batch_size=2, precision="fp32", sending="nothing"),
-    Row("tiny", "ddp", batch_size=2, precision="fp32", sending="at the end"),
+    Row("tiny", "ddp", batch_size=2, precision="fp32", sending="after the backward"),
 ]
 CONFIGS = {"0.5B": "model_0p5b", "1B": "model_1b"}
 
@@ -152,8 +151,7 @@ def work(rows: list[Row], steps: int) -> None:
         machine = runtime.machine(world.local_rank)
         told: dict[str, Any] = {"gpus": world.size, "device": machine.name}
         if world.size > 1 and rows[0].parallel != "none":
-            n_bytes = NETWORK_BYTES if machine.is_cuda else 2**20
-            told |= {"name": f"network {world.size}x", "bus_gb_per_second": round(bus_bandwidth(machine, world, n_bytes) / 1e9, 1)}
+            told |= {"name": f"network {world.size}x", "bus_gb_per_second": round(bus_bandwidth(machine, world) / 1e9, 1)}
             told["nccl"] = {name: value for name, value in os.environ.items() if "NCCL_" in name}
             if machine.is_cuda:  # a slower GPU is waited for in every step
                 told["product_ms_of_each"] = [round(1e3 * seconds, 3) for seconds in world.of_all(product_seconds(machine))]
@@ -188,18 +186,26 @@ def work(rows: list[Row], steps: int) -> None:
 @contextmanager
 def sending(when: str) -> Iterator[None]:
     """Have the processes send gradients as a row asks, and weights not at all where it asks for nothing."""
-    from minifoundation.distributed import Copies
+    from minifoundation.distributed import Replica
 
-    begin = Copies.__init__
+    begin = Replica.__init__
 
-    def at_once(self: Copies, *arguments: Any, **settings: Any) -> None:
-        begin(self, *arguments, **{**settings, "units": ()})
+    def beside(self: Replica, module: torch.nn.Module, *others: Any, **settings: Any) -> None:
+        begin(self, module, *others, **{**settings, "units": module.transformer.blocks})  # type: ignore[dict-item]
+
+    def after(self: Replica, *others: Any, **settings: Any) -> None:
+        begin(self, *others, **{**settings, "units": ()})
 
     def nothing(*_: Any) -> None:
         pass
 
-    ways: dict[str, dict[str, Any]] = {"nothing": {"_send": nothing, "put_together": nothing}, "at the end": {"__init__": at_once}}
-    with patch.multiple(Copies, **ways.get(when, {"__init__": begin})):
+    ways: dict[str, dict[str, Any]] = {
+        "as usual": {"__init__": begin},
+        "nothing": {"_send": nothing, "share_weights": nothing},
+        "beside the backward": {"__init__": beside},
+        "after the backward": {"__init__": after},
+    }
+    with patch.multiple(Replica, **ways[when]):
         yield
 
 
@@ -446,7 +452,7 @@ def on_paper(results: list[dict[str, Any]], node: int, network: float) -> list[d
             continue
         if row["tokens_per_step"] or row["precision"] != "bf16" or row["reduce"] != "fp32" or row["swiglu"] != "auto":
             continue
-        if row.get("seq_len", 4096) != 4096 or row.get("sending", "beside the backward") != "beside the backward":
+        if row.get("seq_len", 4096) != 4096 or row.get("sending", "as usual") != "as usual":
             continue
         model = config.build(RunConfig, settings(Row(row["model"], row["parallel"]), 1), "paper").model
         slowest, _ = apart(alone, row["gpus"])

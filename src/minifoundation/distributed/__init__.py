@@ -1,7 +1,7 @@
 """These processes: who am I, how many are we, and what we compute together. Alone imports torch.distributed."""
 
 from minifoundation.distributed.context import Context, sharing_rows
-from minifoundation.distributed.copies import Copies
+from minifoundation.distributed.replica import Copied, Replica
 from minifoundation.distributed.split import Parallel, Split, finish_gradients, local_gradients, share_weights, spread, trained
 from minifoundation.distributed.start import is_first_process, join
 from minifoundation.distributed.tensors import is_split, local, part_of, whole
@@ -11,8 +11,9 @@ from minifoundation.distributed.world import World
 __all__ = [
     "LONGER",
     "Context",
-    "Copies",
+    "Copied",
     "Parallel",
+    "Replica",
     "Split",
     "Watch",
     "World",

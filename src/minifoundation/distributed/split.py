@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from minifoundation.distributed.copies import Copies
+from minifoundation.distributed.replica import Copied, Replica
 from minifoundation.distributed.world import World
 
 Parallel = Literal["none", "ddp", "fsdp", "hsdp"]
@@ -45,6 +45,7 @@ def spread(
     split: Split,
     *,
     units: Iterable[nn.Module] = (),
+    copied: Iterable[Copied] = (),
     compute: torch.dtype = torch.float32,
     reduced: torch.dtype = torch.float32,
 ) -> nn.Module:
@@ -53,6 +54,7 @@ def spread(
     Args:
         units: the modules whose gradients travel at once, and whose weights are gathered at once where they are split; the rest of
             ``model`` is one more.
+        copied: the weights that the model uses as copies in half precision alone.
         compute: what weights are gathered in, where they are split.
         reduced: what gradients travel in.
     """
@@ -60,7 +62,7 @@ def spread(
         case "none":
             return model
         case "ddp":
-            return Copies(model, world, owners=split.owners, units=units, reduced=reduced)
+            return Replica(model, world, owners=split.owners, units=units, copied=copied, reduced=reduced)
         case "fsdp" | "hsdp":
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -82,12 +84,12 @@ def spread(
 
 def trained(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """Return what this process's optimizer updates of the ``weights`` of ``model``, which ``spread`` returned, by the same names."""
-    return {name: model.parts[weight] if isinstance(model, Copies) else weight for name, weight in weights.items()}
+    return {name: model.parts[weight] if isinstance(model, Replica) else weight for name, weight in weights.items()}
 
 
 def local_gradients(model: nn.Module) -> AbstractContextManager[None]:
     """Return a context in which backward adds to the gradients of this process alone; forward must be inside it too."""
-    if isinstance(model, Copies):
+    if isinstance(model, Replica):
         return model.local_gradients()
     fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported before something is split
     return _unreduced(model) if fsdp and isinstance(model, fsdp.FSDPModule) else nullcontext()
@@ -95,14 +97,14 @@ def local_gradients(model: nn.Module) -> AbstractContextManager[None]:
 
 def finish_gradients(model: nn.Module) -> None:
     """Leave in ``.grad`` of what is ``trained`` the means over all processes, after the last backward of a step."""
-    if isinstance(model, Copies):
-        model.finish()
+    if isinstance(model, Replica):
+        model.finish_gradients()
 
 
 def share_weights(model: nn.Module) -> None:
     """Give every process what the others have updated, after a step of their optimizers."""
-    if isinstance(model, Copies):
-        model.put_together()
+    if isinstance(model, Replica):
+        model.share_weights()
 
 
 @contextmanager

@@ -13,7 +13,15 @@ from minifoundation.errors import UserError
 from minifoundation.model.size import rows_divisor
 from minifoundation.model.training import TrainingModel
 from minifoundation.runtime import Machine
+from minifoundation.train.meeting import bus_bandwidth
 from minifoundation.train.plan import USABLE_MEMORY, predicted_memory, sharers
+
+
+FAST = 100e9
+"""Bytes/s of sums over all GPUs from which on gradients travel after the backward and not beside it: NVLink does 230e9 and more, PCIe 40e9.
+
+Beside it they are had for less than their own time only where that is long: products wait for tiles that had to wait for a processor.
+"""
 
 
 def chosen_split(config: RunConfig, machine: Machine, world: World) -> Split:
@@ -70,11 +78,15 @@ def spread_over(model: TrainingModel, config: RunConfig, machine: Machine, world
     there is the less to send.
     """
     narrow = config.train.reduce_precision == "bf16" and not (split.is_sharded and config.train.grad_accum > 1)
+    transformer = model.transformer
+    at_once = split.parallel == "ddp" and machine.is_cuda and min(world.of_all(bus_bandwidth(machine, world))) > FAST
     return spread(
         model,
         world,
         split,
-        units=model.transformer.blocks,
+        units=() if at_once else transformer.blocks,
+        # A tied head's rows are looked up in float32 as well.
+        copied=[m for m in transformer.matrices if m.is_copied and m is not transformer.embedding],
         compute=runtime.compute_dtype(config.train.precision, machine),
         reduced=torch.bfloat16 if narrow else torch.float32,
     )

@@ -143,7 +143,7 @@ class Training(Phase):
         read = entries(self.loader.sources, self.loader.mixture, self.progress.sample, self.progress.phase)
         checkpoint = Checkpoint(
             config=as_asked(self.config),
-            model=self.transformer.state_dict(),
+            model={**self.transformer.state_dict(), **{name: weight.detach() for weight, name in self.names.items()}},
             tokenizer_model=self.tokenizer_model,
             progress=self.progress.as_dict(),
             ledger=[*self.earlier, *(entry.as_dict() for entry in read)],
