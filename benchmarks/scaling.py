@@ -191,7 +191,7 @@ def sending(when: str) -> Iterator[None]:
     begin = Replica.__init__
 
     def beside(self: Replica, module: torch.nn.Module, *others: Any, **settings: Any) -> None:
-        begin(self, module, *others, **{**settings, "units": module.transformer.blocks})  # type: ignore[dict-item]
+        begin(self, module, *others, **{**settings, "units": module.transformer.blocks})  # type: ignore[union-attr]
 
     def after(self: Replica, *others: Any, **settings: Any) -> None:
         begin(self, *others, **{**settings, "units": ()})
@@ -403,37 +403,60 @@ def worker(agent: int, rank: int) -> int:
 
 
 def paper(
-    *, parameters: int, head: int, seconds: float, gpus: int, parallel: str, bytes_per_second: float, gradient_bytes: int = 4
+    *,
+    parameters: int,
+    head: int,
+    seconds: float,
+    optimizer: float,
+    gpus: int,
+    node: int,
+    parallel: str,
+    links: float,
+    network: float,
 ) -> dict[str, float]:
     """Return what a step on ``gpus`` GPUs would take, on paper.
 
-    A ring sends (n - 1) / n of what is gathered or scattered, twice that of what is summed everywhere. ddp sums gradients, beside the
-    backward, two thirds of the step; what is left for after it is the gradient of the embedding, known last. fsdp gathers weights in
-    2 bytes for the forward and again for the backward, and scatters gradients; the first gather, of the embedding, has nothing beside it.
+    A ring sends (n - 1) / n of what is gathered or scattered, twice that of what is summed everywhere.
+
+    ddp scatters gradients, 4 bytes a parameter, to the owners within a machine, sums there what each owns over the machines, and gathers
+    copies of weights, 2 bytes, of the embedding 4. What goes by the links of a machine costs its own time, beside the backward or after
+    it. What goes over machines has the backward to go beside, two thirds of the step, except for the embedding's, known last. fsdp gathers
+    weights in 2 bytes for the forward and again for the backward, and scatters gradients; the first gather, of the embedding, has nothing
+    beside it.
 
     Args:
         head: weights of the embedding, a tied head with it.
         seconds: of the step on one GPU.
-        bytes_per_second: that a GPU sends at, the bus bandwidth of a sum.
+        optimizer: seconds of it that each GPU has only its part of.
+        node: GPUs of a machine.
+        links: bytes/s that a GPU sends at within it.
+        network: and to other machines.
     """
-    share = (gpus - 1) / gpus
-    sums = 2 if parallel == "ddp" else 1
-    gradients = sums * share * gradient_bytes * parameters / bytes_per_second
-    gathers = 0.0 if parallel == "ddp" else 2 * share * 2 * parameters / bytes_per_second
-    last = sums * share * gradient_bytes * head / bytes_per_second
-    first = 0.0 if parallel == "ddp" else share * 2 * head / bytes_per_second
-    beside_backward = gradients - last + gathers / 2
-    beside_forward = gathers / 2 - first if gathers else 0.0
-    late = max(0.0, beside_backward - seconds * 2 / 3) + max(0.0, beside_forward - seconds / 3)
-    total = seconds + last + first + late
+    owners = min(gpus, node) if parallel == "ddp" else gpus
+    machines, near = -(-gpus // node), (owners - 1) / owners
+    alone = seconds - optimizer * near
+    if parallel == "ddp":
+        across = 2 * (machines - 1) / machines * 4 * parameters / owners / network
+        gradients, gathers = near * 4 * parameters / links, near * (2 * (parameters - head) + 4 * head) / links
+        last = across * head / parameters
+        waited = gradients + gathers + last
+        late = max(0.0, across - last - seconds * 2 / 3)
+        gradients += across
+    else:
+        rate = links if machines == 1 else min(network, links)
+        gradients, gathers = near * 4 * parameters / rate, 2 * near * 2 * parameters / rate
+        last, first = gradients * head / parameters, gathers / 2 * head / parameters
+        waited = last + first
+        late = max(0.0, gradients - last + gathers / 2 - seconds * 2 / 3) + max(0.0, gathers / 2 - first - seconds / 3)
+    total = alone + waited + late
     return {"communication_seconds": gradients + gathers, "seconds": total, "efficiency": seconds / total}
 
 
 def on_paper(results: list[dict[str, Any]], node: int, network: float) -> list[dict[str, Any]]:
-    """Return rows of the model on paper: those that were measured, and 8, 64 and 512 GPUs.
+    """Return rows of the model on paper: those that were measured, and more GPUs up to 512.
 
-    What the measured step took more than on paper (the GPUs' products and the network's kernels share processors, one GPU waits for the
-    other, gradients are copied) is added to all.
+    What the measured step took more than on paper (one GPU waits for the other, kernels of the network share processors with products,
+    fsdp copies) is added to all.
 
     Args:
         node: GPUs that share the machine's own links; more go by the network.
@@ -458,20 +481,22 @@ def on_paper(results: list[dict[str, Any]], node: int, network: float) -> list[d
         slowest, _ = apart(alone, row["gpus"])
         seconds = alone["tokens_per_second"] * alone["ms_per_step"] / 1e3 / slowest
         more = 0.0
-        for gpus in (row["gpus"], *(size for size in (8, 64, 512) if size > row["gpus"])):
-            rate = rates[row["gpus"]] if gpus <= node else min(network, rates[row["gpus"]])
+        for gpus in (row["gpus"], *(size for size in (4, 8, 64, 512) if size > row["gpus"])):
             told = paper(
                 parameters=n_parameters(model),
                 head=model.vocab_size * model.d_model,
                 seconds=seconds,
+                optimizer=alone["profile"]["ms"]["optimizer"] / 1e3,
                 gpus=gpus,
+                node=node,
                 parallel=row["parallel"],
-                bytes_per_second=rate,
+                links=rates[row["gpus"]],
+                network=network,
             )
             if gpus == row["gpus"]:
                 more = row["ms_per_step"] / 1e3 - told["seconds"]
             efficiency = seconds / (told["seconds"] + more)
-            figures = {"model": row["model"], "parallel": row["parallel"], "gpus": gpus, "gb_per_second": round(rate / 1e9, 1)}
+            figures = {"model": row["model"], "parallel": row["parallel"], "gpus": gpus}
             figures |= {name: round(value, 4) for name, value in told.items()}
             figures |= {"measured_more_seconds": round(more, 4), "efficiency_with_that": round(efficiency, 4)}
             figures["tokens_per_second"] = round(gpus * slowest * efficiency)

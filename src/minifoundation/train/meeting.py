@@ -102,9 +102,8 @@ def network(machine: Machine, world: World) -> list[str]:
         return []
     rate = bus_bandwidth(machine, world)
     nodes = counted(world.nodes, "machine")
-    lines = [
-        f"  network  {world.size} processes on {nodes}: {BYTES[machine.device.type] >> 20} MiB are summed at {rate / 1e9:,.1f} GB/s (bus bandwidth)"
-    ]
+    summed = f"{BYTES[machine.device.type] >> 20} MiB are summed at {rate / 1e9:,.1f} GB/s (bus bandwidth)"
+    lines = [f"  network  {world.size} processes on {nodes}: {summed}"]
     if not machine.is_cuda:
         return lines
     times = world.of_all((product_seconds(machine), socket.gethostname()))

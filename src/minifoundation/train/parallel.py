@@ -79,7 +79,8 @@ def spread_over(model: TrainingModel, config: RunConfig, machine: Machine, world
     """
     narrow = config.train.reduce_precision == "bf16" and not (split.is_sharded and config.train.grad_accum > 1)
     transformer = model.transformer
-    at_once = split.parallel == "ddp" and machine.is_cuda and min(world.of_all(bus_bandwidth(machine, world))) > FAST
+    one_machine = split.parallel == "ddp" and machine.is_cuda and world.nodes == 1
+    at_once = one_machine and min(world.of_all(bus_bandwidth(machine, world))) > FAST
     return spread(
         model,
         world,
