@@ -93,8 +93,8 @@ class Replica(nn.Module):
             seen.update(self._units[-1])
         self._missing = [len(unit) for unit in self._units]
         """Of each unit, how many gradients are not complete yet."""
-        for number, unit in enumerate(self._units):
-            for weight in unit:
+        for number, mine in enumerate(self._units):
+            for weight in mine:
                 weight.register_post_accumulate_grad_hook(_told(weakref.ref(self), number))
 
     def forward(self, *inputs: Any) -> Any:
