@@ -11,7 +11,7 @@ PACKAGE = "minifoundation"
 ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 
 LAYERS = (
-    {"errors", "wording"},
+    {"errors", "wording", "packages"},
     {"config", "distributed", "lock"},
     {"model", "data", "evaluate", "runtime", "checkpoint"},
     {"train", "export", "report"},

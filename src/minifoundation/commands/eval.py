@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from functools import partial
-from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from minifoundation.evaluate.folder import is_checkpoint
 from minifoundation.evaluate.mirror import fingerprint, first_line
 from minifoundation.evaluate.requests import Request, read_tasks
 from minifoundation.evaluate.results import RESULTS, Folder, Outcome, folder_for, replace_text
+from minifoundation.packages import installed
 
 if TYPE_CHECKING:
     from minifoundation.distributed import World
@@ -108,7 +108,7 @@ def _check_vllm(options: EvalOptions) -> None:
         raise UserError("--engine", problem, f"write one with export_hf --ckpt {options.model_path}, or leave --engine out")
     if options.device is not None:
         raise UserError("--device", "vllm computes on the GPU that it finds", "leave it out; CUDA_VISIBLE_DEVICES chooses among several")
-    if find_spec("vllm") is None:
+    if not installed("vllm"):
         raise UserError("--engine", "vllm is not installed", "pip install vllm, or leave --engine out")
 
 
