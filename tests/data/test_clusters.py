@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,18 +33,25 @@ PIECE: Piece = (Span(File("a.jsonl", "a.jsonl", 10), 0, 10),)
 
 @dataclass(frozen=True)
 class Noted:
-    """A task that first writes down where it runs and takes its time; fails or dies for one number."""
+    """A task that first writes down where it runs and takes its time; fails or dies for one number.
+
+    Args:
+        processes: it goes on when so many have begun a task, however slowly they start.
+    """
 
     folder: Path
     task: Task | None = None
     seconds: float = 0
     fails: int | None = None
     dies: int | None = None
+    processes: int = 1
 
     def __call__(self, number: int, piece: Piece) -> None:
         with (self.folder / f"{number}").open("a") as file:
             file.write(f"{os.getpid()} {Path.cwd()} {_ray_node()}\n")
         time.sleep(self.seconds)
+        if self.processes > 1:
+            until(lambda: len(self.pids()) >= self.processes)
         if number == self.fails:
             raise UserError("a.jsonl", "is broken", "mend it")
         if number == self.dies:
@@ -56,6 +63,10 @@ class Noted:
         """Return for each number that was begun its runs: process, working folder, node."""
         return {int(path.name): [line.split() for line in path.read_text().splitlines()] for path in self.folder.iterdir()}
 
+    def pids(self) -> set[str]:
+        """Return the processes that have begun a task."""
+        return {process for runs in self.runs().values() for process, *_ in runs}
+
 
 def _ray_node() -> str:
     ray = sys.modules.get("ray")
@@ -64,7 +75,7 @@ def _ray_node() -> str:
 
 @dataclass
 class Slowed:
-    """An engine that does every task slowly, and writes down where."""
+    """An engine that does every task in the way of ``noted``."""
 
     engine: Engine
     noted: Noted
@@ -73,7 +84,7 @@ class Slowed:
         self.ahead = self.engine.ahead
 
     def submit(self, task: Task, pieces: Iterable[tuple[int, Piece]]) -> list[Future[None]]:
-        return self.engine.submit(Noted(self.noted.folder, task, self.noted.seconds), pieces)
+        return self.engine.submit(replace(self.noted, task=task), pieces)
 
     def close(self) -> None:
         self.engine.close()
