@@ -51,7 +51,7 @@ class Table:
         with self._lock:
             return self.values.pop(key, None) is not None
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         with self._lock:
             return list(self.values)
 
@@ -89,7 +89,7 @@ def test_shards_of_several_processes_are_those_of_one(
         assert prepared(data, tokenizer, tokens=5000, engine=slowed).train_tokens >= 5000
         assert files(prepared(data, tokenizer, engine=slowed).folder) == alone
         # Pieces that only the first call had wanted may still be in work: their outcomes are read as they come, until the engine is closed.
-        until(lambda: not [key for key in table.keys() if key.startswith("pieces/outcome/")])
+        until(lambda: not [key for key in table.names() if key.startswith("pieces/outcome/")])
     assert len(noted.pids()) == 2 and lost == []
 
 
