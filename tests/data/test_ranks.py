@@ -18,7 +18,7 @@ from minifoundation.data.ranks import Helper, Leader
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.errors import UserError
 from tests.data.prepared import files, prepared
-from tests.data.test_clusters import PIECE, Noted, Slowed, until
+from tests.data.tasks import PIECE, Noted, Slowed, until
 
 
 class Table:
@@ -90,7 +90,7 @@ def test_shards_of_several_processes_are_those_of_one(
         assert files(prepared(data, tokenizer, engine=slowed).folder) == alone
         # Pieces that only the first call had wanted may still be in work: their outcomes are read as they come, until the engine is closed.
         until(lambda: not [key for key in table.names() if key.startswith("pieces/outcome/")])
-    assert len(noted.pids()) == 2 and lost == []
+    assert len({pid for number in noted.runs() for pid in noted.pids(number)}) == 2 and lost == []
 
 
 def test_an_error_comes_back_and_what_nobody_wants_is_not_begun(noted: Noted) -> None:
