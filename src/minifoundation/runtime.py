@@ -180,7 +180,7 @@ def compiled_graphs() -> int:
 def collector_held() -> Iterator[Callable[[], None]]:
     """Keep Python's garbage collector from running by itself, and give a function that runs it.
 
-    With torch and its compiler loaded a full collection takes a quarter of a second, in which nothing is launched, and a training step
+    With torch and its compiler loaded a full collection takes up to half a second, in which nothing is launched, and a training step
     leaves nothing for it (docs/speed.md). The first call sets aside all that lives, and later ones take a fraction of a millisecond.
     """
     was_on, frozen = gc.isenabled(), False

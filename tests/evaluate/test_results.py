@@ -30,6 +30,10 @@ def test_an_answer_may_hold_any_character(tmp_path: Path) -> None:
     answers = [ITEM | {"written": f"one{character}two", "doc_id": ord(character)} for character in "\n\r\x0b\x0c\x1c\x85\u2028\u2029"]
     folder_for(tmp_path / "eval", FACTS, []).write([outcome("piqa", items=answers)], complete=True)
     assert read_items(tmp_path / "eval", "piqa") == answers
+    file = tmp_path / "eval" / "items" / "piqa.jsonl"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"piqa.jsonl: is damaged; run eval again, or remove the folder"):
+        read_items(tmp_path / "eval", "piqa")
 
 
 def test_finished_results_are_not_overwritten(tmp_path: Path) -> None:

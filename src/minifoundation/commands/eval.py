@@ -15,7 +15,7 @@ from minifoundation.errors import UserError
 from minifoundation.evaluate import tables
 from minifoundation.evaluate.baselines import Baselines
 from minifoundation.evaluate.folder import is_checkpoint
-from minifoundation.evaluate.mirror import fingerprint, first_line
+from minifoundation.evaluate.mirror import fingerprint, first_line, sha256
 from minifoundation.evaluate.requests import Request, read_tasks
 from minifoundation.evaluate.results import RESULTS, Folder, Outcome, folder_for, replace_text
 from minifoundation.packages import installed
@@ -150,7 +150,7 @@ def _loaded(options: EvalOptions) -> Iterator[Loaded]:
     device = model.default_device(options.device)
     dtype = model.DTYPES["fp32" if device == "cpu" else "bf16"] if options.dtype == "auto" else model.DTYPES[options.dtype]
     file = path / TENSORS if path.is_dir() else path
-    hashes = {file.name: model.sha256(file)} | ({"weights": "ema"} if options.ema else {})
+    hashes = {file.name: sha256(file)} | ({"weights": "ema"} if options.ema else {})
     with in_memory(checkpoint, dtype=dtype, ema=options.ema) as inside:
         network = model.placed(inside.network, device)
         source = model.Source(options.model_path, inside.folder, hashes, trained(checkpoint))

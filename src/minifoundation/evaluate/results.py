@@ -147,12 +147,19 @@ def _is_result(content: Any) -> bool:
 
 
 def read_items(folder: Path, label: str) -> list[dict[str, Any]]:
-    """Return the documents of an outcome as they were scored; none where they were not kept."""
+    """Return the documents of an outcome as they were scored; none where they were not kept.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = folder / "items" / f"{file_name(label)}.jsonl"
     if not path.exists():
         return []
-    with path.open(encoding="utf-8") as file:  # str.splitlines would cut at U+2028 and U+0085 too, which an answer may hold
-        return [json.loads(line) for line in file]
+    try:
+        with path.open(encoding="utf-8") as file:  # str.splitlines would cut at U+2028 and U+0085 too, which an answer may hold
+            return [json.loads(line) for line in file]
+    except ValueError:
+        raise UserError(str(path), "is damaged", "run eval again, or remove the folder") from None
 
 
 def file_name(label: str) -> str:
