@@ -98,8 +98,15 @@ def test_a_tilde_is_the_home_of_the_user(monkeypatch: pytest.MonkeyPatch) -> Non
     assert with_tokenizer.tokenizer.path == Path("/home/someone/spm.model")
     report = config.build(config.ReportOptions, {"runs": "~/a, ~/b,c", "out_dir": "~/report"}, "line")
     assert report.runs == (Path("/home/someone/a"), Path("/home/someone/b"), Path("c")) and report.out_dir == Path("/home/someone/report")
+    evaluated = config.build(config.EvalOptions, {"model_path": "~/hf", "tasks": "~/tasks.txt"}, "line")
+    assert (evaluated.model_path, evaluated.tasks) == ("/home/someone/hf", "/home/someone/tasks.txt")
+    for resume in ("~/runs/step_00000010", "auto", None):
+        found = config.build(config.PretrainOptions, {"resume": resume}, "line").resume
+        assert found == (resume and resume.replace("~", "/home/someone"))
     fault = refusal({"runs": "a,~nobody-of-that-name/x"}, config.ReportOptions)
     assert str(fault) == "runs: ~nobody-of-that-name/x: there is no such user; write the whole path"
+    fault = refusal({"model_path": "~nobody-of-that-name/x"}, config.EvalOptions)
+    assert str(fault) == "model_path: ~nobody-of-that-name/x: there is no such user; write the whole path"
 
 
 def test_none_is_off_only_where_a_setting_can_be_off() -> None:

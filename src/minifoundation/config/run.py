@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import field_validator, model_validator
 
-from minifoundation.config.setting import Settings, setting
+from minifoundation.config.setting import Settings, may_be_path, setting
 
 
 class RopeConfig(Settings):
@@ -365,6 +365,8 @@ class EvalConfig(Settings):
     limit: int = setting(0, ge=0, help="documents of each task; 0: all, or as many as its line says")
     data_dir: Path | None = setting(None, help="mirror folder to read benchmarks from instead of the hub (eval-data pull writes one)")
     ema: bool = setting(False, help="evaluate the averaged weights instead of the current ones")
+
+    _tasks = field_validator("tasks")(may_be_path)
 
 
 class RunConfig(Settings):
