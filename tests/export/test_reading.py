@@ -149,6 +149,8 @@ NAME = "model.layers.1.mlp.up_proj.weight"
             "its RoPE has attention_factor 1 instead of 1.06931, which this program does not support",
         ),
         (in_config(rope_parameters=SCALINGS["yarn"] | {"truncate": False}), "its RoPE has truncate false"),
+        (in_config(rope_parameters=SCALINGS["none"] | {"rope_theta": "x"}), "config.json: rope_theta is 'x', which is not a number"),
+        (in_config(rope_parameters=SCALINGS["llama3"] | {"factor": float("nan")}), "factor is nan, which is not a number"),
         (in_config(vocab_size=130), "vocab_size"),
         (in_config(num_hidden_layers=3), r"the weights have no model.layers.2.input_layernorm.weight and 8 more"),
         (in_config(num_hidden_layers=1), r"the weights hold model.layers.1.input_layernorm.weight and 8 more, which"),

@@ -18,6 +18,7 @@ from minifoundation.model.rope import yarn_gain
 from minifoundation.model.transformer import Transformer
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ROPE_NUMBERS = ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
 
 
 def model_config(folder: Path) -> ModelConfig:
@@ -80,6 +81,10 @@ def _foreign(hf: Any, written: Mapping[str, Any]) -> list[tuple[str, Any]]:
 def _rope(hf: Any, path: Path) -> dict[str, Any]:
     """Return ``rope`` and ``original_seq_len``."""
     rope, length = hf.rope_parameters, hf.max_position_embeddings
+    for name in ("rope_theta", *(name for name in ROPE_NUMBERS if rope.get(name) is not None)):
+        value = rope.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(str(path), f"{name} is {value!r}, which is not a number", "correct it, or copy the folder again")
     theta, factor = float(rope["rope_theta"]), float(rope.get("factor") or 1.0)
     original = rope.get("original_max_position_embeddings")
     fault = None
