@@ -45,7 +45,7 @@ def test_in_full_precision_there_is_no_copy() -> None:
 
 
 def step(model: Transformer) -> None:
-    optimizer = adamw(model, TrainConfig(tokens=1, lr=0.1))
+    optimizer = adamw(dict(model.named_parameters()), TrainConfig(tokens=1, lr=0.1))
     for weight in model.parameters():
         weight.grad = torch.ones_like(weight)
     optimizer.step()

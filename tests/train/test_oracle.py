@@ -84,7 +84,7 @@ def ours(case: Case) -> tuple[list[float], dict[str, Tensor]]:
     transformer = Transformer(config)
     transformer.initialise(3)
     model = TrainingModel(transformer, z_loss=case.z_loss, chunk=50)
-    optimizer = adamw(transformer, train)
+    optimizer = adamw(dict(transformer.named_parameters()), train)
     losses = []
     for step, rows in enumerate(chain(case.steps, ROWS)):
         batches = [Batch(part[:, :-1], part[:, 1:]) for part in rows.chunk(case.grad_accum)]

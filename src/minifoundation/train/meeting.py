@@ -99,10 +99,10 @@ def network(machine: Machine, world: World) -> list[str]:
     """Return lines for a person: how fast sums over all processes are, and which process is slow by itself."""
     if world.size == 1:
         return []
-    n_bytes = BYTES[machine.device.type]
-    rate = bus_bandwidth(machine, world, n_bytes)
+    rate = bus_bandwidth(machine, world)
     nodes = counted(world.nodes, "machine")
-    lines = [f"  network  {world.size} processes on {nodes}: {n_bytes >> 20} MiB are summed at {rate / 1e9:,.1f} GB/s (bus bandwidth)"]
+    summed = f"{BYTES[machine.device.type] >> 20} MiB are summed at {rate / 1e9:,.1f} GB/s (bus bandwidth)"
+    lines = [f"  network  {world.size} processes on {nodes}: {summed}"]
     if not machine.is_cuda:
         return lines
     times = world.of_all((product_seconds(machine), socket.gethostname()))
@@ -115,8 +115,9 @@ def network(machine: Machine, world: World) -> list[str]:
     return lines
 
 
-def bus_bandwidth(machine: Machine, world: World, n_bytes: int) -> float:
-    """Return the bytes/s that each process sends while a tensor of ``n_bytes`` is summed over all: 2 (n - 1) / n of it."""
+def bus_bandwidth(machine: Machine, world: World) -> float:
+    """Return the bytes/s that each process sends while a tensor is summed over all: 2 (n - 1) / n of its bytes."""
+    n_bytes = BYTES[machine.device.type]
     values = torch.zeros(n_bytes // 4, device=machine.device)
     return 2 * (world.size - 1) / world.size * n_bytes / median_seconds(lambda: world.total(values), machine)
 

@@ -263,7 +263,7 @@ def _train(phase: Phase, stop: Stop, *, resumed: Checkpoint | None, again: bool)
         saver.finish()
         path = out_dir / FINAL
         checkpoint = training.checkpoint(with_optimizer=False)
-        if planned.split.is_sharded:
+        if planned.split.optimizer_shards > 1:
             checkpoint = checkpoint.in_host_memory(kept=world.is_first)
         world.agreed(lambda: save_final(checkpoint, out_dir))
         say(f"wrote {path} (metrics: {out_dir / METRICS}, settings: {out_dir / 'config.yaml'})")
