@@ -16,7 +16,6 @@ from minifoundation.runtime import Machine
 from minifoundation.train.meeting import bus_bandwidth
 from minifoundation.train.plan import USABLE_MEMORY, predicted_memory, sharers
 
-
 FAST = 100e9
 """Bytes/s of sums over all GPUs from which on gradients travel after the backward and not beside it: NVLink does 230e9 and more, PCIe 40e9.
 
