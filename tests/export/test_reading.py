@@ -123,11 +123,9 @@ def cut_file(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def index(names: dict[str, str]) -> Callable[[Path], None]:
-    def plant(folder: Path) -> None:
-        (folder / reading.INDEX).write_text(json.dumps({"weight_map": names}), encoding="utf-8")
-
-    return plant
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
 
 
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -151,6 +149,8 @@ NAME = "model.layers.1.mlp.up_proj.weight"
             "its RoPE has attention_factor 1 instead of 1.06931, which this program does not support",
         ),
         (in_config(rope_parameters=SCALINGS["yarn"] | {"truncate": False}), "its RoPE has truncate false"),
+        (in_config(rope_parameters=SCALINGS["none"] | {"rope_theta": "x"}), "config.json: rope_theta is 'x', which is not a number"),
+        (in_config(rope_parameters=SCALINGS["llama3"] | {"factor": float("nan")}), "factor is nan, which is not a number"),
         (in_config(vocab_size=130), "vocab_size"),
         (in_config(num_hidden_layers=3), r"the weights have no model.layers.2.input_layernorm.weight and 8 more"),
         (in_config(num_hidden_layers=1), r"the weights hold model.layers.1.input_layernorm.weight and 8 more, which"),
@@ -165,10 +165,9 @@ NAME = "model.layers.1.mlp.up_proj.weight"
             "config.json ties lm_head to the embedding, but the weights differ",
         ),
         (cut_file, r"model.safetensors: is damaged"),
-        (index({NAME: "model-00001-of-00001.safetensors"}), r"model-00001-of-00001.safetensors: no such file"),
-        (index({NAME: "../model.safetensors"}), r"no such file"),
-        (lambda folder: (folder / "model.safetensors").unlink(), r"model.safetensors: no such file; .*safetensors"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "is not a model configuration"),
+        (pickled, r"pytorch_model.bin: is not in the format of safetensors; load the folder with transformers and write it by save_pretr"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"folder: holds no weights \(model.safetensors, "),
+        (lambda folder: (folder / "config.json").write_text("[]"), r"config.json: is damaged: not a JSON object"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     ],
 )

@@ -15,6 +15,7 @@ from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.errors import UserError
 from minifoundation.export import reading, verify
 from minifoundation.export.tokenizer import tokenizer_differences
+from minifoundation.hf_folder import CONFIG, read_config
 from minifoundation.model.transformer import Transformer
 from minifoundation.train.state import Progress
 
@@ -45,7 +46,7 @@ def beginning(path: Path) -> Checkpoint:
     Raises:
         UserError: neither is there, or as ``import_hf``.
     """
-    if not (path / reading.CONFIG).is_file():
+    if not (path / CONFIG).is_file():
         return load_checkpoint(path)
     checkpoint, report = imported(path)
     print(f"{path}: imported and equal ({in_words(report)})")
@@ -98,7 +99,7 @@ def _belongs(tokenizer: Tokenizer, config: ModelConfig, folder: Path) -> None:
     if not pieces <= rows < pieces + SPARE_ROWS:
         problem = f"the tokenizer has {pieces:,} pieces, and the model {rows:,} rows for them"
         raise UserError(str(folder), problem, "copy the tokenizer of this very model into the folder")
-    ends = json.loads((folder / reading.CONFIG).read_text(encoding="utf-8")).get("eos_token_id")
+    ends = read_config(folder).get("eos_token_id")
     known = ends if isinstance(ends, list) else [ends]
     if ends is not None and tokenizer.special.eos not in known:
         named = tokenizer.special_tokens["eos_token"]

@@ -14,7 +14,6 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from html import escape
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.error import URLError
@@ -23,6 +22,7 @@ from urllib.request import urlopen
 from minifoundation.config import ServeOptions
 from minifoundation.errors import UserError
 from minifoundation.evaluate.folder import check_folder, is_checkpoint
+from minifoundation.packages import installed
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -42,14 +42,14 @@ def serve(options: ServeOptions) -> None:
     Raises:
         UserError: no such model, the packages are not installed, the port is taken, or the engine does not start.
     """
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
+    if missing := [name for name in NEEDED if not installed(name)]:
         raise UserError("serve", f"{missing[0]} is not installed", "pip install -e '.[serve]'")
     import uvicorn
 
     if not options.model.exists():
         raise UserError("--model", f"{options.model}: no such file or folder", "give final.pth, a step_ folder or an exported folder")
-    engine: Engine = ("vllm" if find_spec("vllm") else "transformers") if options.engine == "auto" else options.engine
-    if engine == "vllm" and find_spec("vllm") is None:
+    engine: Engine = ("vllm" if installed("vllm") else "transformers") if options.engine == "auto" else options.engine
+    if engine == "vllm" and not installed("vllm"):
         raise UserError("--engine", "vllm is not installed", "pip install vllm, or leave --engine out")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, so that the engine is ended too
     host = options.host.removeprefix("[").removesuffix("]")  # as in a URL

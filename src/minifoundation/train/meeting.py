@@ -6,8 +6,7 @@ import hashlib
 import json
 import socket
 import statistics
-from collections.abc import Callable, Mapping
-from itertools import pairwise
+from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
 
@@ -19,12 +18,12 @@ from minifoundation.config import RunConfig, dotted_names
 from minifoundation.data.loader import Loader
 from minifoundation.distributed import World
 from minifoundation.errors import UserError
-from minifoundation.runtime import Machine, Moment
+from minifoundation.runtime import Machine
+from minifoundation.train.ceilings import median_seconds
 from minifoundation.wording import counted
 
 BYTES = {"cuda": 2**28, "cpu": 2**20}
 """Of the tensor that is summed over all processes to measure their network."""
-WARM_UP, ROUNDS = 2, 5
 WIDTH = 8192
 """Of the square matrices whose product tells a slow GPU."""
 SLOW = 1.15
@@ -120,18 +119,10 @@ def bus_bandwidth(machine: Machine, world: World) -> float:
     """Return the bytes/s that each process sends while a tensor is summed over all: 2 (n - 1) / n of its bytes."""
     n_bytes = BYTES[machine.device.type]
     values = torch.zeros(n_bytes // 4, device=machine.device)
-    return 2 * (world.size - 1) / world.size * n_bytes / _seconds(lambda: world.total(values), machine)
+    return 2 * (world.size - 1) / world.size * n_bytes / median_seconds(lambda: world.total(values), machine)
 
 
 def product_seconds(machine: Machine) -> float:
     """Return what a square product of ``WIDTH`` in half precision takes on this process's GPU alone."""
     a = torch.ones(WIDTH, WIDTH, device=machine.device, dtype=torch.float16)
-    return _seconds(lambda: a @ a, machine)
-
-
-def _seconds(work: Callable[[], object], machine: Machine) -> float:
-    moments = [Moment(machine)]
-    for _ in range(WARM_UP + ROUNDS):
-        work()
-        moments.append(Moment(machine))
-    return statistics.median(after.seconds_since(before) for before, after in pairwise(moments[WARM_UP:]))
+    return median_seconds(lambda: a @ a, machine)
