@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,17 @@ def test_many_files_are_read_like_one(tmp_path: Path) -> None:
     assert reading.state_of(config, tmp_path).keys() == Transformer(config).state_dict().keys()
 
 
+def test_of_one_file_and_several_those_are_read_that_transformers_reads(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    written(tmp_path, shard="50KB")
+    written(tmp_path / "other", tie_word_embeddings=True)
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    in_weights(lambda tensors: tensors["model.norm.weight"].fill_(3))(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()["model.norm.weight"]
+    assert torch.equal(reading.tensors(tmp_path)["model.norm.weight"], theirs)
+
+
 @pytest.mark.parametrize("scaling", ["none", "linear", "ntk", "yarn", "llama3"])
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_an_export_is_read_back_with_its_settings(scaling: str, qk_norm: bool, tmp_path: Path) -> None:
@@ -125,6 +137,7 @@ def cut_file(folder: Path) -> None:
 
 def index(names: dict[str, str]) -> Callable[[Path], None]:
     def plant(folder: Path) -> None:
+        (folder / reading.SINGLE).unlink()
         (folder / reading.INDEX).write_text(json.dumps({"weight_map": names}), encoding="utf-8")
 
     return plant
@@ -164,7 +177,15 @@ NAME = "model.layers.1.mlp.up_proj.weight"
             in_weights(lambda tensors: tensors.update({"lm_head.weight": torch.ones(128, 64)})),
             "config.json ties lm_head to the embedding, but the weights differ",
         ),
+        (
+            in_weights(lambda tensors: tensors["model.norm.weight"].fill_(math.nan)),
+            "folder: model.norm.weight holds NaN or Inf; take weights",
+        ),
         (cut_file, r"model.safetensors: is damaged"),
+        (
+            lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+            r"model.safetensors: is a pointer of Git LFS, not the weights; run git lfs pull in ",
+        ),
         (index({NAME: "model-00001-of-00001.safetensors"}), r"model-00001-of-00001.safetensors: no such file"),
         (index({NAME: "../model.safetensors"}), r"no such file"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"model.safetensors: no such file; .*safetensors"),

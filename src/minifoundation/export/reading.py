@@ -21,6 +21,8 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
+POINTER = b"version https://git-lfs"
+"""Begins what a clone without Git LFS has in place of a large file."""
 
 
 def model_config(folder: Path) -> ModelConfig:
@@ -122,7 +124,9 @@ def _rope(hf: Any, path: Path) -> dict[str, Any]:
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """Return every tensor of ``model.safetensors``, or of the files that its index names, as they are stored.
+    """Return every tensor of ``model.safetensors``, else of the files that the index names, as they are stored.
+
+    Where both are there, this is the one that transformers reads.
 
     Raises:
         UserError: a file is missing, damaged or of another format.
@@ -131,7 +135,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     index = folder / INDEX
-    if index.is_file():
+    if index.is_file() and not (folder / SINGLE).is_file():
         try:
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError):
@@ -148,6 +152,9 @@ def tensors(folder: Path) -> dict[str, Tensor]:
         try:
             found |= load_file(path)
         except SafetensorError as error:
+            with path.open("rb") as file:
+                if file.read(len(POINTER)) == POINTER:
+                    raise UserError(str(path), "is a pointer of Git LFS, not the weights", f"run git lfs pull in {folder}") from None
             raise UserError(str(path), f"is damaged ({error})", "copy it again") from None
     return found
 
@@ -156,7 +163,7 @@ def state_of(config: ModelConfig, folder: Path) -> dict[str, Tensor]:
     """Return the weights in ``folder`` by our names, float32.
 
     Raises:
-        UserError: a tensor is missing, has another shape than ``config.json`` says, or is none of this architecture.
+        UserError: a tensor is missing, has another shape than ``config.json`` says, is none of this architecture, or holds NaN or Inf.
     """
     hf = tensors(folder)
     with torch.device("meta"):
@@ -179,7 +186,10 @@ def state_of(config: ModelConfig, folder: Path) -> dict[str, Tensor]:
     more = [name for name in hf if name not in expected and not name.endswith("rotary_emb.inv_freq")]
     if more:
         raise UserError(str(folder), f"the weights hold {_some(more)}, which this program's model does not have", "take a model without")
-    return from_hf(config, {name: hf[name].float() for name in expected})
+    state = {name: hf[name].float() for name in expected}
+    if broken := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise UserError(str(folder), f"{_some(broken)} holds NaN or Inf", "take weights that are whole, or train these again")
+    return from_hf(config, state)
 
 
 def _some(names: list[str]) -> str:
