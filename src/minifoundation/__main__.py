@@ -17,7 +17,7 @@ class Interrupt:
         self._come = False
 
     def __call__(self, _number: int, frame: FrameType | None) -> None:
-        # An import has nothing to clear away, and libraries lose exceptions that are raised in theirs.
+        # An import has nothing to clear away, and may turn an exception into another or drop it.
         if self._come or _is_importing(frame):
             if int(os.environ.get("LOCAL_RANK", 0)) == 0:
                 os.write(2, b"stopped\n")

@@ -275,9 +275,11 @@ def _interruptible(work: Callable[[], None]) -> None:
 
     def run() -> None:
         try:
-            done.set_result(work())
+            work()
         except BaseException as error:
             done.set_exception(error)
+        else:
+            done.set_result(None)
 
     threading.Thread(target=run, daemon=True).start()
     done.result()
