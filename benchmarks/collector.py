@@ -48,7 +48,7 @@ def main() -> None:
     if not quick:
         transformer.compile_blocks()
     model = TrainingModel(transformer, z_loss=1e-4, chunk=64)
-    optimizer = adamw(model, TrainConfig(tokens=1))
+    optimizer = adamw(dict(model.named_parameters()), TrainConfig(tokens=1))
     scaler = torch.amp.GradScaler(machine.device.type, enabled=False)
 
     def steps(count: int) -> None:

@@ -134,7 +134,7 @@ def saves(size: str, work: Path, *, quick: bool) -> dict[str, Any]:
     if where.is_cuda:
         torch.cuda.empty_cache()
     model = random_model(run, where)
-    optimizer = adamw(model.transformer, run.train)
+    optimizer = adamw(dict(model.transformer.named_parameters()), run.train)
     scaler = torch.amp.GradScaler(where.device.type, enabled=False)
     guard = Guard(10.0, 128, where.device)
     names: dict[torch.Tensor, str] = {weight: name for name, weight in model.transformer.named_parameters()}

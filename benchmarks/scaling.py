@@ -29,16 +29,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.record import ROOT, finish, with_kept
 
-NETWORK_BYTES = 2**28
 KEPT = ROOT / "docs" / "data" / "scaling.json"
 WARM_UP = 24
 """Micro-batches before the first step that counts: a GPU that was idle is 1% faster for some seconds, until its power is at the limit."""
@@ -60,8 +58,8 @@ class Row(NamedTuple):
     together: bool = False
     """All GPUs read a row together (context parallelism)."""
     checkpointing: str = "none"
-    sending: str = "beside the backward"
-    """Of ddp; or "nothing", which shows what DDP itself takes, or "at the end", all at once after the backward."""
+    sending: str = "as usual"
+    """Of ddp; or "nothing", not even updated weights, or gradients "beside the backward", or "after the backward" all at once."""
 
     def name(self, gpus: int) -> str:
         """Return how the row is called on ``gpus`` GPUs."""
@@ -73,12 +71,12 @@ class Row(NamedTuple):
         parts += [f"of {self.seq_len // 1024}k"] if self.seq_len != 4096 else []
         parts += [f"recomputing all but {self.checkpointing}"] if self.checkpointing != "none" else []
         parts += ["together"] if self.together else []
-        parts += [f"sending {self.sending}"] if self.sending != "beside the backward" else []
+        parts += [f"sending {self.sending}"] if self.sending != "as usual" else []
         return " ".join(parts)
 
     def alone(self) -> Row:
         """Return the row of one GPU that this one is measured by."""
-        return self._replace(parallel="none", reduce="fp32", together=False, sending="beside the backward")
+        return self._replace(parallel="none", reduce="fp32", together=False, sending="as usual")
 
     def like(self) -> str:
         """Return the name of that row."""
@@ -96,7 +94,7 @@ THEN = [
     Row("1B", "fsdp", reduce="bf16"),
     Row("0.5B", "fsdp", swiglu="own"),
 ]
-SENDING = [Row("0.5B", "ddp", sending="nothing"), Row("0.5B", "ddp", sending="at the end")]
+SENDING = [Row("0.5B", "ddp", sending=when) for when in ("nothing", "beside the backward", "after the backward")]
 LONG = [
     Row("0.5B", "ddp", batch_size=1, seq_len=2**16, together=True),
     Row("1B", "ddp", batch_size=1, seq_len=2**16, together=True),
@@ -107,7 +105,7 @@ SMALL = [
     Row("tiny", "fsdp", batch_size=2, tokens_per_step=512, precision="fp32"),
     Row("tiny", "ddp", batch_size=1, seq_len=1024, precision="fp32", together=True),
     Row("tiny", "ddp", batch_size=2, precision="fp32", sending="nothing"),
-    Row("tiny", "ddp", batch_size=2, precision="fp32", sending="at the end"),
+    Row("tiny", "ddp", batch_size=2, precision="fp32", sending="after the backward"),
 ]
 CONFIGS = {"0.5B": "model_0p5b", "1B": "model_1b"}
 
@@ -153,8 +151,7 @@ def work(rows: list[Row], steps: int) -> None:
         machine = runtime.machine(world.local_rank)
         told: dict[str, Any] = {"gpus": world.size, "device": machine.name}
         if world.size > 1 and rows[0].parallel != "none":
-            n_bytes = NETWORK_BYTES if machine.is_cuda else 2**20
-            told |= {"name": f"network {world.size}x", "bus_gb_per_second": round(bus_bandwidth(machine, world, n_bytes) / 1e9, 1)}
+            told |= {"name": f"network {world.size}x", "bus_gb_per_second": round(bus_bandwidth(machine, world) / 1e9, 1)}
             told["nccl"] = {name: value for name, value in os.environ.items() if "NCCL_" in name}
             if machine.is_cuda:  # a slower GPU is waited for in every step
                 told["product_ms_of_each"] = [round(1e3 * seconds, 3) for seconds in world.of_all(product_seconds(machine))]
@@ -188,29 +185,28 @@ def work(rows: list[Row], steps: int) -> None:
 
 @contextmanager
 def sending(when: str) -> Iterator[None]:
-    """Have DDP send gradients as a row asks."""
-    split: Any = import_module("minifoundation.distributed.split")
+    """Have the processes send gradients as a row asks, and weights not at all where it asks for nothing."""
+    from minifoundation.distributed import Replica
 
-    def silent(_, bucket):  # type: ignore[no-untyped-def]  # torch compares annotations with its own
-        gradients = bucket.buffer()
-        sent: Any = torch.futures.Future(devices=[gradients.device] if gradients.is_cuda else None)
-        sent.set_result(gradients)
-        return sent
+    begin = Replica.__init__
 
-    class Silent(DistributedDataParallel):
-        def __init__(self, *arguments: Any, **settings: Any) -> None:
-            super().__init__(*arguments, **settings)
-            self.register_comm_hook(None, silent)
+    def beside(self: Replica, module: torch.nn.Module, *others: Any, **settings: Any) -> None:
+        begin(self, module, *others, **{**settings, "units": module.transformer.blocks})  # type: ignore[union-attr]
 
-    mib = split.BUCKET_MIB
-    if when == "at the end":
-        split.BUCKET_MIB = 2**16
-    elif when == "nothing":
-        split.DistributedDataParallel = Silent
-    try:
+    def after(self: Replica, *others: Any, **settings: Any) -> None:
+        begin(self, *others, **{**settings, "units": ()})
+
+    def nothing(*_: Any) -> None:
+        pass
+
+    ways: dict[str, dict[str, Any]] = {
+        "as usual": {"__init__": begin},
+        "nothing": {"_send": nothing, "share_weights": nothing},
+        "beside the backward": {"__init__": beside},
+        "after the backward": {"__init__": after},
+    }
+    with patch.multiple(Replica, **ways[when]):
         yield
-    finally:
-        split.BUCKET_MIB, split.DistributedDataParallel = mib, DistributedDataParallel
 
 
 def _print(found: dict[str, Any], *, first: bool) -> None:
@@ -407,37 +403,60 @@ def worker(agent: int, rank: int) -> int:
 
 
 def paper(
-    *, parameters: int, head: int, seconds: float, gpus: int, parallel: str, bytes_per_second: float, gradient_bytes: int = 4
+    *,
+    parameters: int,
+    head: int,
+    seconds: float,
+    optimizer: float,
+    gpus: int,
+    node: int,
+    parallel: str,
+    links: float,
+    network: float,
 ) -> dict[str, float]:
     """Return what a step on ``gpus`` GPUs would take, on paper.
 
-    A ring sends (n - 1) / n of what is gathered or scattered, twice that of what is summed everywhere. ddp sums gradients, beside the
-    backward, two thirds of the step; what is left for after it is the gradient of the embedding, known last. fsdp gathers weights in
-    2 bytes for the forward and again for the backward, and scatters gradients; the first gather, of the embedding, has nothing beside it.
+    A ring sends (n - 1) / n of what is gathered or scattered, twice that of what is summed everywhere.
+
+    ddp scatters gradients, 4 bytes a parameter, to the owners within a machine, sums there what each owns over the machines, and gathers
+    copies of weights, 2 bytes, of the embedding 4. What goes by the links of a machine costs its own time, beside the backward or after
+    it. What goes over machines has the backward to go beside, two thirds of the step, except for the embedding's, known last. fsdp gathers
+    weights in 2 bytes for the forward and again for the backward, and scatters gradients; the first gather, of the embedding, has nothing
+    beside it.
 
     Args:
         head: weights of the embedding, a tied head with it.
         seconds: of the step on one GPU.
-        bytes_per_second: that a GPU sends at, the bus bandwidth of a sum.
+        optimizer: seconds of it that each GPU has only its part of.
+        node: GPUs of a machine.
+        links: bytes/s that a GPU sends at within it.
+        network: and to other machines.
     """
-    share = (gpus - 1) / gpus
-    sums = 2 if parallel == "ddp" else 1
-    gradients = sums * share * gradient_bytes * parameters / bytes_per_second
-    gathers = 0.0 if parallel == "ddp" else 2 * share * 2 * parameters / bytes_per_second
-    last = sums * share * gradient_bytes * head / bytes_per_second
-    first = 0.0 if parallel == "ddp" else share * 2 * head / bytes_per_second
-    beside_backward = gradients - last + gathers / 2
-    beside_forward = gathers / 2 - first if gathers else 0.0
-    late = max(0.0, beside_backward - seconds * 2 / 3) + max(0.0, beside_forward - seconds / 3)
-    total = seconds + last + first + late
+    owners = min(gpus, node) if parallel == "ddp" else gpus
+    machines, near = -(-gpus // node), (owners - 1) / owners
+    alone = seconds - optimizer * near
+    if parallel == "ddp":
+        across = 2 * (machines - 1) / machines * 4 * parameters / owners / network
+        gradients, gathers = near * 4 * parameters / links, near * (2 * (parameters - head) + 4 * head) / links
+        last = across * head / parameters
+        waited = gradients + gathers + last
+        late = max(0.0, across - last - seconds * 2 / 3)
+        gradients += across
+    else:
+        rate = links if machines == 1 else min(network, links)
+        gradients, gathers = near * 4 * parameters / rate, 2 * near * 2 * parameters / rate
+        last, first = gradients * head / parameters, gathers / 2 * head / parameters
+        waited = last + first
+        late = max(0.0, gradients - last + gathers / 2 - seconds * 2 / 3) + max(0.0, gathers / 2 - first - seconds / 3)
+    total = alone + waited + late
     return {"communication_seconds": gradients + gathers, "seconds": total, "efficiency": seconds / total}
 
 
 def on_paper(results: list[dict[str, Any]], node: int, network: float) -> list[dict[str, Any]]:
-    """Return rows of the model on paper: those that were measured, and 8, 64 and 512 GPUs.
+    """Return rows of the model on paper: those that were measured, and more GPUs up to 512.
 
-    What the measured step took more than on paper (the GPUs' products and the network's kernels share processors, one GPU waits for the
-    other, gradients are copied) is added to all.
+    What the measured step took more than on paper (one GPU waits for the other, kernels of the network share processors with products,
+    fsdp copies) is added to all.
 
     Args:
         node: GPUs that share the machine's own links; more go by the network.
@@ -456,26 +475,28 @@ def on_paper(results: list[dict[str, Any]], node: int, network: float) -> list[d
             continue
         if row["tokens_per_step"] or row["precision"] != "bf16" or row["reduce"] != "fp32" or row["swiglu"] != "auto":
             continue
-        if row.get("seq_len", 4096) != 4096 or row.get("sending", "beside the backward") != "beside the backward":
+        if row.get("seq_len", 4096) != 4096 or row.get("sending", "as usual") != "as usual":
             continue
         model = config.build(RunConfig, settings(Row(row["model"], row["parallel"]), 1), "paper").model
         slowest, _ = apart(alone, row["gpus"])
         seconds = alone["tokens_per_second"] * alone["ms_per_step"] / 1e3 / slowest
         more = 0.0
-        for gpus in (row["gpus"], *(size for size in (8, 64, 512) if size > row["gpus"])):
-            rate = rates[row["gpus"]] if gpus <= node else min(network, rates[row["gpus"]])
+        for gpus in (row["gpus"], *(size for size in (4, 8, 64, 512) if size > row["gpus"])):
             told = paper(
                 parameters=n_parameters(model),
                 head=model.vocab_size * model.d_model,
                 seconds=seconds,
+                optimizer=alone["profile"]["ms"]["optimizer"] / 1e3,
                 gpus=gpus,
+                node=node,
                 parallel=row["parallel"],
-                bytes_per_second=rate,
+                links=rates[row["gpus"]],
+                network=network,
             )
             if gpus == row["gpus"]:
                 more = row["ms_per_step"] / 1e3 - told["seconds"]
             efficiency = seconds / (told["seconds"] + more)
-            figures = {"model": row["model"], "parallel": row["parallel"], "gpus": gpus, "gb_per_second": round(rate / 1e9, 1)}
+            figures = {"model": row["model"], "parallel": row["parallel"], "gpus": gpus}
             figures |= {name: round(value, 4) for name, value in told.items()}
             figures |= {"measured_more_seconds": round(more, 4), "efficiency_with_that": round(efficiency, 4)}
             figures["tokens_per_second"] = round(gpus * slowest * efficiency)

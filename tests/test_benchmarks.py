@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,19 @@ def test_its_full_results_are_kept(name: str) -> None:
     kept = json.loads((ROOT / "docs" / "data" / f"{name}.json").read_text(encoding="utf-8"))
     assert kept["machine"]["command"].startswith(f"python -m benchmarks.{name}")
     assert kept["figures"] and kept["results"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "data").glob("*.json")), ids=lambda path: path.stem)
+def test_commands_name_no_place_of_one_machine(path: Path) -> None:
+    """What they name is told in docs/data/README.md."""
+    text = path.read_text(encoding="utf-8")
+    words = [word for line in re.findall(r'"command": "((?:[^"\\]|\\.)*)"', text) for word in line.split()]
+    assert not [word for word in words if re.match(r"/|~|\.+\w*/", word)]
+    named = {
+        word for before, word in pairwise(words) if before in ("--corpus", "--data", "--tokenizer", "--data_dir", "--gguf", "--held_out")
+    }
+    told = (ROOT / "docs" / "data" / "README.md").read_text(encoding="utf-8")
+    assert not [name for name in named if f"`{Path(name).name}`" not in told and f"`{name}`" not in told]
 
 
 def test_gpus_are_compared_with_the_slowest_of_them_by_itself() -> None:

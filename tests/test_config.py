@@ -98,8 +98,15 @@ def test_a_tilde_is_the_home_of_the_user(monkeypatch: pytest.MonkeyPatch) -> Non
     assert with_tokenizer.tokenizer.path == Path("/home/someone/spm.model")
     report = config.build(config.ReportOptions, {"runs": "~/a, ~/b,c", "out_dir": "~/report"}, "line")
     assert report.runs == (Path("/home/someone/a"), Path("/home/someone/b"), Path("c")) and report.out_dir == Path("/home/someone/report")
+    evaluated = config.build(config.EvalOptions, {"model_path": "~/hf", "tasks": "~/tasks.txt"}, "line")
+    assert (evaluated.model_path, evaluated.tasks) == ("/home/someone/hf", "/home/someone/tasks.txt")
+    for resume in ("~/runs/step_00000010", "auto", None):
+        found = config.build(config.PretrainOptions, {"resume": resume}, "line").resume
+        assert found == (resume and resume.replace("~", "/home/someone"))
     fault = refusal({"runs": "a,~nobody-of-that-name/x"}, config.ReportOptions)
     assert str(fault) == "runs: ~nobody-of-that-name/x: there is no such user; write the whole path"
+    fault = refusal({"model_path": "~nobody-of-that-name/x"}, config.EvalOptions)
+    assert str(fault) == "model_path: ~nobody-of-that-name/x: there is no such user; write the whole path"
 
 
 def test_none_is_off_only_where_a_setting_can_be_off() -> None:
@@ -197,6 +204,7 @@ def test_none_is_off_only_where_a_setting_can_be_off() -> None:
             "train.save_every: True is not a number (YAML reads yes, no, on and off as true and false); give a number",
         ),
         ({"train": {"tokens": 10**23}}, "train.tokens: 100000000000000000000000 is not valid; input should be less than or equal to"),
+        ({"model": {"n_layer": 10**30}}, f"model.n_layer: {10**30} is not valid; input should be less than or equal to 10000"),
         ({"train.lr": 1}, "train.lr: stands by its dotted name (in a.yaml); write 'train:', and 'lr: value' below it, indented"),
         ({"out_dir": "~nobody-of-that-name/x"}, "out_dir: ~nobody-of-that-name/x: there is no such user; write the whole path"),
         ({"out_dir": ""}, "out_dir: is empty; give a path, or leave it out"),

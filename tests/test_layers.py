@@ -11,8 +11,8 @@ PACKAGE = "minifoundation"
 ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 
 LAYERS = (
-    {"errors", "wording"},
-    {"config", "distributed", "lock"},
+    {"errors", "wording", "packages"},
+    {"config", "distributed", "lock", "hf_folder"},
     {"model", "data", "evaluate", "runtime", "checkpoint"},
     {"train", "export", "report"},
     {"commands"},

@@ -44,7 +44,7 @@ def test_bf16_without_bf16_arithmetic_is_refused(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(("capability", "can"), [((8, 0), False), ((8, 9), True), ((9, 0), True)])
 def test_8_bits_begin_with_ada(capability: tuple[int, int], can: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(runtime, "find_spec", lambda _: object())
+    monkeypatch.setattr(runtime, "installed", lambda _: True)
     gpu = Machine(torch.device("cuda", 0), "NVIDIA A100", 2**34, None)
     expected = None if can else "NVIDIA A100 has compute capability 8.0, and 8-bit products begin with 8.9"
     assert runtime.fp8_obstacle(gpu) == expected and runtime.compute_dtype("fp8", CPU) == torch.bfloat16

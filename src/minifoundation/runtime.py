@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from minifoundation.errors import UserError
+from minifoundation.packages import installed
 from minifoundation.wording import counted
 
 PEAK_TFLOPS = {
@@ -157,13 +157,13 @@ def fp8_obstacle(where: Machine) -> str | None:
         return f"{where.name} has no 8-bit products"
     if where.capability < (8, 9):
         return f"{where.name} has compute capability {where.capability[0]}.{where.capability[1]}, and 8-bit products begin with 8.9"
-    return None if find_spec("triton") is not None else "triton is not installed"
+    return None if installed("triton.language") else "triton is not installed"
 
 
 def can_compile(where: Machine) -> str | None:
     """Return why torch.compile cannot run here, or None when it can."""
     compiler = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
-    if where.is_cuda and find_spec("triton") is None:
+    if where.is_cuda and not installed("triton.language"):
         return "triton is not installed"
     if compiler is None or shutil.which(compiler) is None:
         return "no C++ compiler (g++ or clang++) is on the PATH"
@@ -180,7 +180,7 @@ def compiled_graphs() -> int:
 def collector_held() -> Iterator[Callable[[], None]]:
     """Keep Python's garbage collector from running by itself, and give a function that runs it.
 
-    With torch and its compiler loaded a full collection takes a quarter of a second, in which nothing is launched, and a training step
+    With torch and its compiler loaded a full collection takes up to half a second, in which nothing is launched, and a training step
     leaves nothing for it (docs/speed.md). The first call sets aside all that lives, and later ones take a fraction of a millisecond.
     """
     was_on, frozen = gc.isenabled(), False

@@ -240,7 +240,7 @@ def test_what_a_checkpoint_cannot_do_is_one_line(
 def test_what_vllm_cannot_do_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
-    monkeypatch.setattr("minifoundation.commands.eval.find_spec", lambda name: None)
+    monkeypatch.setattr("minifoundation.commands.eval.installed", lambda _: False)
     assert main(["eval", "--model_path", str(tmp_path), "--tasks", "piqa", "--engine", "vllm", *flags]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
 

@@ -101,7 +101,7 @@ def test_bad_input(final: Callable[..., Path], tmp_path: Path) -> None:
         generate(options(tmp_path / "text.pth"))
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(UserError, match=r"hf holds no weights"):
+    with pytest.raises(UserError, match=r"hf: holds no weights"):
         generate(options(tmp_path / "hf"))
     with pytest.raises(UserError, match=r"1,001 tokens.* but the context is 64; shorten the prompt"):
         generate(options(final(), "\x00" * 1000))

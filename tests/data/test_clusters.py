@@ -7,11 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,69 +18,11 @@ import pytest
 from minifoundation.config import DataConfig
 from minifoundation.data import clusters
 from minifoundation.data.clusters import PIECES_A_JOB, ray_engine, slurm_engine
-from minifoundation.data.engines import ATTEMPTS, Engine, Task
-from minifoundation.data.pieces import Piece, Span
-from minifoundation.data.sources import File
+from minifoundation.data.engines import ATTEMPTS
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.errors import UserError
 from tests.data.prepared import files, prepared
-
-PIECE: Piece = (Span(File("a.jsonl", "a.jsonl", 10), 0, 10),)
-
-
-@dataclass(frozen=True)
-class Noted:
-    """A task that first writes down where it runs and takes its time; fails or dies for one number."""
-
-    folder: Path
-    task: Task | None = None
-    seconds: float = 0
-    fails: int | None = None
-    dies: int | None = None
-
-    def __call__(self, number: int, piece: Piece) -> None:
-        with (self.folder / f"{number}").open("a") as file:
-            file.write(f"{os.getpid()} {Path.cwd()} {_ray_node()}\n")
-        time.sleep(self.seconds)
-        if number == self.fails:
-            raise UserError("a.jsonl", "is broken", "mend it")
-        if number == self.dies:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.task is not None:
-            self.task(number, piece)
-
-    def runs(self) -> dict[int, list[list[str]]]:
-        """Return for each number that was begun its runs: process, working folder, node."""
-        return {int(path.name): [line.split() for line in path.read_text().splitlines()] for path in self.folder.iterdir()}
-
-
-def _ray_node() -> str:
-    ray = sys.modules.get("ray")
-    return ray.get_runtime_context().get_node_id() if ray and ray.is_initialized() else "none"
-
-
-@dataclass
-class Slowed:
-    """An engine that does every task slowly, and writes down where."""
-
-    engine: Engine
-    noted: Noted
-
-    def __post_init__(self) -> None:
-        self.ahead = self.engine.ahead
-
-    def submit(self, task: Task, pieces: Iterable[tuple[int, Piece]]) -> list[Future[None]]:
-        return self.engine.submit(Noted(self.noted.folder, task, self.noted.seconds), pieces)
-
-    def close(self) -> None:
-        self.engine.close()
-
-
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
+from tests.data.tasks import PIECE, Noted, Slowed, alive, until
 
 
 @pytest.fixture
@@ -307,19 +246,12 @@ def test_jobs_that_nobody_waits_for_are_cancelled(slurm: str, tmp_path: Path, no
         (future,) = engine.submit(Noted(noted.folder, seconds=600), [(0, PIECE)])
         until(noted.runs)
         future.cancel()
-        until(lambda: not _alive(noted, 0))
+        until(lambda: not alive(noted.pids(0)[-1]))
         (future,) = engine.submit(Noted(noted.folder, seconds=600), [(1, PIECE)])
         until(lambda: 1 in noted.runs())
-    until(lambda: not _alive(noted, 1))
+    until(lambda: not alive(noted.pids(1)[-1]))
     assert future.cancelled()
     assert not list((tmp_path / "shards").iterdir())
-
-
-def _alive(noted: Noted, number: int) -> bool:
-    try:
-        return Path(f"/proc/{noted.runs()[number][-1][0]}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_what_sbatch_refuses_is_one_line(slurm: str, tmp_path: Path, noted: Noted) -> None:

@@ -6,42 +6,13 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import wait
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from minifoundation.data.engines import ATTEMPTS, Engine, cluster, cores, in_process, local
-from minifoundation.data.pieces import Piece, Span
-from minifoundation.data.sources import File
 from minifoundation.errors import UserError
-
-PIECE: Piece = (Span(File("/corpus/a.jsonl", "a.jsonl", 10), 0, 10),)
-
-
-@dataclass(frozen=True)
-class Task:
-    """Writes down the process it runs in; misbehaves for some numbers, once or always."""
-
-    folder: Path
-    fails: int | None = None
-    dies: int | None = None
-    dies_once: int | None = None
-    seconds: float = 0
-
-    def __call__(self, number: int, piece: Piece) -> None:
-        with (self.folder / f"{number}").open("a") as file:
-            file.write(f"{os.getpid()}\n")
-        time.sleep(self.seconds)
-        if number == self.fails:
-            raise UserError("a.jsonl", "is broken", "mend it")
-        if number == self.dies or (number == self.dies_once and len(self.runs(number)) == 1):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def runs(self, number: int) -> list[int]:
-        """Return the process of each run of a number."""
-        path = self.folder / f"{number}"
-        return [int(line) for line in path.read_text().split()] if path.exists() else []
+from tests.data.tasks import PIECE, Noted, alive
 
 
 @pytest.fixture
@@ -49,13 +20,6 @@ def engine() -> Iterator[Engine]:
     engine = local(2)
     yield engine
     engine.close()
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def gone(pid: int) -> bool:
@@ -68,30 +32,30 @@ def gone(pid: int) -> bool:
 
 
 def test_every_piece_is_done_once_in_the_processes_of_the_engine(engine: Engine, tmp_path: Path) -> None:
-    task = Task(tmp_path, seconds=0.05)
+    task = Noted(tmp_path, seconds=0.05)
     for future in engine.submit(task, [(number, PIECE) for number in range(20)]):
         assert future.result() is None
-    runs = [task.runs(number) for number in range(20)]
+    runs = [task.pids(number) for number in range(20)]
     assert [len(pids) for pids in runs] == [1] * 20
     assert len({pid for (pid,) in runs}) == 2
     assert os.getpid() not in {pid for (pid,) in runs}
 
 
 def test_the_engine_in_process_does_the_work_when_it_is_submitted(tmp_path: Path) -> None:
-    task = Task(tmp_path, fails=1)
+    task = Noted(tmp_path, fails=1)
     good, bad = in_process().submit(task, [(0, PIECE), (1, PIECE)])
-    assert task.runs(0) == task.runs(1) == [os.getpid()]
+    assert task.pids(0) == task.pids(1) == [os.getpid()]
     assert good.result() is None
     assert isinstance(bad.exception(), UserError)
 
 
 def test_the_error_of_a_task_comes_back_as_it_was(engine: Engine, tmp_path: Path) -> None:
-    futures = engine.submit(Task(tmp_path, fails=1), [(number, PIECE) for number in range(3)])
+    futures = engine.submit(Noted(tmp_path, fails=1), [(number, PIECE) for number in range(3)])
     with pytest.raises(UserError, match=r"^a.jsonl: is broken; mend it$") as error:
         futures[1].result()
     assert (error.value.where, error.value.problem, error.value.remedy) == ("a.jsonl", "is broken", "mend it")
     assert [futures[0].result(), futures[2].result()] == [None, None]
-    (missing,) = engine.submit(Task(tmp_path / "missing"), [(0, PIECE)])
+    (missing,) = engine.submit(Noted(tmp_path / "missing"), [(0, PIECE)])
     with pytest.raises(FileNotFoundError) as fault:
         missing.result()
     assert fault.value.filename == str(tmp_path / "missing" / "0")
@@ -99,87 +63,89 @@ def test_the_error_of_a_task_comes_back_as_it_was(engine: Engine, tmp_path: Path
 
 
 def test_a_piece_whose_process_is_killed_is_done_again(engine: Engine, tmp_path: Path) -> None:
-    task = Task(tmp_path, dies_once=2)
+    task = Noted(tmp_path, dies_once=2)
     for future in engine.submit(task, [(number, PIECE) for number in range(5)]):
         future.result()
-    assert [len(task.runs(number)) for number in range(5)] == [1, 1, 2, 1, 1]
+    assert [len(task.pids(number)) for number in range(5)] == [1, 1, 2, 1, 1]
 
 
 def test_a_piece_that_always_kills_its_process_is_an_error_that_names_its_file(engine: Engine, tmp_path: Path) -> None:
-    task = Task(tmp_path, dies=1)
+    task = Noted(tmp_path, dies=1)
     futures = engine.submit(task, [(number, PIECE) for number in range(6)])
-    with pytest.raises(UserError, match=rf"^/corpus/a.jsonl: ended its worker process {ATTEMPTS} times \(killed by signal 9\); give"):
+    with pytest.raises(UserError, match=rf"^a\.jsonl: ended its worker process {ATTEMPTS} times \(killed by signal 9\); give"):
         futures[1].result()
     assert [future.result() for number, future in enumerate(futures) if number != 1] == [None] * 5
-    assert len(task.runs(1)) == ATTEMPTS
-    assert all(len(task.runs(number)) == 1 for number in (0, 2, 3, 4, 5))
+    assert len(task.pids(1)) == ATTEMPTS
+    assert all(len(task.pids(number)) == 1 for number in (0, 2, 3, 4, 5))
 
 
 def test_a_deadly_task_without_a_file_is_named_itself(engine: Engine, tmp_path: Path) -> None:
-    (future,) = engine.submit(Task(tmp_path, dies=7), [(7, ())])
-    with pytest.raises(UserError, match=rf"^task 7 of Task: ended its worker process {ATTEMPTS} times"):
+    (future,) = engine.submit(Noted(tmp_path, dies=7), [(7, ())])
+    with pytest.raises(UserError, match=rf"^task 7 of Noted: ended its worker process {ATTEMPTS} times"):
         future.result()
 
 
 def test_a_worker_does_not_run_the_main_module_again(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from minifoundation.data.engines import local\n"
-        "from tests.data.test_engines import PIECE, Task\n"
+        "from tests.data.tasks import PIECE, Noted\n"
         "print('main', flush=True); engine = local(1)\n"
-        "for future in engine.submit(Task(Path(sys.argv[1])), [(0, PIECE)]): future.result()\n"
+        "for future in engine.submit(Noted(Path(sys.argv[1])), [(0, PIECE)]): future.result()\n"
         "engine.close()"
     )
+    noted = tmp_path / "noted"
+    noted.mkdir()
     (tmp_path / "main.py").write_text(program)  # without the guard that multiprocessing asks for
     done = subprocess.run(
-        [sys.executable, tmp_path / "main.py", tmp_path],
+        [sys.executable, tmp_path / "main.py", noted],
         env={**os.environ, "PYTHONPATH": str(Path.cwd())},
         capture_output=True,
         text=True,
         check=True,
     )
     assert (done.stdout, done.stderr) == ("main\n", "")
-    assert len(Task(tmp_path).runs(0)) == 1
+    assert len(Noted(noted).pids(0)) == 1
 
 
 def test_closing_stops_what_runs_and_starts_nothing_more(tmp_path: Path) -> None:
     engine = local(2)
-    task = Task(tmp_path, seconds=60)
+    task = Noted(tmp_path, seconds=60)
     futures = engine.submit(task, [(number, PIECE) for number in range(4)])
-    while not (task.runs(0) and task.runs(1)):
+    while not (task.pids(0) and task.pids(1)):
         time.sleep(0.05)
     began = time.monotonic()
     engine.close()
     assert time.monotonic() - began < 10
     assert wait(futures, timeout=10).not_done == set()
-    assert gone(task.runs(0)[0]) and gone(task.runs(1)[0])
-    assert task.runs(2) == task.runs(3) == []
+    assert gone(task.pids(0)[0]) and gone(task.pids(1)[0])
+    assert task.pids(2) == task.pids(3) == []
 
 
 def test_no_worker_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from minifoundation.data.engines import local\n"
-        "from tests.data.test_engines import PIECE, Task\n"
-        "for future in local(1).submit(Task(Path(sys.argv[1]), seconds=60), [(0, PIECE)]): future.result()"
+        "from tests.data.tasks import PIECE, Noted\n"
+        "for future in local(1).submit(Noted(Path(sys.argv[1]), seconds=60), [(0, PIECE)]): future.result()"
     )
-    task = Task(tmp_path)
+    task = Noted(tmp_path)
     with subprocess.Popen([sys.executable, "-c", program, tmp_path]) as parent:
-        while not task.runs(0):
+        while not task.pids(0):
             assert parent.poll() is None
             time.sleep(0.05)
-        (worker,) = task.runs(0)
+        (worker,) = task.pids(0)
         assert alive(worker)
         parent.kill()
     assert gone(worker)
 
 
 def test_an_interrupt_from_the_terminal_leaves_the_workers_to_their_parent(engine: Engine, tmp_path: Path) -> None:
-    task = Task(tmp_path, seconds=1)
+    task = Noted(tmp_path, seconds=1)
     (future,) = engine.submit(task, [(0, PIECE)])
-    while not task.runs(0):
+    while not task.pids(0):
         time.sleep(0.05)
-    os.kill(task.runs(0)[0], signal.SIGINT)
+    os.kill(task.pids(0)[0], signal.SIGINT)
     assert future.result() is None
-    assert len(task.runs(0)) == 1
+    assert len(task.pids(0)) == 1
 
 
 def test_an_error_survives_pickling() -> None:

@@ -187,6 +187,8 @@ def word_piece(tokenizer: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
+        (lambda tokenizer: tokenizer.pop("decoder"), "it is a BPE with the decoder none; give a byte-level BPE"),
+        (lambda tokenizer: tokenizer.pop("added_tokens"), r"its eos_token '<\|endoftext\|>' is not marked special"),
         (metaspace, "it is a BPE with the decoder Metaspace; give a byte-level BPE"),
         (prefix_space, "it puts a space before every text"),
         (lowercase, "its normaliser is Lowercase, which loses text"),
@@ -206,6 +208,23 @@ def test_what_would_lose_text_or_ids_is_refused(fault: Callable[[dict[str, Any]]
     fault(tokenizer)
     with pytest.raises(UserError, match=message):
         Tokenizer.load(write_byte_level(tmp_path, tokenizer=tokenizer, bos_token=EOS if fault is eos_before else None))
+
+
+def test_an_old_file_is_read_as_a_new_one(tmp_path: Path) -> None:
+    """GPT-2's on the Hub does not say that its model is a BPE, and has its pairs as strings."""
+    old = byte_level()
+    del old["model"]["type"]
+    old["model"]["merges"] = [" ".join(pair) for pair in old["model"]["merges"]]
+    read, new = (Tokenizer.load(write_byte_level(tmp_path / name, tokenizer=made)) for name, made in (("old", old), ("new", byte_level())))
+    assert isinstance(read, FastTokenizer) and isinstance(new, FastTokenizer)
+    assert (read.kind, read.special, read.merges, read.surfaces) == (new.kind, new.special, new.merges, new.surfaces)
+    assert [read.encode(text) for text in NASTY] == [new.encode(text) for text in NASTY]
+
+
+@pytest.mark.parametrize("spelling", [5, ["a"], {"x": 1}, {"content": 5}, True])
+def test_a_special_token_that_is_no_text_is_one_line(spelling: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tokenizer_config.json: eos_token is .*, which spells no token; copy the folder again"):
+        Tokenizer.load(write_byte_level(tmp_path, eos_token=spelling))
 
 
 def test_a_folder_that_is_not_whole_is_refused(tmp_path: Path) -> None:

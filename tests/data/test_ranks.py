@@ -18,7 +18,7 @@ from minifoundation.data.ranks import Helper, Leader
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.errors import UserError
 from tests.data.prepared import files, prepared
-from tests.data.test_clusters import PIECE, Noted, Slowed, until
+from tests.data.tasks import PIECE, Noted, Slowed, until
 
 
 class Table:
@@ -51,6 +51,10 @@ class Table:
         with self._lock:
             return self.values.pop(key, None) is not None
 
+    def names(self) -> list[str]:
+        with self._lock:
+            return list(self.values)
+
 
 @contextmanager
 def processes(table: Table, count: int, lost: list[str]) -> Iterator[Leader]:
@@ -81,11 +85,12 @@ def test_shards_of_several_processes_are_those_of_one(
     alone = files(prepared(data.model_copy(update={"shards_dir": tmp_path / "alone"}), tokenizer).folder)
     table, lost = Table(), list[str]()
     with processes(table, 2, lost) as engine:
-        slowed = Slowed(engine, Noted(noted.folder, seconds=0.1))
+        slowed = Slowed(engine, Noted(noted.folder, processes=2))
         assert prepared(data, tokenizer, tokens=5000, engine=slowed).train_tokens >= 5000
         assert files(prepared(data, tokenizer, engine=slowed).folder) == alone
-    assert len({process for runs in noted.runs().values() for process, *_ in runs}) == 2 and lost == []
-    assert not [key for key in table.values if key.startswith("pieces/outcome/")], "what was read is still in the table"
+        # Pieces that only the first call had wanted may still be in work: their outcomes are read as they come, until the engine is closed.
+        until(lambda: not [key for key in table.names() if key.startswith("pieces/outcome/")])
+    assert len({pid for number in noted.runs() for pid in noted.pids(number)}) == 2 and lost == []
 
 
 def test_an_error_comes_back_and_what_nobody_wants_is_not_begun(noted: Noted) -> None:
@@ -94,11 +99,10 @@ def test_an_error_comes_back_and_what_nobody_wants_is_not_begun(noted: Noted) ->
         futures = engine.submit(slow, [(number, PIECE) for number in range(12)])
         for future in futures[6:]:
             future.cancel()
-        assert futures[0].result(30) is None
         with pytest.raises(UserError, match=r"^a\.jsonl: is broken; mend it$"):
-            futures[1].result(30)
+            futures.pop(1).result(30)
         (after,) = engine.submit(noted, [(99, PIECE)])
-        assert after.result(30) is None
+        assert [future.result(30) for future in (*futures[:5], after)] == [None] * 6
     assert set(noted.runs()) == {*range(6), 99}
 
 
@@ -129,4 +133,4 @@ def test_without_the_table_nothing_is_waited_for(noted: Noted) -> None:
         table.broken = False
         began = time.monotonic()
         leader.close()
-    assert time.monotonic() - began < 5 and isinstance(future, Future)
+    assert time.monotonic() - began < 60 and isinstance(future, Future)

@@ -15,8 +15,9 @@ from minifoundation import config, runtime
 from minifoundation.checkpoint import Checkpoint, Saver, load_checkpoint
 from minifoundation.config import RunConfig
 from minifoundation.data.batch import Batch
-from minifoundation.distributed import Split, World, join, whole
+from minifoundation.distributed import Split, World, join, trained, whole
 from minifoundation.errors import UserError
+from minifoundation.model.matrix import refresh
 from minifoundation.model.training import TrainingModel
 from minifoundation.model.transformer import Transformer
 from minifoundation.train.ema import Average
@@ -58,14 +59,15 @@ class Trained:
         else:
             self.transformer.load_state_dict(state.model)
         self.model = spread_over(TrainingModel(self.transformer, z_loss=1e-2, chunk=7), run, machine, world, split)
-        self.optimizer = adamw(self.transformer, run.train)
-        self.average = Average(dict(self.transformer.named_parameters()), 0.9, state.ema if state else None)
+        self.weights = trained(self.model, dict(self.transformer.named_parameters()))
+        self.optimizer = adamw(self.weights, run.train)
+        self.average = Average(self.weights, 0.9, state.ema if state else None)
         if state is not None:
             restore_optimizer(self.optimizer, self.names, state.optimizer)
 
     @property
     def names(self) -> dict[torch.Tensor, str]:
-        return {weight: name for name, weight in self.transformer.named_parameters()}
+        return {weight: name for name, weight in self.weights.items()}
 
     def steps(self, first: int, last: int, scaler: torch.amp.GradScaler | None = None) -> Iterator[tuple[float, ...]]:
         scales = self.transformer.scales
@@ -111,7 +113,7 @@ def same_training(world: World, folder: Path) -> None:
     told = alone.checkpoint()
     held_out = [batch for step in range(3) for batch in batches(World(), step)][:5]  # no multiple of two
     nats = held_out_loss(alone.model, held_out, World(), torch.device("cpu"))
-    for split in (Split("ddp"), Split("fsdp", world.size)):
+    for split in (Split("ddp"), Split("ddp", owners=world.size), Split("fsdp", world.size)):
         both = Trained(world, split, settings())
         torch.testing.assert_close(torch.tensor(list(both.steps(0, STEPS))), torch.tensor(expected), atol=1e-5, rtol=1e-5)
         found = both.checkpoint().in_host_memory(kept=True)
@@ -121,8 +123,12 @@ def same_training(world: World, folder: Path) -> None:
         # Half-way in one way of sharing and on in another, through a file that the first process writes.
         half = Trained(world, split, settings())
         first = list(half.steps(0, STEPS // 2))
-        state = saved(half, world, folder / split.parallel)
-        for other in [Split(), Split("fsdp", world.size)] if split.parallel == "ddp" else [Split("ddp"), split._replace(regathers=False)]:
+        state = saved(half, world, folder / f"{split.parallel}-{split.owners}")
+        for other in (
+            [Split(), Split("fsdp", world.size)]
+            if split.parallel == "ddp"
+            else [Split("ddp", owners=world.size), split._replace(regathers=False)]
+        ):
             on = world if other.parallel != "none" else World()
             resumed = Trained(on, other, settings(), state)
             close(state.tensors(), resumed.checkpoint().in_host_memory(kept=True).tensors(), 0.0)
@@ -130,10 +136,10 @@ def same_training(world: World, folder: Path) -> None:
             torch.testing.assert_close(torch.tensor([*first, *rest]), torch.tensor(expected), atol=1e-5, rtol=1e-5)
 
 
-def saved(trained: Trained, world: World, folder: Path) -> Checkpoint:
+def saved(of: Trained, world: World, folder: Path) -> Checkpoint:
     """Return what is read again of a checkpoint that the first process has written, in the background."""
     world.agreed(folder.mkdir)
-    checkpoint = trained.checkpoint()
+    checkpoint = of.checkpoint()
     saver = Saver(folder, keep=1, keep_every=None, background=True, if_fails="stop", say=print)
     if world.is_first:
         saver.write(checkpoint)
@@ -145,16 +151,42 @@ def saved(trained: Trained, world: World, folder: Path) -> Checkpoint:
     return load_checkpoint(folder / "step_00000001")
 
 
+def nodes(world: World) -> None:
+    """Two machines of two owners: sums within and over them, in float32 and, of copies, in bf16; and a checkpoint of the parts."""
+    alone = Trained(World(), Split(), settings())
+    expected = torch.tensor(list(alone.steps(0, 6)))
+    both = Trained(world, Split("ddp", owners=2), settings())
+    torch.testing.assert_close(torch.tensor(list(both.steps(0, 6))), expected, atol=1e-5, rtol=1e-5)
+    close(alone.checkpoint().tensors(), both.checkpoint().in_host_memory(kept=True).tensors(), 2e-5)
+    for reduced in ("fp32", "bf16"):
+        half = Trained(world, Split("ddp", owners=2), settings(precision="bf16", reduce_precision=reduced))
+        found = torch.tensor(list(half.steps(0, 6)))
+        torch.testing.assert_close(found[:, :2], expected[:, :2], atol=0.03, rtol=0)
+        copies_are_of_the_owners(half)
+
+
+def copies_are_of_the_owners(trained: Trained) -> None:
+    refresh(trained.transformer.matrices)  # of the embedding; others have been given their copies
+    weights = {weight: whole(trained.weights[name]) for name, weight in trained.transformer.named_parameters()}
+    for matrix in trained.transformer.matrices:
+        if matrix.copy is not None:
+            assert torch.equal(matrix.copy, weights[matrix.weight].to(matrix.copy.dtype))
+    assert torch.equal(trained.transformer.embedding.weight, weights[trained.transformer.embedding.weight])
+
+
 def half_precision(world: World) -> None:
     """bf16 by hand and not, and gradients that travel in bf16: near what one process has, which rounds elsewhere."""
     expected = torch.tensor(list(Trained(World(), Split(), settings()).steps(0, STEPS)))
     by_hand = Transformer.by_hand_on
     for forced in (False, True):
         Transformer.by_hand_on = (lambda self, x: True) if forced else by_hand  # type: ignore[method-assign]
-        for split in (Split("ddp"), Split("fsdp", world.size)):
+        for split in (Split("ddp"), Split("ddp", owners=world.size), Split("fsdp", world.size)):
             for reduced in ("fp32", "bf16"):
                 run = settings(precision="bf16", reduce_precision=reduced)
-                found = torch.tensor(list(Trained(world, split, run).steps(0, STEPS)))
+                both = Trained(world, split, run)
+                found = torch.tensor(list(both.steps(0, STEPS)))
+                if split.owners > 1:
+                    copies_are_of_the_owners(both)
                 torch.testing.assert_close(found[:, :2], expected[:, :2], atol=0.03, rtol=0)
                 torch.testing.assert_close(found[:, 2], expected[:, 2], atol=0.0, rtol=0.1)
     Transformer.by_hand_on = by_hand  # type: ignore[method-assign]
@@ -162,13 +194,13 @@ def half_precision(world: World) -> None:
 
 def an_overflow_is_skipped_by_all(world: World) -> None:
     expected = torch.tensor(list(Trained(World(), Split(), settings()).steps(0, 9)))
-    for split in (Split("ddp"), Split("fsdp", world.size)):
-        trained = Trained(world, split, settings(precision="fp16"))
-        before = {name: whole(weight).clone() for name, weight in trained.transformer.named_parameters()}
+    for split in (Split("ddp"), Split("ddp", owners=world.size), Split("fsdp", world.size)):
+        both = Trained(world, split, settings(precision="fp16"))
+        before = {name: whole(weight).clone() for name, weight in both.transformer.named_parameters()}
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
-        list(trained.steps(0, 1, scaler))
-        close(before, {name: whole(weight) for name, weight in trained.transformer.named_parameters()}, 0.0)
-        found = torch.tensor(list(trained.steps(0, 9, scaler)))
+        list(both.steps(0, 1, scaler))
+        close(before, {name: whole(weight) for name, weight in both.transformer.named_parameters()}, 0.0)
+        found = torch.tensor(list(both.steps(0, 9, scaler)))
         torch.testing.assert_close(found, expected, atol=0.03, rtol=0.1)
 
 
@@ -193,7 +225,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with join() as world:
         a_fault_is_raised_on_all(world)
-        if sys.argv[2] == "fp32":
+        if world.size == 4:
+            nodes(world)
+        elif sys.argv[2] == "fp32":
             same_training(world, Path(sys.argv[1]))
         else:
             half_precision(world)

@@ -9,8 +9,16 @@ from minifoundation.evaluate.requests import Request
 from minifoundation.evaluate.results import Outcome
 
 FACTS: dict[str, Any] = {
-    "settings": {"limit": 0},
-    "model": {"path": "here", "parameters": 1000, "dtype": "float32", "device": "cpu", "engine": "transformers 5.23.0", "max_length": 64},
+    "settings": {"model_path": "here", "tasks": "paper", "limit": 0},
+    "model": {
+        "path": "here",
+        "parameters": 1000,
+        "dtype": "float32",
+        "device": "cpu",
+        "engine": "transformers 5.23.0",
+        "max_length": 64,
+        "sha256": {},
+    },
     "versions": {"lm_eval": "0.4.13"},
     "sandbox": None,
     "identity": {"model": {}, "dtype": "float32", "engine": "transformers 5.23.0", "limit": 0, "data": None, "versions": {}},

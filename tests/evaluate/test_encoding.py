@@ -59,9 +59,15 @@ def test_a_damaged_file_is_encoded_again_and_old_ones_go(tmp_path: Path) -> None
 
     encoded_pairs([("ab", "c")], encode, identity="", folder=tmp_path)
     (file,) = tmp_path.glob("*.npz")
-    file.write_bytes(file.read_bytes()[:100])
-    (found,) = encoded_pairs([("ab", "c")], encode, identity="", folder=tmp_path)
-    assert found.continuation.tolist() == [ord("c")]
+    whole = file.read_bytes()
+    damaged = [
+        whole[:100],
+        *(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :] for place in range(len(whole)) for bit in (0, 5)),
+    ]
+    for content in damaged:
+        file.write_bytes(content)
+        (found,) = encoded_pairs([("ab", "c")], encode, identity="", folder=tmp_path)
+        assert (found.context.tolist(), found.continuation.tolist()) == ([ord("a"), ord("b")], [ord("c")])
     for number in range(KEPT + 5):
         encoded_pairs([("ab", str(number))], encode, identity="", folder=tmp_path)
     assert len(list(tmp_path.glob("*"))) == KEPT

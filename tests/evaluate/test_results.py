@@ -30,6 +30,10 @@ def test_an_answer_may_hold_any_character(tmp_path: Path) -> None:
     answers = [ITEM | {"written": f"one{character}two", "doc_id": ord(character)} for character in "\n\r\x0b\x0c\x1c\x85\u2028\u2029"]
     folder_for(tmp_path / "eval", FACTS, []).write([outcome("piqa", items=answers)], complete=True)
     assert read_items(tmp_path / "eval", "piqa") == answers
+    file = tmp_path / "eval" / "items" / "piqa.jsonl"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"piqa.jsonl: is damaged; run eval again, or remove the folder"):
+        read_items(tmp_path / "eval", "piqa")
 
 
 def test_finished_results_are_not_overwritten(tmp_path: Path) -> None:
@@ -93,6 +97,37 @@ def test_results_of_something_else_are_refused(tmp_path: Path, content: str) -> 
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(UserError, match="is not a result of eval of this version"):
         read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["settings", "model.sha256", "model.max_length", "rows.0.shots", "rows.0.row.name", "rows.0.metric", "versions.lm_eval", "sandbox"],
+)
+@pytest.mark.parametrize("value", [[], {"a": 1}, 1.5, None])
+def test_results_of_another_form_are_refused(tmp_path: Path, what: str, value: Any) -> None:
+    """Of another version, or changed by hand: each part has to be what readers take it for."""
+    folder_for(tmp_path, FACTS, []).write([outcome("piqa")], complete=True)
+    content = part = json.loads((tmp_path / "results.json").read_text())
+    *sections, last = (int(name) if name.isdigit() else name for name in what.split("."))
+    for name in sections:
+        part = part[name]
+    if value is None and what != "sandbox":
+        del part[last]
+    else:
+        part[last] = value
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    if value is None and what == "sandbox":
+        assert read_results(tmp_path) == content
+        return
+    with pytest.raises(UserError, match="is not a result of eval of this version"):
+        read_results(tmp_path)
+
+
+def test_figures_that_are_not_finite_read_back(tmp_path: Path) -> None:
+    raw = {"results": {"piqa": {"acc,none": float("nan")}}}
+    folder_for(tmp_path, FACTS, []).write([outcome("piqa", raw=raw, also={"perplexity": float("inf")})], complete=True)
+    (row,) = read_results(tmp_path)["rows"]
+    assert row["also"]["perplexity"] == float("inf") and row["lm_eval"]["results"]["piqa"]["acc,none"] != 0
 
 
 def test_labels_are_names_of_files() -> None:

@@ -81,17 +81,6 @@ def test_many_files_are_read_like_one(tmp_path: Path) -> None:
     assert reading.state_of(config, tmp_path).keys() == Transformer(config).state_dict().keys()
 
 
-def test_of_one_file_and_several_those_are_read_that_transformers_reads(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    written(tmp_path, shard="50KB")
-    written(tmp_path / "other", tie_word_embeddings=True)
-    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "model.safetensors")
-    in_weights(lambda tensors: tensors["model.norm.weight"].fill_(3))(tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()["model.norm.weight"]
-    assert torch.equal(reading.tensors(tmp_path)["model.norm.weight"], theirs)
-
-
 @pytest.mark.parametrize("scaling", ["none", "linear", "ntk", "yarn", "llama3"])
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_an_export_is_read_back_with_its_settings(scaling: str, qk_norm: bool, tmp_path: Path) -> None:
@@ -135,12 +124,9 @@ def cut_file(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def index(names: dict[str, str]) -> Callable[[Path], None]:
-    def plant(folder: Path) -> None:
-        (folder / reading.SINGLE).unlink()
-        (folder / reading.INDEX).write_text(json.dumps({"weight_map": names}), encoding="utf-8")
-
-    return plant
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
 
 
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -164,6 +150,8 @@ NAME = "model.layers.1.mlp.up_proj.weight"
             "its RoPE has attention_factor 1 instead of 1.06931, which this program does not support",
         ),
         (in_config(rope_parameters=SCALINGS["yarn"] | {"truncate": False}), "its RoPE has truncate false"),
+        (in_config(rope_parameters=SCALINGS["none"] | {"rope_theta": "x"}), "config.json: rope_theta is 'x', which is not a number"),
+        (in_config(rope_parameters=SCALINGS["llama3"] | {"factor": float("nan")}), "factor is nan, which is not a number"),
         (in_config(vocab_size=130), "vocab_size"),
         (in_config(num_hidden_layers=3), r"the weights have no model.layers.2.input_layernorm.weight and 8 more"),
         (in_config(num_hidden_layers=1), r"the weights hold model.layers.1.input_layernorm.weight and 8 more, which"),
@@ -182,14 +170,9 @@ NAME = "model.layers.1.mlp.up_proj.weight"
             "folder: model.norm.weight holds NaN or Inf; take weights",
         ),
         (cut_file, r"model.safetensors: is damaged"),
-        (
-            lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
-            r"model.safetensors: is a pointer of Git LFS, not the weights; run git lfs pull in ",
-        ),
-        (index({NAME: "model-00001-of-00001.safetensors"}), r"model-00001-of-00001.safetensors: no such file"),
-        (index({NAME: "../model.safetensors"}), r"no such file"),
-        (lambda folder: (folder / "model.safetensors").unlink(), r"model.safetensors: no such file; .*safetensors"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "is not a model configuration"),
+        (pickled, r"pytorch_model.bin: is not in the format of safetensors; load the folder with transformers and write it by save_pretr"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"folder: holds no weights \(model.safetensors, "),
+        (lambda folder: (folder / "config.json").write_text("[]"), r"config.json: is damaged: not a JSON object"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     ],
 )

@@ -168,7 +168,9 @@ def test_copies_follow_the_weights_through_steps(optimizer_states: str) -> None:
     transformer = Transformer(ModelConfig.model_validate(SMALL), dtype=torch.bfloat16)
     transformer.initialise(0)
     transformer.cuda()
-    optimizer = adamw(transformer, TrainConfig.model_validate({"tokens": 1, "lr": 0.1, "optimizer_states": optimizer_states}))
+    optimizer = adamw(
+        dict(transformer.named_parameters()), TrainConfig.model_validate({"tokens": 1, "lr": 0.1, "optimizer_states": optimizer_states})
+    )
     tokens = torch.arange(64, device="cuda")[None]
     for _ in range(2):
         transformer(tokens).sum().backward()
@@ -195,7 +197,7 @@ def losses(
     if compile:
         torch._dynamo.reset()
         transformer.compile_blocks()
-    optimizer = adamw(transformer, TrainConfig.model_validate({"tokens": 1, "optimizer_states": states}))
+    optimizer = adamw(dict(transformer.named_parameters()), TrainConfig.model_validate({"tokens": 1, "optimizer_states": states}))
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
     found = []
     for seed in range(steps):

@@ -32,7 +32,7 @@ def curve() -> list[list[float]]:
     transformer.initialise(11)
     model = TrainingModel(transformer, z_loss=1e-3, chunk=100)
     train = TrainConfig(tokens=1, lr=5e-3)
-    optimizer = adamw(transformer, train)
+    optimizer = adamw(dict(transformer.named_parameters()), train)
     random = torch.Generator().manual_seed(5)
     rows = torch.randint(256, (STEPS, 4, 65), generator=random).sort(-1).values
     found = []

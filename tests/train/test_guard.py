@@ -165,7 +165,7 @@ def test_states_are_named_after_their_weights_and_come_back() -> None:
     assert len(saved) == 3 * len(names) and "exp_avg_sq/blocks.0.qkv.weight" in saved
     other, _ = made()
     other.load_state_dict(model.state_dict())
-    fresh = adamw(other.transformer, TrainConfig(tokens=1))
+    fresh = adamw(dict(other.transformer.named_parameters()), TrainConfig(tokens=1))
     restore_optimizer(fresh, {weight: name for name, weight in other.transformer.named_parameters()}, saved)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b), "no weight has moved"

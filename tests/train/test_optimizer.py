@@ -25,7 +25,7 @@ def test_one_update_is_the_equation_of_the_paper() -> None:
     layer = nn.Linear(3, 2, bias=True)
     config = TrainConfig(tokens=1, lr=0.1, weight_decay=0.5, beta1=0.9, beta2=0.95, eps=1e-8)
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
-    optimizer = adamw(layer, config)
+    optimizer = adamw(dict(layer.named_parameters()), config)
     gradient = torch.tensor([[1.0, -2.0, 0.5], [0.1, 0.0, 3.0]])
     for step in (1, 2):
         layer.weight.grad, layer.bias.grad = gradient * step, torch.ones(2) * step
@@ -41,7 +41,7 @@ def test_one_update_is_the_equation_of_the_paper() -> None:
 
 
 def test_the_rate_reaches_every_group() -> None:
-    optimizer = adamw(nn.Linear(2, 2), TrainConfig(tokens=1))
+    optimizer = adamw(dict(nn.Linear(2, 2).named_parameters()), TrainConfig(tokens=1))
     set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
     assert math.isclose(optimizer.param_groups[0]["weight_decay"], 0.1) and optimizer.param_groups[1]["weight_decay"] == 0
@@ -50,7 +50,7 @@ def test_the_rate_reaches_every_group() -> None:
 def test_int8_without_torchao_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torchao.optim", None)
     with pytest.raises(UserError, match=r"train\.optimizer_states: int8 needs torchao; pip install"):
-        adamw(nn.Linear(2, 2), TrainConfig(tokens=1, optimizer_states="int8"))
+        adamw(dict(nn.Linear(2, 2).named_parameters()), TrainConfig(tokens=1, optimizer_states="int8"))
 
 
 @pytest.mark.parametrize("largest", [None, 1e-3, 0.5, 1e6])
@@ -64,7 +64,7 @@ def test_clipping_inside_the_fused_step_is_clipping_before_it(largest: float | N
         optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, eps=1e-2, fused=fused)  # a large eps, so that the scale shows
         for step in (1, 2):
             layer.weight.grad, layer.bias.grad = torch.arange(6.0).view(2, 3) * step, torch.ones(2)
-            norm = clip(optimizer, list(layer.parameters()), largest)
+            norm = clip(optimizer, largest)
             assert float(norm) == pytest.approx(math.sqrt(55 * step**2 + 2))
             optimizer.step()
         weights.append(layer.weight.detach())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -69,13 +70,23 @@ def chain(steps: int, rows: int) -> Tensor:
     return tokens
 
 
-def ours(case: Case, config: ModelConfig, train: TrainConfig, data: Tensor) -> tuple[list[float], Transformer]:
+def model_config(case: Case) -> ModelConfig:
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_ff": 64, "original_seq_len": 64}
+    return ModelConfig.model_validate(sizes | {"qk_norm": case.qk_norm, "head_dim": case.head_dim})
+
+
+def ours(case: Case) -> tuple[list[float], dict[str, Tensor]]:
+    """Train our model by ``train_step``; the weights come back by Hugging Face's names."""
+    config = model_config(case)
+    train = TrainConfig.model_validate(
+        {"tokens": 1, "lr": 3e-3, "warmup": 0.05, "schedule": case.schedule, "weight_decay": case.weight_decay, "grad_clip": case.grad_clip}
+    )
     transformer = Transformer(config)
     transformer.initialise(3)
     model = TrainingModel(transformer, z_loss=case.z_loss, chunk=50)
-    optimizer = adamw(transformer, train)
+    optimizer = adamw(dict(transformer.named_parameters()), train)
     losses = []
-    for step, rows in enumerate(data):
+    for step, rows in enumerate(chain(case.steps, ROWS)):
         batches = [Batch(part[:, :-1], part[:, 1:]) for part in rows.chunk(case.grad_accum)]
         stats = train_step(
             model,
@@ -88,13 +99,15 @@ def ours(case: Case, config: ModelConfig, train: TrainConfig, data: Tensor) -> t
             world=World(),
         )
         losses.append(stats.read()[0])
-    return losses, transformer
+    return losses, to_hf(config, transformer.state_dict())
 
 
-def plain(case: Case, config: ModelConfig, data: Tensor) -> tuple[list[float], dict[str, Tensor]]:
+@cache
+def plain(case: Case) -> tuple[list[float], dict[str, Tensor]]:
     """Train Hugging Face's model on the undivided rows, everything written out."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = model_config(case)
     transformer = Transformer(config)
     transformer.initialise(3)
     settings: dict[str, Any] = hf_config(config)
@@ -106,7 +119,7 @@ def plain(case: Case, config: ModelConfig, data: Tensor) -> tuple[list[float], d
     groups = [{"params": decayed, "weight_decay": case.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8)
     peak, losses = 3e-3, []
-    for step, rows in enumerate(data):
+    for step, rows in enumerate(chain(case.steps, ROWS)):
         logits = model(rows[:, :-1]).logits.float()
         log_z = logits.logsumexp(-1)
         cross_entropy = (log_z - logits.gather(-1, rows[:, 1:, None])[..., 0]).mean()
@@ -132,19 +145,11 @@ def plain(case: Case, config: ModelConfig, data: Tensor) -> tuple[list[float], d
 
 @pytest.mark.parametrize("name", CASES)
 def test_losses_and_weights_are_those_of_the_plain_loop(name: str) -> None:
-    case = CASES[name]
-    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_ff": 64, "original_seq_len": 64}
-    config = ModelConfig.model_validate(sizes | {"qk_norm": case.qk_norm, "head_dim": case.head_dim})
-    train = TrainConfig.model_validate(
-        {"tokens": 1, "lr": 3e-3, "warmup": 0.05, "schedule": case.schedule, "weight_decay": case.weight_decay, "grad_clip": case.grad_clip}
-    )
-    data = chain(case.steps, ROWS)
-    losses, transformer = ours(case, config, train, data)
-    expected, weights = plain(case, config, data)
-
+    losses, found = ours(CASES[name])
+    expected, weights = plain(CASES[name])
     assert losses == pytest.approx(expected, abs=LOSS_TOLERANCE)
     assert expected[-1] < 0.8 * expected[0], "the comparison is about a model that learns"
-    for key, value in to_hf(config, transformer.state_dict()).items():
+    for key, value in found.items():
         difference = (value - weights[key]).norm() / weights[key].norm()
         assert difference < WEIGHT_TOLERANCE, key
 
@@ -156,10 +161,8 @@ def test_losses_and_weights_are_those_of_the_plain_loop(name: str) -> None:
 )
 def test_a_part_left_out_is_noticed(wrong: Case) -> None:
     """The comparison above can fail: the plain loop without one of the parts is farther away than the tolerance."""
-    config = ModelConfig(vocab_size=VOCABULARY, d_model=32, n_layer=2, n_head=4, n_kv_head=2, d_ff=64, original_seq_len=64)
-    data = chain(40, ROWS)
-    with_part, weights = plain(wrong, config, data)
-    without, other = plain(Case(), config, data)
+    with_part, weights = plain(wrong)
+    without, other = plain(CASES["plain"])
     loss = max(abs(a - b) for a, b in zip(with_part, without, strict=True))
     moved = max(float((weights[key] - other[key]).norm() / other[key].norm()) for key in weights)
     assert loss > LOSS_TOLERANCE or moved > WEIGHT_TOLERANCE

@@ -53,7 +53,13 @@ def test_where_nothing_fits_the_least_is_proposed() -> None:
 
 @pytest.mark.parametrize(
     ("split", "moments", "int8"),
-    [(Split("ddp"), False, True), (Split("ddp"), True, False), (Split("fsdp", 8), False, False), (Split("hsdp", 4), False, False)],
+    [
+        (Split("ddp"), False, True),
+        (Split("ddp"), True, False),
+        (Split("ddp", owners=8), False, False),
+        (Split("fsdp", 8), False, False),
+        (Split("hsdp", 4), False, False),
+    ],
 )
 def test_moments_in_int8_are_proposed_where_they_can_be_had(split: Split, moments: bool, int8: bool) -> None:
     """Not in parts, and not to a run that goes on with others: both would be refused."""

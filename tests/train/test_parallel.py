@@ -34,16 +34,20 @@ def run_config(**train: Any) -> RunConfig:
     ("memory_gib", "world", "train", "expected"),
     [
         (80, World(), {"parallel": "fsdp"}, Split()),  # the same settings serve one process
-        (80, NODE, {}, Split("ddp")),
-        (80, NODE, {"batch_size": "auto"}, Split("ddp")),
-        (16, NODE, {}, Split("fsdp", 8, regathers=False)),
-        (16, TWO_NODES, {}, Split("hsdp", 8, regathers=False)),
+        (80, NODE, {}, Split("ddp", owners=8)),
+        (80, TWO_NODES, {}, Split("ddp", owners=8)),
+        (80, World(0, 6, 0, 6), {}, Split("ddp")),  # which do not divide the rows of every weight
+        (80, World(0, 3, 0, 2), {}, Split("ddp")),
+        (80, NODE, {"batch_size": "auto"}, Split("ddp", owners=8)),
+        (16, NODE, {}, Split("ddp", owners=8)),
+        (9, NODE, {}, Split("fsdp", 8, regathers=False)),
+        (9, TWO_NODES, {}, Split("hsdp", 8, regathers=False)),
         (4, TWO_NODES, {}, Split("fsdp", 16)),
-        (16, NODE, {"precision": "fp8"}, Split("ddp")),  # it does not fit, and the plan says so
+        (9, NODE, {"precision": "fp8"}, Split("ddp", owners=8)),  # it does not fit, and the plan says so
         (16, NODE, {"optimizer_states": "int8"}, Split("ddp")),
         (80, TWO_NODES, {"parallel": "hsdp"}, Split("hsdp", 8, regathers=False)),
         (80, TWO_NODES, {"parallel": "fsdp"}, Split("fsdp", 16, regathers=False)),
-        (16, NODE, {"parallel": "ddp"}, Split("ddp")),
+        (9, NODE, {"parallel": "ddp"}, Split("ddp", owners=8)),
     ],
 )
 def test_what_is_chosen(memory_gib: int, world: World, train: dict[str, Any], expected: Split) -> None:

@@ -330,7 +330,7 @@ def test_a_dry_run_names_what_is_not_there_and_counts_the_tokenizer_that_is(
     assert "nothing was started" in capsys.readouterr().out, "the plan is told first"
     run(settings(data={"source": "fineweb"}), resume=None, dry_run=True)  # a plan needs no network
     assert "warning" not in capsys.readouterr().err
-    run(settings(model={"n_layer": 10**7}, data={"source": "fineweb"}), resume=None, dry_run=True)
+    run(settings(model={"n_layer": 10_000, "d_ff": 2**22}, data={"source": "fineweb"}), resume=None, dry_run=True)
     assert "has less memory than that: a run is refused here" in capsys.readouterr().err
     trained(settings(train={"tokens": 128}))
     other = settings("other", tokenizer={"path": str(tmp_path / "run" / "tokenizer" / "tokenizer.model")}, model={"vocab_size": 4096})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -126,12 +125,11 @@ def _text(options: ContaminationOptions) -> tuple[list[Shard], Vocabulary, Path]
         raise UserError("--shards", f"{options.shards} is given, and --ckpt {options.ckpt} too", "give one of them")
     if options.ckpt is not None:
         from minifoundation.checkpoint import load_checkpoint
+        from minifoundation.commands.export_hf import native_tokenizer
 
         checkpoint = load_checkpoint(options.ckpt)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "tokenizer.model"
-            path.write_bytes(checkpoint.tokenizer_model)
-            tokenizer = Tokenizer.load(path)
+        with native_tokenizer(checkpoint) as tokenizer:
+            vocabulary = _vocabulary(tokenizer)
         found: dict[Path, Shard] = {}
         for entry in (Entry(**kept) for kept in checkpoint.ledger):
             shards = Shards.open(Path(entry.folder))
@@ -145,6 +143,7 @@ def _text(options: ContaminationOptions) -> tuple[list[Shard], Vocabulary, Path]
         opened = [Shards.open(folder) for folder in survey.folders(options.shards)]
         for one in opened:
             survey.check_tokenizer(one, tokenizer)
+        vocabulary = _vocabulary(tokenizer)
         found = {shard.path: shard for shards in opened for shard in shards.train}
         place = options.shards / "contamination.json"
     elif options.shards is not None:
@@ -153,7 +152,11 @@ def _text(options: ContaminationOptions) -> tuple[list[Shard], Vocabulary, Path]
         raise UserError("contamination", "no text to look in", "give --ckpt, or --shards with --tokenizer")
     if not found:
         raise UserError("contamination", "no training shards", "give the checkpoint of a run that has trained, or a folder of shards")
-    return list(found.values()), Vocabulary.of(tokenizer.surfaces, breaks=(*tokenizer.prefix, tokenizer.special.eos)), place
+    return list(found.values()), vocabulary, place
+
+
+def _vocabulary(tokenizer: Tokenizer) -> Vocabulary:
+    return Vocabulary.of(tokenizer.surfaces, breaks=(*tokenizer.prefix, tokenizer.special.eos))
 
 
 def _items(options: ContaminationOptions) -> tuple[list[Item], list[str]]:

@@ -7,7 +7,6 @@ import json
 import math
 import platform
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -25,6 +24,7 @@ from minifoundation.errors import UserError
 from minifoundation.evaluate.requests import read_tasks
 from minifoundation.lock import holder
 from minifoundation.model.attention import resolve
+from minifoundation.packages import installed
 from minifoundation.runtime import Machine
 from minifoundation.train.metrics import METRICS
 from minifoundation.train.provenance import RUN, driver_version
@@ -100,7 +100,7 @@ def _tried(where: Machine) -> Iterator[Finding]:
 
 
 def _benchmarks() -> Iterator[Finding]:
-    if find_spec("lm_eval") is None:
+    if not installed("lm_eval"):
         yield Finding("note", "lm-eval is not installed, so eval cannot run: pip install -e '.[eval]'")
         return
     tasks = read_tasks(str(REPOSITORY / "configs" / "tasks.txt"))

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from functools import partial
-from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +15,10 @@ from minifoundation.errors import UserError
 from minifoundation.evaluate import tables
 from minifoundation.evaluate.baselines import Baselines
 from minifoundation.evaluate.folder import is_checkpoint
-from minifoundation.evaluate.mirror import fingerprint, first_line
+from minifoundation.evaluate.mirror import fingerprint, first_line, sha256
 from minifoundation.evaluate.requests import Request, read_tasks
 from minifoundation.evaluate.results import RESULTS, Folder, Outcome, folder_for, replace_text
+from minifoundation.packages import installed
 
 if TYPE_CHECKING:
     from minifoundation.distributed import World
@@ -108,7 +108,7 @@ def _check_vllm(options: EvalOptions) -> None:
         raise UserError("--engine", problem, f"write one with export_hf --ckpt {options.model_path}, or leave --engine out")
     if options.device is not None:
         raise UserError("--device", "vllm computes on the GPU that it finds", "leave it out; CUDA_VISIBLE_DEVICES chooses among several")
-    if find_spec("vllm") is None:
+    if not installed("vllm"):
         raise UserError("--engine", "vllm is not installed", "pip install vllm, or leave --engine out")
 
 
@@ -150,7 +150,7 @@ def _loaded(options: EvalOptions) -> Iterator[Loaded]:
     device = model.default_device(options.device)
     dtype = model.DTYPES["fp32" if device == "cpu" else "bf16"] if options.dtype == "auto" else model.DTYPES[options.dtype]
     file = path / TENSORS if path.is_dir() else path
-    hashes = {file.name: model.sha256(file)} | ({"weights": "ema"} if options.ema else {})
+    hashes = {file.name: sha256(file)} | ({"weights": "ema"} if options.ema else {})
     with in_memory(checkpoint, dtype=dtype, ema=options.ema) as inside:
         network = model.placed(inside.network, device)
         source = model.Source(options.model_path, inside.folder, hashes, trained(checkpoint))

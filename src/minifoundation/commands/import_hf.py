@@ -16,6 +16,7 @@ from minifoundation.distributed import is_first_process
 from minifoundation.errors import UserError
 from minifoundation.export import reading, verify
 from minifoundation.export.tokenizer import tokenizer_differences
+from minifoundation.hf_folder import CONFIG, read_config
 from minifoundation.model.transformer import Transformer
 from minifoundation.train.state import Progress
 
@@ -46,13 +47,13 @@ def beginning(path: Path) -> Checkpoint:
     Raises:
         UserError: neither is there, or as ``import_hf``.
     """
-    if not (path / reading.CONFIG).is_file():
+    if not (path / CONFIG).is_file():
         try:
             return load_checkpoint(path)
         except UserError as error:
             if error.remedy != REMEDY:
                 raise
-            if path.is_file() and (path.parent / reading.CONFIG).is_file():
+            if path.is_file() and (path.parent / CONFIG).is_file():
                 remedy = f"did you mean the folder, {path.parent}?"
             else:
                 remedy = f"{REMEDY}, or a folder of Hugging Face on this machine"
@@ -109,7 +110,7 @@ def _belongs(tokenizer: Tokenizer, config: ModelConfig, folder: Path) -> None:
     if not pieces <= rows < pieces + SPARE_ROWS:
         problem = f"the tokenizer has {pieces:,} pieces, and the model {rows:,} rows for them"
         raise UserError(str(folder), problem, "copy the tokenizer of this very model into the folder")
-    ends = json.loads((folder / reading.CONFIG).read_text(encoding="utf-8")).get("eos_token_id")
+    ends = read_config(folder).get("eos_token_id")
     known = ends if isinstance(ends, list) else [ends]
     if ends is not None and tokenizer.special.eos not in known:
         named = tokenizer.special_tokens["eos_token"]

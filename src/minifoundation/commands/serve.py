@@ -13,7 +13,6 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from html import escape
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.error import URLError
@@ -22,6 +21,7 @@ from urllib.request import urlopen
 from minifoundation.config import ServeOptions
 from minifoundation.errors import UserError
 from minifoundation.evaluate.folder import check_folder, is_checkpoint
+from minifoundation.packages import installed
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -41,14 +41,14 @@ def serve(options: ServeOptions) -> None:
     Raises:
         UserError: no such model, the packages are not installed, the port is taken, or the engine does not start.
     """
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
+    if missing := [name for name in NEEDED if not installed(name)]:
         raise UserError("serve", f"{missing[0]} is not installed", "pip install -e '.[serve]'")
     import uvicorn
 
     if not options.model.exists():
         raise UserError("--model", f"{options.model}: no such file or folder", "give final.pth, a step_ folder or an exported folder")
-    engine: Engine = ("vllm" if find_spec("vllm") else "transformers") if options.engine == "auto" else options.engine
-    if engine == "vllm" and find_spec("vllm") is None:
+    engine: Engine = ("vllm" if installed("vllm") else "transformers") if options.engine == "auto" else options.engine
+    if engine == "vllm" and not installed("vllm"):
         raise UserError("--engine", "vllm is not installed", "pip install vllm, or leave --engine out")
     host = options.host.removeprefix("[").removesuffix("]")  # as in a URL
     listening = _listening(host, options.port)

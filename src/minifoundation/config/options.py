@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, field_validator
 
 from minifoundation.config.reading import dotted_names, nearest
 from minifoundation.config.run import DataConfig, RunConfig, TokenizerConfig
-from minifoundation.config.setting import Settings, from_home, setting
+from minifoundation.config.setting import Settings, from_home, may_be_path, setting
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 """The clone this package is installed from; ``configs/`` lies here."""
@@ -57,6 +57,8 @@ class PhaseOptions(RunOptions):
         help="settings that may differ from those of the checkpoint although they change the result: train.lr,train.warmup",
     )
     dry_run: bool = setting(False, flag="dry_run", help="print the plan (steps, parameters, FLOPs, memory, time) and stop")
+
+    _checkpoint = field_validator("resume")(may_be_path)
 
     @field_validator("allow_change", mode="before")
     @classmethod
@@ -177,7 +179,6 @@ class ExportOptions(Settings):
         flag="max_shard_bytes",
         help="largest weights file; larger weights become several files with an index [huggingface_hub: 5 GB]",
     )
-
     gguf: tuple[Literal["f16", "q8_0"], ...] = setting(
         (),
         flag="gguf",
@@ -231,12 +232,16 @@ class EvalOptions(Settings):
         False, flag="allow_code_exec", help="run programs written by the model (HumanEval, MBPP) in a sandboxed process"
     )
 
+    _paths = field_validator("model_path", "tasks")(may_be_path)
+
 
 class PullOptions(Settings):
     """``eval-data pull``: benchmark data from the hub to a mirror folder."""
 
     data_dir: Path = setting(help="mirror folder to write: <org>/<name>/<config>/<split>.parquet and manifest.json", flag="data_dir")
     tasks: str = setting("paper", flag="tasks", help="tasks whose data to pull: a suite, names separated by commas, or a file, as for eval")
+
+    _tasks = field_validator("tasks")(may_be_path)
 
 
 class CheckOptions(Settings):
@@ -245,6 +250,8 @@ class CheckOptions(Settings):
     data_dir: Path = setting(help="mirror folder to read", flag="data_dir")
     tasks: str = setting("paper", flag="tasks", help="tasks whose data must be there: a suite, names separated by commas, or a file")
     seal: bool = setting(False, flag="seal", help="rewrite the manifest from the files as they are")
+
+    _tasks = field_validator("tasks")(may_be_path)
 
 
 class ContaminationOptions(Settings):
@@ -260,6 +267,8 @@ class ContaminationOptions(Settings):
     evals: Folders = setting((), flag="evals", help="result folders of eval: print their scores on clean and dirty items")
     workers: int | None = setting(None, ge=1, flag="workers", help="processes that read shards; none: one per core")
     out: Path | None = setting(None, flag="out", help="file to write; none: contamination.json beside the checkpoint or the shards")
+
+    _tasks = field_validator("tasks")(may_be_path)
 
 
 class ReportOptions(Settings):

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import field_validator, model_validator
 
-from minifoundation.config.setting import Settings, setting
+from minifoundation.config.setting import Settings, may_be_path, setting
 
 
 class RopeConfig(Settings):
@@ -53,16 +53,26 @@ class RopeConfig(Settings):
         return self
 
 
+WIDEST, DEEPEST = 2**24, 10_000
+"""Of a model, beyond any that there is: a size with a slip in it is refused, and not tried for hours."""
+
+
 class ModelConfig(Settings):
     """A dense decoder in the layout of Llama (or Qwen3 when ``qk_norm`` is on)."""
 
-    vocab_size: int = setting(59_392, ge=8, multiple_of=8, help="rows of the embedding: the tokenizer's size, padded to a multiple of 128")
-    d_model: int = setting(help="width of the residual stream", ge=8)
-    n_layer: int = setting(help="number of blocks", ge=1)
-    n_head: int = setting(help="query heads", ge=1)
+    vocab_size: int = setting(
+        59_392, ge=8, le=WIDEST, multiple_of=8, help="rows of the embedding: the tokenizer's size, padded to a multiple of 128"
+    )
+    d_model: int = setting(help="width of the residual stream", ge=8, le=WIDEST)
+    n_layer: int = setting(help="number of blocks", ge=1, le=DEEPEST)
+    n_head: int = setting(help="query heads", ge=1, le=WIDEST)
     n_kv_head: int = setting(help="key/value heads; fewer than n_head means grouped-query attention (arXiv:2305.13245)", ge=1)
-    head_dim: int | None = setting(None, ge=2, help="width of a head; none: d_model/n_head [Qwen3-0.6B: 16 heads of 128 at d_model 1024]")
-    d_ff: int = setting(help="inner width of SwiGLU (arXiv:2002.05202); 8/3 d_model has as many weights as an older MLP of 4 d_model", ge=8)
+    head_dim: int | None = setting(
+        None, ge=2, le=WIDEST, help="width of a head; none: d_model/n_head [Qwen3-0.6B: 16 heads of 128 at d_model 1024]"
+    )
+    d_ff: int = setting(
+        help="inner width of SwiGLU (arXiv:2002.05202); 8/3 d_model has as many weights as an older MLP of 4 d_model", ge=8, le=WIDEST
+    )
     original_seq_len: int = setting(4096, ge=8, help="context length before any RoPE scaling: that of pretraining")
     rope: RopeConfig = RopeConfig()
     qk_norm: bool = setting(False, help="RMSNorm on queries and keys, per head (arXiv:2302.05442; Qwen3)")
@@ -269,7 +279,8 @@ class TrainConfig(Settings):
     )
     parallel: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = setting(
         "auto",
-        help="how the processes of torchrun share the model. ddp: a copy on each; fsdp: sharded over all (FSDP2, arXiv:2304.11277); "
+        help="how the processes of torchrun share the model. ddp: a copy on each, and a part of the optimizer (ZeRO-1, arXiv:1910.02054); "
+        "fsdp: sharded over all (FSDP2, arXiv:2304.11277); "
         "hsdp: sharded within each node; auto: ddp if a copy fits in memory, else hsdp or fsdp",
     )
     context_parallel: int = setting(
@@ -365,6 +376,8 @@ class EvalConfig(Settings):
     limit: int = setting(0, ge=0, help="documents of each task; 0: all, or as many as its line says")
     data_dir: Path | None = setting(None, help="mirror folder to read benchmarks from instead of the hub (eval-data pull writes one)")
     ema: bool = setting(False, help="evaluate the averaged weights instead of the current ones")
+
+    _tasks = field_validator("tasks")(may_be_path)
 
 
 class RunConfig(Settings):

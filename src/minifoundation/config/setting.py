@@ -27,6 +27,15 @@ def from_home(path: str) -> str:
         raise ValueError(f"{path}: there is no such user; write the whole path") from None
 
 
+def may_be_path(text: str | None) -> str | None:
+    """Return ``text``, a path or something else that is known by name, with the home folder in place of ``~``.
+
+    Raises:
+        ValueError: as ``from_home``.
+    """
+    return from_home(text) if text is not None and text.startswith("~") else text
+
+
 class Settings(BaseModel):
     """Base of all settings: frozen, no unknown names, ``none`` spelled as a word means off, whole numbers may be written as ``2e9``."""
 

@@ -46,16 +46,19 @@ def packed(path: Path) -> bytes:
         raise UserError(str(main), "no such file", "give a folder with a tokenizer.json, or a SentencePiece .model file")
     if "model" not in tokenizer:
         raise UserError(str(main), "no tokenizer.json of Hugging Face's tokenizers", REMEDY)
-    settings = (_json(folder / "special_tokens_map.json") or {}) | (_json(folder / "tokenizer_config.json") or {})
-    special = {name: _spelling(settings.get(name)) for name in NAMES}
+    config = folder / "tokenizer_config.json"
+    settings = (_json(folder / "special_tokens_map.json") or {}) | (_json(config) or {})
+    special = {name: _spelling(settings.get(name), name, config) for name in NAMES}
     for cuts in ("truncation", "padding"):  # settings of some program's last call
         tokenizer[cuts] = None
     return json.dumps({"special_tokens": special, "tokenizer": tokenizer}, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _spelling(token: Any) -> str | None:
-    spelling: str | None = token["content"] if isinstance(token, dict) else token
-    return spelling
+def _spelling(token: Any, name: str, path: Path) -> str | None:
+    spelling = token.get("content", token) if isinstance(token, dict) else token
+    if spelling is None or isinstance(spelling, str):
+        return spelling
+    raise UserError(str(path), f"{name} is {token!r}, which spells no token", "copy the folder again, or correct it")
 
 
 def _json(path: Path) -> dict[str, Any] | None:
@@ -85,11 +88,11 @@ class FastTokenizer(Tokenizer):
 
         super().__init__(path, model)
         contents = json.loads(model)
-        self._json: dict[str, Any] = contents["tokenizer"]
         try:
-            self.library = Library.from_str(json.dumps(self._json))
+            self.library = Library.from_str(json.dumps(contents["tokenizer"]))
         except Exception as error:  # the library raises bare exceptions
             raise UserError(str(path), f"is not read by tokenizers ({str(error).splitlines()[0]})", REMEDY) from None
+        self._json: dict[str, Any] = json.loads(self.library.to_str())  # with what older files leave out, as GPT-2's the type of the model
         self.library.encode_special_tokens = True  # spelled in a text, they are text
         self._special_tokens = {name: token for name, token in contents["special_tokens"].items() if token is not None}
         self.vocab_size = self.library.get_vocab_size()
@@ -181,7 +184,7 @@ class FastTokenizer(Tokenizer):
                 yield "it puts a space before every text (add_prefix_space)"
             if lost := [chr(byte) for byte in range(0x20, 0x7F) if CHARACTERS[byte] not in vocabulary]:
                 yield f"it has no tokens for {''.join(lost)}"
-        elif [part["type"] for part in _parts(decoder)] == ["ByteFallback", "Fuse"]:
+        elif [part["type"] for part in _parts(self._json["decoder"])] == ["ByteFallback", "Fuse"]:
             if not all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)):
                 yield "it has no tokens for some bytes"
         else:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 LONG_RUN = re.compile(r"(?:[^\w\s]|_){1001,}")
 """More symbols in a row than any word may have letters in C4. spaCy takes them off one at a time and copies the rest each time: 0.2 s for
-a thousand ``=``, 30 s for ten thousand, days for a megabyte."""
+a thousand ``=``, 33 s for ten thousand, days for a megabyte."""
 
 
 def quality_filter(names: Sequence[QualityFilter]) -> Callable[[str], str | Bad]:

@@ -1,25 +1,20 @@
-"""How a model is spread over processes: a copy on each (DDP), or a part (FSDP2). Why two: docs/decisions/0009-several-gpus.md."""
+"""How a model is spread over processes: a copy on each, or a part (FSDP2). Why two: docs/decisions/0009-several-gpus.md."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from minifoundation.distributed.replica import Copied, Replica
 from minifoundation.distributed.world import World
 
 Parallel = Literal["none", "ddp", "fsdp", "hsdp"]
-
-
-BUCKET_MIB = 64
-"""Gradients that travel at once: torch's 25 are so few that two H200 send at 168 GB/s, of the 297 that 256 MiB do (benchmarks/scaling.py);
-and the last ones, the tied embedding's, are waited for together with what is in their bucket."""
 
 
 class Split(NamedTuple):
@@ -29,12 +24,19 @@ class Split(NamedTuple):
     """none: one process; ddp: a copy on each; fsdp: a part on each; hsdp: a part on each of a node, every node alike."""
     shards: int = 1
     """Parts that weights, gradients and the optimizer's moments are in."""
+    owners: int = 1
+    """Processes among which a copy's rows are divided: each updates its own and has their moments."""
     regathers: bool = True
     """Whether the gathered weights of a block are given up after its forward, and gathered again for its backward."""
 
     @property
     def is_sharded(self) -> bool:
         return self.parallel in ("fsdp", "hsdp")
+
+    @property
+    def optimizer_shards(self) -> int:
+        """Parts that moments and averages are in."""
+        return self.shards if self.is_sharded else self.owners
 
 
 def spread(
@@ -43,13 +45,16 @@ def spread(
     split: Split,
     *,
     units: Iterable[nn.Module] = (),
+    copied: Iterable[Copied] = (),
     compute: torch.dtype = torch.float32,
     reduced: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """Return ``model``, the same on every process, so that its backward leaves the mean gradient over them in ``.grad``.
+    """Return ``model``, the same on every process, such that gradients are means over them after ``finish_gradients``.
 
     Args:
-        units: the modules whose weights are gathered, one after the other, where they are split; the rest of ``model`` is gathered once.
+        units: the modules whose gradients travel at once, and whose weights are gathered at once where they are split; the rest of
+            ``model`` is one more.
+        copied: the weights that the model uses as copies in half precision alone.
         compute: what weights are gathered in, where they are split.
         reduced: what gradients travel in.
     """
@@ -57,14 +62,7 @@ def spread(
         case "none":
             return model
         case "ddp":
-            with warnings.catch_warnings():  # torch 2.13 has another name for it, 2.11 does not know that one
-                warnings.simplefilter("ignore", FutureWarning)
-                copy = DistributedDataParallel(
-                    model, bucket_cap_mb=BUCKET_MIB, gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False
-                )
-            if reduced == torch.bfloat16:
-                copy.register_comm_hook(None, _in_bf16)
-            return copy
+            return Replica(model, world, owners=split.owners, units=units, copied=copied, reduced=reduced)
         case "fsdp" | "hsdp":
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -84,18 +82,29 @@ def spread(
             return model
 
 
-def _in_bf16(group, bucket):  # type: ignore[no-untyped-def]  # torch compares annotations with its own
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-
-    return bf16_compress_hook(group, bucket)  # by another name: by its own torch takes it with NCCL alone
+def trained(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Return what this process's optimizer updates of the ``weights`` of ``model``, which ``spread`` returned, by the same names."""
+    return {name: model.parts[weight] if isinstance(model, Replica) else weight for name, weight in weights.items()}
 
 
 def local_gradients(model: nn.Module) -> AbstractContextManager[None]:
     """Return a context in which backward adds to the gradients of this process alone; forward must be inside it too."""
-    if isinstance(model, DistributedDataParallel):
-        return model.no_sync()
+    if isinstance(model, Replica):
+        return model.local_gradients()
     fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported before something is split
     return _unreduced(model) if fsdp and isinstance(model, fsdp.FSDPModule) else nullcontext()
+
+
+def finish_gradients(model: nn.Module) -> None:
+    """Leave in ``.grad`` of what is ``trained`` the means over all processes, after the last backward of a step."""
+    if isinstance(model, Replica):
+        model.finish_gradients()
+
+
+def share_weights(model: nn.Module) -> None:
+    """Give every process what the others have updated, after a step of their optimizers."""
+    if isinstance(model, Replica):
+        model.share_weights()
 
 
 @contextmanager

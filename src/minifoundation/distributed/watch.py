@@ -67,8 +67,10 @@ class Watch:
         self._told: float | None = None
         self._warned = False
         self._done = threading.Event()
-        self._signals, self._wake = os.pipe() if world.size > 1 else (-1, -1)
-        os.set_blocking(self._wake, False) if world.size > 1 else None
+        self._signals, self._wake = -1, -1
+        if world.size > 1:
+            self._signals, self._wake = os.pipe()
+            os.set_blocking(self._wake, False)
 
     @contextmanager
     def watching(self) -> Iterator[Watch]:

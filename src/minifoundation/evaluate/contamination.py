@@ -12,10 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
 
 from minifoundation.errors import UserError
 from minifoundation.evaluate.ngrams import Index, Item
@@ -90,24 +91,37 @@ def read_findings(path: Path) -> dict[str, Any]:
         UserError: there is none, or it is something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _Findings.model_validate_json(text)
     except FileNotFoundError:
         raise UserError(str(path), "no such file", "write one with the command contamination") from None
     except IsADirectoryError:
         raise UserError(str(path), "is a folder", f"give the file: {path / 'contamination.json'}") from None
     except ValueError:
-        content = None
-    if not _are_findings(content):
-        raise UserError(str(path), "is not a result of the command contamination", "write it again")
-    found: dict[str, Any] = content
+        raise UserError(str(path), "is not a result of the command contamination", "write it again") from None
+    found: dict[str, Any] = json.loads(text)
     return found
 
 
-def _are_findings(content: Any) -> bool:
-    match content:
-        case {"benchmarks": list(rows), "text": {"tokens": int()}}:
-            return all(isinstance(row, dict) and {"benchmark", "short", "dirty"} <= row.keys() for row in rows)
-    return False
+class _Part(BaseModel):
+    """What is read of ``contamination.json``; what else stands there is let be."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Text(_Part):
+    tokens: int
+
+
+class _Benchmark(_Part):
+    benchmark: str
+    short: dict[Literal["13", "8"], int] = Field(min_length=len(SIZES))
+    dirty: dict[Literal["13", "8"], list[str]] = Field(min_length=len(SIZES))
+
+
+class _Findings(_Part):
+    text: _Text
+    benchmarks: list[_Benchmark]
 
 
 def separated(items: Sequence[dict[str, Any]], row: dict[str, Any], n: int, *, aggregate: str) -> Separated:

@@ -48,7 +48,7 @@ def seal(data_dir: Path, written: Sequence[Path] | None = None) -> int:
     """
     known = read_manifest(data_dir) if written is not None else None
     there = files(data_dir) if written is None or known is None else written
-    hashes = dict(sorted(((known or {}) | {str(path.relative_to(data_dir)): _sha256(path) for path in there}).items()))
+    hashes = dict(sorted(((known or {}) | {str(path.relative_to(data_dir)): sha256(path) for path in there}).items()))
     part = data_dir / f"{MANIFEST}.part"
     part.write_text(json.dumps({"format": 1, "sha256": hashes}, indent=1) + "\n", encoding="utf-8")
     part.replace(data_dir / MANIFEST)
@@ -60,7 +60,7 @@ def faults(data_dir: Path, hashes: dict[str, str]) -> list[str]:
     there = {str(path.relative_to(data_dir)) for path in files(data_dir)}
     missing = [f"{name}: missing" for name in sorted(hashes.keys() - there)]
     foreign = [f"{name}: not in the manifest" for name in sorted(there - hashes.keys())]
-    changed = [f"{name}: changed" for name in sorted(there & hashes.keys()) if _sha256(data_dir / name) != hashes[name]]
+    changed = [f"{name}: changed" for name in sorted(there & hashes.keys()) if sha256(data_dir / name) != hashes[name]]
     return [*missing, *changed, *foreign]
 
 
@@ -70,11 +70,12 @@ def fingerprint(data_dir: Path | None) -> str | None:
         return None
     digest = hashlib.sha256()
     for path in files(data_dir):
-        digest.update(f"{path.relative_to(data_dir)} {_sha256(path)}\n".encode())
+        digest.update(f"{path.relative_to(data_dir)} {sha256(path)}\n".encode())
     return digest.hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Return the hash of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -105,7 +106,7 @@ class Splits(dict[str, Any]):
         found = [path for path in sorted(folder.glob("*")) if path.suffix in SUFFIXES]
         for path in found:
             expected = hashes.get(str(path.relative_to(data_dir))) if hashes is not None else None
-            if hashes is not None and expected != _sha256(path):
+            if hashes is not None and expected != sha256(path):
                 problem = "is not in the mirror's manifest" if expected is None else "has changed since the mirror's manifest was written"
                 raise UserError(str(path), problem, PULL)
         super().__init__({path.stem: read_file(path) for path in found})

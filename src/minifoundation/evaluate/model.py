@@ -20,7 +20,7 @@ from minifoundation.errors import UserError
 from minifoundation.evaluate.encoding import Encoded, cache_folder, encoded_pairs
 from minifoundation.evaluate.folder import check_folder, loaded
 from minifoundation.evaluate.likelihood import BRANCHING, Network, Score, Span, log_likelihoods, parted
-from minifoundation.evaluate.mirror import first_line, go_offline_unless_reachable
+from minifoundation.evaluate.mirror import first_line, go_offline_unless_reachable, sha256
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 T = TypeVar("T")
@@ -259,12 +259,6 @@ def cut_prompts(prompts: Sequence[int], room: Sequence[int], context: int) -> in
     if max(room) >= context:
         raise UserError("context", f"{max(room)} tokens are generated, the model reads {context}", "extend it with longft")
     return sum(prompt > context - new for prompt, new in zip(prompts, room, strict=True))
-
-
-def sha256(path: Path) -> str:
-    """Return the hash of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _batch_tokens(network: Network) -> int:

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, TypeAdapter, field_validator
+
 from minifoundation.errors import UserError
 from minifoundation.evaluate.protocols import Row
 from minifoundation.evaluate.requests import Request
@@ -123,7 +125,8 @@ def read_results(folder: Path) -> dict[str, Any]:
     """
     path = folder / RESULTS
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _Results.model_validate_json(text)
     except FileNotFoundError:
         inner = folder / "eval"  # that of a model, whose evaluation lies in it
         remedy = f"give {inner}" if (inner / RESULTS).is_file() else "give a folder that eval wrote"
@@ -132,27 +135,93 @@ def read_results(folder: Path) -> dict[str, Any]:
         remedy = f"give {folder.parent}" if folder.name == RESULTS else "give a folder that eval wrote"
         raise UserError(str(folder), "is a file, not a folder", remedy) from None
     except ValueError:
-        content = None
-    if not _is_result(content):
-        raise UserError(str(path), "is not a result of eval of this version", "run eval again, or remove the folder")
-    found: dict[str, Any] = content
+        raise UserError(str(path), "is not a result of eval of this version", "run eval again, or remove the folder") from None
+    found: dict[str, Any] = json.loads(text)
     return found
 
 
-def _is_result(content: Any) -> bool:
-    match content:
-        case {"complete": bool(), "rows": list(rows), "model": {"path": str(), "parameters": int()}}:
-            return all(isinstance(row, dict) and {"request", "label", "row", "score", "not_run", "lm_eval"} <= row.keys() for row in rows)
-    return False
+class _Part(BaseModel):
+    """What is read of ``results.json``; what else stands there is let be."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Model(_Part):
+    path: str
+    parameters: int
+    dtype: str
+    device: str
+    max_length: int
+    sha256: dict[str, str]
+    engine: str | None = None
+    trained_tokens: int | None = None
+    imported_from: str | None = None
+    tokens_since_import: int | None = None
+
+
+class _Settings(_Part):
+    model_path: str
+    tasks: str
+    limit: int
+
+
+class _Versions(_Part):
+    lm_eval: str
+
+
+class _Row(_Part):
+    """The fields of ``Outcome`` that are written, and no others."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    request: str
+    label: str
+    score: float | None
+    stderr: float | None
+    n: int
+    shots: int
+    metric: str
+    measure: str
+    also: dict[str, float]
+    truncated: int
+    requests: int
+    seconds: float
+    not_run: str | None
+    row: dict[str, Any]
+    lm_eval: dict[str, Any]
+
+    @field_validator("row")
+    @classmethod
+    def _of_this_version(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if unknown := value.keys() - Row.__dataclass_fields__.keys():
+            raise ValueError(f"unknown: {unknown}")
+        TypeAdapter(Row).validate_python(value)
+        return value
+
+
+class _Results(_Part):
+    complete: bool
+    settings: _Settings
+    model: _Model
+    versions: _Versions
+    sandbox: str | None
+    rows: list[_Row]
 
 
 def read_items(folder: Path, label: str) -> list[dict[str, Any]]:
-    """Return the documents of an outcome as they were scored; none where they were not kept."""
+    """Return the documents of an outcome as they were scored; none where they were not kept.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = folder / "items" / f"{file_name(label)}.jsonl"
     if not path.exists():
         return []
-    with path.open(encoding="utf-8") as file:  # str.splitlines would cut at U+2028 and U+0085 too, which an answer may hold
-        return [json.loads(line) for line in file]
+    try:
+        with path.open(encoding="utf-8") as file:  # str.splitlines would cut at U+2028 and U+0085 too, which an answer may hold
+            return [json.loads(line) for line in file]
+    except ValueError:
+        raise UserError(str(path), "is damaged", "run eval again, or remove the folder") from None
 
 
 def file_name(label: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,15 +13,12 @@ from torch import Tensor
 from minifoundation.config import ModelConfig, build
 from minifoundation.errors import UserError
 from minifoundation.export.weights import from_hf, to_hf
+from minifoundation.hf_folder import CONFIG, read_config, weight_files
 from minifoundation.model.rope import yarn_gain
 from minifoundation.model.transformer import Transformer
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-CONFIG = "config.json"
-POINTER = b"version https://git-lfs"
-"""Begins what a clone without Git LFS has in place of a large file."""
+ROPE_NUMBERS = ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
 
 
 def model_config(folder: Path) -> ModelConfig:
@@ -37,11 +33,8 @@ def model_config(folder: Path) -> ModelConfig:
     if not path.is_file():
         problem = f"has no {CONFIG}" if folder.is_dir() else "no such folder"
         raise UserError(str(folder), problem, "give a folder that save_pretrained of transformers or export_hf wrote")
-    try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-        kind = written["model_type"]
-    except (ValueError, KeyError, TypeError, OSError):
-        raise UserError(str(path), "is not a model configuration", "give a folder that save_pretrained or export_hf wrote") from None
+    written = read_config(folder)
+    kind = written["model_type"]
     if kind not in ARCHITECTURES:
         named = (written.get("architectures") or [kind])[0]
         raise UserError(str(path), f"the architecture is {named}", f"{' and '.join(ARCHITECTURES.values())} can be imported")
@@ -88,6 +81,10 @@ def _foreign(hf: Any, written: Mapping[str, Any]) -> list[tuple[str, Any]]:
 def _rope(hf: Any, path: Path) -> dict[str, Any]:
     """Return ``rope`` and ``original_seq_len``."""
     rope, length = hf.rope_parameters, hf.max_position_embeddings
+    for name in ("rope_theta", *(name for name in ROPE_NUMBERS if rope.get(name) is not None)):
+        value = rope.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(str(path), f"{name} is {value!r}, which is not a number", "correct it, or copy the folder again")
     theta, factor = float(rope["rope_theta"]), float(rope.get("factor") or 1.0)
     original = rope.get("original_max_position_embeddings")
     fault = None
@@ -124,38 +121,19 @@ def _rope(hf: Any, path: Path) -> dict[str, Any]:
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """Return every tensor of ``model.safetensors``, else of the files that the index names, as they are stored.
-
-    Where both are there, this is the one that transformers reads.
+    """Return every tensor of the weights in ``folder`` as it is stored.
 
     Raises:
         UserError: a file is missing, damaged or of another format.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    index = folder / INDEX
-    if index.is_file() and not (folder / SINGLE).is_file():
-        try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise UserError(str(index), "is not a weights index", "copy the folder again") from None
-    else:
-        files = [SINGLE]
     found: dict[str, Tensor] = {}
-    for name in files:
-        path = folder / name
-        if path.parent != folder or not path.is_file():
-            raise UserError(
-                str(path), "no such file", "copy the folder again, or write it by save_pretrained of transformers (safetensors)"
-            )
-        try:
-            found |= load_file(path)
-        except SafetensorError as error:
-            with path.open("rb") as file:
-                if file.read(len(POINTER)) == POINTER:
-                    raise UserError(str(path), "is a pointer of Git LFS, not the weights", f"run git lfs pull in {folder}") from None
-            raise UserError(str(path), f"is damaged ({error})", "copy it again") from None
+    for file in weight_files(folder):
+        if file.suffix != ".safetensors":
+            remedy = "load the folder with transformers and write it by save_pretrained"
+            raise UserError(str(file), "is not in the format of safetensors", remedy)
+        found |= load_file(file)
     return found
 
 

@@ -61,6 +61,22 @@ class Matrix(nn.Module):
             return self.small
         return self.weight if self.copy is None else self.copy
 
+    @property
+    def is_copied(self) -> bool:
+        """Whether nothing but the copy in half precision is made of the weight."""
+        return self.copy is not None and self.rows is None
+
+    def new_rows(self) -> Tensor:
+        """Return where the weight's rows are to be written in half precision, (E, D), for ``take``."""
+        assert self.copy is not None
+        return torch.empty_like(self.copy) if self.interleaved else self.copy
+
+    def take(self, rows: Tensor) -> None:
+        """Make the copy of ``rows``, from ``new_rows``, instead of the weight, which ``refresh`` then leaves alone until it changes."""
+        if self.copy is not None and self.interleaved:
+            self.copy.copy_(gated.interleaved(rows).reshape(rows.shape))
+        self.copied_version = self.weight._version
+
     def forward(self, x: Tensor) -> Tensor:
         if self.copy is None:
             return F.linear(x, self.weight.to(x.dtype))

@@ -5,6 +5,8 @@ Letters: D model width, H query heads, K key/value heads, h head width, F feed-f
 
 from __future__ import annotations
 
+import math
+
 from minifoundation.config import ModelConfig
 
 MOMENT_BYTES = {"fp32": 8.0, "int8": 2 * (1 + 4 / 256)}
@@ -25,6 +27,12 @@ def n_parameters(config: ModelConfig) -> int:
 def n_matmul_parameters(config: ModelConfig) -> int:
     """Return the number of weights that multiply activations: the blocks' matrices and the head, not norms, not the embedding look-up."""
     return config.n_layer * _block_matrices(config) + config.vocab_size * config.d_model
+
+
+def rows_divisor(config: ModelConfig) -> int:
+    """Return the largest number of parts of equal size into which the rows of every weight can be divided."""
+    D, H, K, h = config.d_model, config.n_head, config.n_kv_head, config.head_width
+    return math.gcd(D, (H + 2 * K) * h, 2 * config.d_ff, config.vocab_size, h if config.qk_norm else 0)
 
 
 def _block_matrices(config: ModelConfig) -> int:
@@ -58,8 +66,8 @@ def memory_bytes(
     loss_chunk: int,
     context: int = 1,
     shards: int = 1,
+    optimizer_shards: int = 1,
     regathers: bool = True,
-    bucket_bytes: int = 0,
 ) -> dict[str, int]:
     """Return the predicted peak of allocated device memory by what it holds, in bytes; the sum is the prediction.
 
@@ -74,9 +82,9 @@ def memory_bytes(
         ema: whether an averaged copy of the weights is kept on the device.
         loss_chunk: tokens whose logits are held at once.
         context: devices that read a row together: each has as small a part of the tokens.
-        shards: parts that weights, gradients and moments are in, on as many devices.
+        shards: parts that weights and gradients are in, on as many devices.
+        optimizer_shards: parts that moments and averages are in.
         regathers: gathered weights of a block are given up after its forward.
-        bucket_bytes: a parameter, of the memory that gradients travel from, which stays from step to step.
     """
     parameters, N, V, D = n_parameters(config), batch_size * seq_len // context, config.vocab_size, config.d_model
     item = 4 if precision == "fp32" else 2
@@ -116,11 +124,10 @@ def memory_bytes(
     always = {
         "weights": 4 * parameters // shards,
         "weight_copies": copies,
-        "optimizer": round(MOMENT_BYTES[optimizer_states] * parameters / shards),
-        "ema": 4 * parameters // shards if ema else 0,
+        "optimizer": round(MOMENT_BYTES[optimizer_states] * parameters / optimizer_shards),
+        "ema": 4 * parameters // optimizer_shards if ema else 0,
     }
-    # What micro-batches without sending add up is beside the memory that gradients travel from.
-    earlier_gradients = gradients * (grad_accum > 1) + bucket_bytes * parameters
+    earlier_gradients = gradients * (grad_accum > 1)
     at_loss = {
         **always,
         "gradients": earlier_gradients,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import BaseModel
 
 from minifoundation import __version__
 from minifoundation.config import RunConfig, changed
@@ -180,15 +181,28 @@ def _percent(share: float | None, digits: int = 1) -> str:
 
 
 def read_parity(folders: Sequence[Path]) -> dict[str, Any] | None:
-    """Return the content of the first ``parity.json`` in ``folders`` or beside them; raises a UserError when it is another's or damaged."""
+    """Return what is shown of the first ``parity.json`` in ``folders`` or beside them.
+
+    Raises:
+        UserError: it is another's, or damaged.
+    """
     for folder in folders:
         for path in (folder / "parity.json", folder.parent / "parity.json"):
             if path.is_file():
                 try:
-                    content = json.loads(path.read_text(encoding="utf-8"))
+                    return _Proof.model_validate_json(path.read_text(encoding="utf-8")).model_dump()
                 except ValueError:
-                    content = None
-                if not isinstance(content, dict) or not {"checks", "tolerance", "compared"} <= content.keys():
-                    raise UserError(str(path), "is not a proof written by export_hf", "export again, or remove the file")
-                return content
+                    raise UserError(str(path), "is not a proof written by export_hf", "export again, or remove the file") from None
     return None
+
+
+class _Check(BaseModel):
+    difference: float
+
+
+class _Proof(BaseModel):
+    """What is shown of ``parity.json``."""
+
+    checks: list[_Check]
+    tolerance: float
+    compared: str

@@ -6,7 +6,7 @@ import torch
 
 from minifoundation.checkpoint import Checkpoint, Saver
 from minifoundation.data.supply import Supply
-from minifoundation.distributed import Watch
+from minifoundation.distributed import Watch, trained
 from minifoundation.model.training import TrainingModel
 from minifoundation.train.corpus import TrainingData
 from minifoundation.train.ema import Average
@@ -38,13 +38,14 @@ def built(
     if config.train.compile:
         transformer.compile_blocks()
     model = spread_over(training_model, config, machine, world, split)
-    optimizer = adamw(transformer, config.train)
+    weights = trained(model, dict(transformer.named_parameters()))
+    optimizer = adamw(weights, config.train)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=config.train.precision == "fp16")
     average = None
     if config.train.ema is not None:
-        average = Average(dict(transformer.named_parameters()), config.train.ema, resumed.ema if resumed else None)
+        average = Average(weights, config.train.ema, resumed.ema if resumed else None)
     guard = Guard(config.train.spike_z, config.train.spike_window, machine.device, resumed.window if resumed else None)
-    names: dict[torch.Tensor, str] = {weight: name for name, weight in transformer.named_parameters()}
+    names: dict[torch.Tensor, str] = {weight: name for name, weight in weights.items()}
     earlier = start.checkpoint.ledger if start else []
     if resumed is not None:
         restore_optimizer(optimizer, names, resumed.optimizer)

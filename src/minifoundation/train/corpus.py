@@ -108,14 +108,7 @@ def _opened(
 ) -> TrainingData:
     before = resumed or (start.checkpoint if start else None)
     tokenizer = run_tokenizer(config, before)
-    if resumed:
-        progress = Progress(**resumed.progress)
-    elif start:
-        progress = Progress(phase=start.phase, imported_from=start.checkpoint.progress.get("imported_from"))
-    else:
-        progress = Progress()
-    progress.samples_per_step = planned.samples_per_step
-    progress.stepped_over = sorted({(first, end): [first, end] for first, end in [*progress.stepped_over, *stepped_over]}.values())
+    progress = _progress(planned, resumed=resumed, start=start, stepped_over=stepped_over)
     sources = sorted(config.data.weights)
     weights = config.data.weights
     assert isinstance(config.train.batch_size, int)
@@ -163,6 +156,19 @@ def _opened(
     wants = [replace(want, samples=max(want.samples, read.get(want.source, 0))) for want in wants]
     to_make = tuple(want for want in wants if not want.met(shards[want.source], want.samples))
     return TrainingData(tokenizer, loader, held_out, progress, to_make)
+
+
+def _progress(planned: Plan, *, resumed: Checkpoint | None, start: Start | None, stepped_over: list[list[int]]) -> Progress:
+    """Return how far the phase has come."""
+    if resumed:
+        progress = Progress(**resumed.progress)
+    elif start:
+        progress = Progress(phase=start.phase, imported_from=start.checkpoint.progress.get("imported_from"))
+    else:
+        progress = Progress()
+    progress.samples_per_step = planned.samples_per_step
+    progress.stepped_over = [list(one) for one in sorted({(first, end) for first, end in [*progress.stepped_over, *stepped_over]})]
+    return progress
 
 
 def refuse_absent(config: RunConfig) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ class Average:
     (the warm-up of TensorFlow's ExponentialMovingAverage).
     """
 
-    def __init__(self, parameters: dict[str, Tensor], decay: float, state: dict[str, Tensor] | None = None) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float, state: dict[str, Tensor] | None = None) -> None:
         self.decay = decay
         self.names = list(parameters)
         self.weights = list(parameters.values())

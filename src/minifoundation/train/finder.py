@@ -59,7 +59,7 @@ def with_batch_size(
     for one in predicted_to_fit(config, machine, split):
         if fits(one):
             return one
-    narrow = "" if split.is_sharded else "--train.optimizer_states int8 "
+    narrow = "" if split.optimizer_shards > 1 else "--train.optimizer_states int8 "
     raise UserError(
         "train.batch_size",
         f"not even one row of {config.train.seq_len} tokens fits {machine.name} ({machine.memory_bytes / 2**30:.1f} GiB)",

@@ -6,8 +6,7 @@ import hashlib
 import json
 import socket
 import statistics
-from collections.abc import Callable, Mapping
-from itertools import pairwise
+from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
 
@@ -19,12 +18,12 @@ from minifoundation.config import RunConfig, dotted_names
 from minifoundation.data.loader import Loader
 from minifoundation.distributed import World
 from minifoundation.errors import UserError
-from minifoundation.runtime import Machine, Moment
+from minifoundation.runtime import Machine
+from minifoundation.train.ceilings import median_seconds
 from minifoundation.wording import counted
 
 BYTES = {"cuda": 2**28, "cpu": 2**20}
 """Of the tensor that is summed over all processes to measure their network."""
-WARM_UP, ROUNDS = 2, 5
 WIDTH = 8192
 """Of the square matrices whose product tells a slow GPU."""
 SLOW = 1.15
@@ -100,10 +99,10 @@ def network(machine: Machine, world: World) -> list[str]:
     """Return lines for a person: how fast sums over all processes are, and which process is slow by itself."""
     if world.size == 1:
         return []
-    n_bytes = BYTES[machine.device.type]
-    rate = bus_bandwidth(machine, world, n_bytes)
+    rate = bus_bandwidth(machine, world)
     nodes = counted(world.nodes, "machine")
-    lines = [f"  network  {world.size} processes on {nodes}: {n_bytes >> 20} MiB are summed at {rate / 1e9:,.1f} GB/s (bus bandwidth)"]
+    summed = f"{BYTES[machine.device.type] >> 20} MiB are summed at {rate / 1e9:,.1f} GB/s (bus bandwidth)"
+    lines = [f"  network  {world.size} processes on {nodes}: {summed}"]
     if not machine.is_cuda:
         return lines
     times = world.of_all((product_seconds(machine), socket.gethostname()))
@@ -116,21 +115,14 @@ def network(machine: Machine, world: World) -> list[str]:
     return lines
 
 
-def bus_bandwidth(machine: Machine, world: World, n_bytes: int) -> float:
-    """Return the bytes/s that each process sends while a tensor of ``n_bytes`` is summed over all: 2 (n - 1) / n of it."""
+def bus_bandwidth(machine: Machine, world: World) -> float:
+    """Return the bytes/s that each process sends while a tensor is summed over all: 2 (n - 1) / n of its bytes."""
+    n_bytes = BYTES[machine.device.type]
     values = torch.zeros(n_bytes // 4, device=machine.device)
-    return 2 * (world.size - 1) / world.size * n_bytes / _seconds(lambda: world.total(values), machine)
+    return 2 * (world.size - 1) / world.size * n_bytes / median_seconds(lambda: world.total(values), machine)
 
 
 def product_seconds(machine: Machine) -> float:
     """Return what a square product of ``WIDTH`` in half precision takes on this process's GPU alone."""
     a = torch.ones(WIDTH, WIDTH, device=machine.device, dtype=torch.float16)
-    return _seconds(lambda: a @ a, machine)
-
-
-def _seconds(work: Callable[[], object], machine: Machine) -> float:
-    moments = [Moment(machine)]
-    for _ in range(WARM_UP + ROUNDS):
-        work()
-        moments.append(Moment(machine))
-    return statistics.median(after.seconds_since(before) for before, after in pairwise(moments[WARM_UP:]))
+    return median_seconds(lambda: a @ a, machine)

@@ -19,22 +19,21 @@ def decayed(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and "embedding" not in name
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the two groups of AdamW, decayed and not, in the order of ``named_parameters``."""
-    named = list(model.named_parameters())
+def parameter_groups(weights: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Return the two groups of AdamW, decayed and not, each in the order of ``weights``."""
     return [
-        {"params": [p for n, p in named if decayed(n, p)], "weight_decay": weight_decay},
-        {"params": [p for n, p in named if not decayed(n, p)], "weight_decay": 0.0},
+        {"params": [p for n, p in weights.items() if decayed(n, p)], "weight_decay": weight_decay},
+        {"params": [p for n, p in weights.items() if not decayed(n, p)], "weight_decay": 0.0},
     ]
 
 
-def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Return AdamW over the fp32 weights of ``model`` with moments in ``config.optimizer_states``.
+def adamw(weights: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """Return AdamW over fp32 ``weights``, by name, with moments in ``config.optimizer_states``.
 
     Raises:
         UserError: int8 moments without torchao.
     """
-    groups = parameter_groups(model, config.weight_decay)
+    groups = parameter_groups(weights, config.weight_decay)
     made: Any = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     optimizer: torch.optim.Optimizer
     if config.optimizer_states == "fp32":
@@ -46,21 +45,22 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
             raise UserError("train.optimizer_states", "int8 needs torchao", "pip install -e '.[gpu]', or use fp32") from None
         optimizer = AdamW8bit(groups, **made)
     # Fused kernels do not count their changes, and the half-precision copies are made again by that count (model/matrix.py).
-    weights = [weight for group in groups for weight in group["params"]]
-    optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(weights))
+    changed = list(weights.values())
+    optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(changed))
     return optimizer
 
 
-def clip(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], largest: float | None) -> Tensor:
+def clip(optimizer: torch.optim.Optimizer, largest: float | None) -> Tensor:
     """Return the norm of the gradients, and see to it that the next step of ``optimizer`` uses them scaled down to norm ``largest``."""
-    norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = whole(nn.utils.get_total_norm(gradients))
     if largest is None:
         return norm
     if optimizer.defaults.get("fused"):
         # torch's fused kernel divides gradients by this in its own pass over them.
         optimizer.grad_scale = ((norm + 1e-6) / largest).clamp(min=1.0)  # type: ignore[attr-defined]
     else:
-        torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], (largest / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_([local(gradient) for gradient in gradients], (largest / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 

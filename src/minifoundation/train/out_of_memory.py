@@ -80,7 +80,7 @@ def remedy(config: RunConfig, machine: Machine, world: World, split: Split = ALO
     usable = min(USABLE_MEMORY * machine.memory_bytes, 0.9 * plan(config, world.size, split).memory_total)
     tried = [
         (options, plan(_changed(config, options), world.size, split).memory_total)
-        for options in _changes(config, int8=not (split.is_sharded or moments))
+        for options in _changes(config, int8=not (split.optimizer_shards > 1 or moments))
     ]
     return next(((options, needed) for options, needed in tried if needed <= usable), min(tried, key=lambda one: one[1]))
 

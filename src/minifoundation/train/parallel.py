@@ -10,9 +10,17 @@ from minifoundation.config import RunConfig
 from minifoundation.data.batch import Batch
 from minifoundation.distributed import Split, World, spread
 from minifoundation.errors import UserError
+from minifoundation.model.size import rows_divisor
 from minifoundation.model.training import TrainingModel
 from minifoundation.runtime import Machine
+from minifoundation.train.meeting import bus_bandwidth
 from minifoundation.train.plan import USABLE_MEMORY, predicted_memory, sharers
+
+FAST = 100e9
+"""Bytes/s of sums over a machine's GPUs above which gradients travel after the backward: NVLink does 230e9 and more, PCIe 40e9.
+
+Beside it they cost more than that, in products that wait for processors (docs/scaling.md); only what takes long is worth hiding.
+"""
 
 
 def chosen_split(config: RunConfig, machine: Machine, world: World) -> Split:
@@ -37,8 +45,9 @@ def chosen_split(config: RunConfig, machine: Machine, world: World) -> Split:
             "train.parallel", f"hsdp with {world.nodes} nodes of {world.local_size} processes", "it needs two of each; take fsdp"
         )
     whole = train.precision == "fp8" or train.optimizer_states == "int8"
-    if asked == "ddp" or (asked == "auto" and (whole or _fits(config, machine, Split("ddp")))):
-        return Split("ddp")
+    copies = Split("ddp", owners=_owners(config, world))
+    if asked == "ddp" or (asked == "auto" and (whole or _fits(config, machine, copies))):
+        return copies
     within_a_node = world.nodes > 1 and world.local_size > 1
     in_a_node = Split("hsdp", world.local_size)
     chosen = (
@@ -46,6 +55,13 @@ def chosen_split(config: RunConfig, machine: Machine, world: World) -> Split:
     )
     kept = chosen._replace(regathers=False)
     return kept if _fits(config, machine, kept) else chosen
+
+
+def _owners(config: RunConfig, world: World) -> int:
+    """Return among how many processes of a machine the rows of every weight are divided: all, where that can be done."""
+    size = world.local_size
+    divisible = world.size % size == 0 and rows_divisor(config.model) % size == 0
+    return size if divisible and config.train.optimizer_states != "int8" else 1
 
 
 def _fits(config: RunConfig, machine: Machine, split: Split) -> bool:
@@ -61,11 +77,16 @@ def spread_over(model: TrainingModel, config: RunConfig, machine: Machine, world
     there is the less to send.
     """
     narrow = config.train.reduce_precision == "bf16" and not (split.is_sharded and config.train.grad_accum > 1)
+    transformer = model.transformer
+    one_machine = split.parallel == "ddp" and machine.is_cuda and world.nodes == 1
+    at_once = one_machine and min(world.of_all(bus_bandwidth(machine, world))) > FAST
     return spread(
         model,
         world,
         split,
-        units=model.transformer.blocks,
+        units=() if at_once else transformer.blocks,
+        # A tied head's rows are looked up in float32 as well.
+        copied=[m for m in transformer.matrices if m.is_copied and m is not transformer.embedding],
         compute=runtime.compute_dtype(config.train.precision, machine),
         reduced=torch.bfloat16 if narrow else torch.float32,
     )

@@ -104,8 +104,8 @@ def predicted_memory(config: RunConfig, split: Split = ALONE) -> dict[str, int]:
         ema=train.ema is not None,
         loss_chunk=train.loss_chunk,
         shards=split.shards,
+        optimizer_shards=split.optimizer_shards,
         regathers=split.regathers,
-        bucket_bytes=(6 if train.reduce_precision == "bf16" else 4) if split.parallel == "ddp" else 0,  # in bf16 a copy travels
     )
 
 
@@ -127,6 +127,7 @@ def describe(config: RunConfig, plan: Plan, machine: Machine, world_size: int) -
     }
     if world_size > 1:
         split = "a copy of the model on each" if plan.split.shards == 1 else f"the model in {plan.split.shards} parts"
+        split += f", the optimizer in {plan.split.owners} parts" if plan.split.owners > 1 else ""
         rows["parallel"] = f"{plan.split.parallel}, {processes(world_size)}: {split}; gradients travel in {train.reduce_precision}"
         if train.context_parallel > 1:
             rows["parallel"] += f"; {train.context_parallel} read a row together, {train.seq_len // train.context_parallel:,} tokens each"

@@ -14,7 +14,7 @@ from minifoundation import runtime
 from minifoundation.checkpoint import FINAL, Checkpoint, Saver, load_checkpoint, save_final, step_folder, step_folders, tidy, write_whole
 from minifoundation.config import RunConfig, changed, to_yaml
 from minifoundation.data.supply import Supply
-from minifoundation.distributed import Split, World, join, sharing_rows
+from minifoundation.distributed import World, join, sharing_rows
 from minifoundation.errors import Interrupted, Stopped, UserError
 from minifoundation.lock import held
 from minifoundation.runtime import Machine
@@ -36,7 +36,7 @@ from minifoundation.train.meeting import network, same_data, same_run
 from minifoundation.train.metrics import METRICS, MetricsLog
 from minifoundation.train.out_of_memory import is_out_of_memory, refuse_too_large, too_large
 from minifoundation.train.parallel import accumulated, as_asked, chosen_split
-from minifoundation.train.plan import describe, micro_batch, plan
+from minifoundation.train.plan import Plan, describe, micro_batch, plan
 from minifoundation.train.printer import Printer, Say
 from minifoundation.train.provenance import record_start, typed
 from minifoundation.train.resume import checkpoint_to_resume, refuse_another_run, refuse_used, set_others_aside
@@ -107,21 +107,15 @@ def _run(
     asked = world.agreed(lambda: with_vocabulary(asked, before, None if before else given_tokenizer(asked, say), say))
     if resumed is not None:
         asked = _with_rows_of(resumed, asked, world)
-    split = world.agreed(lambda: chosen_split(asked, machine, world))
-    config = world.agreed(lambda: with_batch_size(asked, machine, split=split))
-    with world.together():
-        planned = plan(config, world.size, split)
-        if resumed is not None and path is not None:
+    config, planned = _planned(asked, machine, world, say, by_trial=False)
+    if resumed is not None and path is not None:
+        with world.together():
             refuse_another_run(resumed, config, allowed, planned, path, say)
-    if dry_run and world.is_first:
-        print(f"plan of {config.out_dir}:\n{describe(config, planned, machine, world.size)}\nnothing was started (--dry_run)")
     moments = _has_moments(config, resumed, start)
-    world.agreed(lambda: refuse_too_large(config, machine, world, split, moments=moments, planned=dry_run))
     if dry_run:
-        if planned.memory_total > machine.memory_bytes:
-            say(f"warning: {machine.name} has less memory than that: a run is refused here")
-        world.agreed(lambda: refuse_absent(config))
+        world.agreed(lambda: _dry_run(config, planned, machine, world, say, moments=moments))
         return None
+    world.agreed(lambda: refuse_too_large(config, machine, world, planned.split, moments=moments))
     if resumed is not None and resumed.progress["step"] >= planned.steps and not resumed.optimizer:
         say(f"{path} is finished: {planned.steps:,} of {planned.steps:,} steps")
         return path
@@ -132,12 +126,9 @@ def _run(
             world.agreed(partial(set_others_aside, config.out_dir, path, resumed.progress["step"], say))
         with world.together():
             suite = suite_for(config)
-        # One that is trained now may have fewer pieces than were planned with.
+        # Once more: a tokenizer that is trained now may have fewer pieces than were asked for, and steps of the real model show what fits.
         asked = world.agreed(lambda: with_vocabulary(asked, before, run_tokenizer(asked, before), say))
-        split = world.agreed(lambda: chosen_split(asked, machine, world))
-        with world.together():
-            config = _fitting(asked, split, machine, world, say) if asked.train.batch_size == "auto" else asked
-            planned = plan(config, world.size, split)
+        config, planned = _planned(asked, machine, world, say, by_trial=True)
         phase = Phase(config, planned, machine, world, start, suite, say)
         return _trained(phase, stop, path=path, resumed=resumed)
     except RuntimeError as error:
@@ -145,8 +136,39 @@ def _run(
             raise
         begun = bool(step_folders(config.out_dir)) or (config.out_dir / METRICS).exists()
         going_on = _going_on(config, resume) if begun else {}
-        fault = too_large(config, machine, world, split=split, going_on=going_on, moments=_has_moments(config, resumed, start))
+        moments = _has_moments(config, resumed, start)
+        fault = too_large(config, machine, world, split=planned.split, going_on=going_on, moments=moments)
     raise fault  # outside the handler, so that what the device held for the step is free
+
+
+def _planned(asked: RunConfig, machine: Machine, world: World, say: Say, *, by_trial: bool) -> tuple[RunConfig, Plan]:
+    """Return the settings of the run that is ``asked`` for, with the rows that fit, and its plan; the same on every process.
+
+    Args:
+        by_trial: with ``batch_size: auto`` real steps show what fits, and it is told; else what is predicted to fit is taken for it.
+
+    Raises:
+        UserError: the processes cannot share such a model, not even one row fits, or there are fewer tokens than one step takes.
+    """
+    split = world.agreed(lambda: chosen_split(asked, machine, world))
+
+    def fits(one: RunConfig) -> bool:
+        return not by_trial or steps_fit(one, machine, world, say, split)
+
+    with world.together():
+        config = with_batch_size(asked, machine, fits, split)
+        if by_trial and asked.train.batch_size == "auto":
+            say(f"train.batch_size: auto is {micro_batch(config.train)} x {micro_batches(config.train.grad_accum)}")
+        return config, plan(config, world.size, split)
+
+
+def _dry_run(config: RunConfig, planned: Plan, machine: Machine, world: World, say: Say, *, moments: bool) -> None:
+    """Print the plan of a run that is not started, and refuse what cannot work of it, as far as this is known without starting."""
+    print(f"plan of {config.out_dir}:\n{describe(config, planned, machine, world.size)}\nnothing was started (--dry_run)")
+    refuse_too_large(config, machine, world, planned.split, moments=moments, planned=True)
+    if planned.memory_total > machine.memory_bytes:
+        say(f"warning: {machine.name} has less memory than that: a run is refused here")
+    refuse_absent(config)
 
 
 def _going_on(config: RunConfig, resume: str | None) -> dict[str, str]:
@@ -202,13 +224,6 @@ def _with_rows_of(resumed: Checkpoint, asked: RunConfig, world: World) -> RunCon
     return asked.replaced(train={"grad_accum": rows}) if rows_left_open(asked) else asked
 
 
-def _fitting(asked: RunConfig, split: Split, machine: Machine, world: World, say: Say) -> RunConfig:
-    """Return ``asked`` with the batch size that real steps show to fit."""
-    config = with_batch_size(asked, machine, lambda one: steps_fit(one, machine, world, say, split), split)
-    say(f"train.batch_size: auto is {micro_batch(config.train)} x {micro_batches(config.train.grad_accum)}")
-    return config
-
-
 def _train(phase: Phase, stop: Stop, *, resumed: Checkpoint | None, again: bool) -> Path | Bad:
     """Train from ``resumed`` or the beginning, and return ``final.pth``, or the steps from which nothing could be learnt.
 
@@ -249,7 +264,7 @@ def _train(phase: Phase, stop: Stop, *, resumed: Checkpoint | None, again: bool)
         saver.finish()
         path = out_dir / FINAL
         checkpoint = training.checkpoint(with_optimizer=False)
-        if planned.split.is_sharded:
+        if planned.split.optimizer_shards > 1:
             checkpoint = checkpoint.in_host_memory(kept=world.is_first)
         world.agreed(lambda: save_final(checkpoint, out_dir))
         say(f"wrote {path} (metrics: {out_dir / METRICS}, settings: {out_dir / 'config.yaml'})")

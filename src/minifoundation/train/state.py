@@ -15,7 +15,7 @@ from minifoundation.data.held_out import HeldOut
 from minifoundation.data.ledger import entries
 from minifoundation.data.loader import Loader
 from minifoundation.data.supply import Supply
-from minifoundation.distributed import Watch, World
+from minifoundation.distributed import Watch, World, trained
 from minifoundation.model.transformer import Transformer
 from minifoundation.runtime import Machine
 from minifoundation.train.ema import Average
@@ -143,7 +143,7 @@ class Training(Phase):
         read = entries(self.loader.sources, self.loader.mixture, self.progress.sample, self.progress.phase)
         checkpoint = Checkpoint(
             config=as_asked(self.config),
-            model=self.transformer.state_dict(),
+            model={**self.transformer.state_dict(), **{name: weight.detach() for weight, name in self.names.items()}},
             tokenizer_model=self.tokenizer_model,
             progress=self.progress.as_dict(),
             ledger=[*self.earlier, *(entry.as_dict() for entry in read)],
@@ -167,8 +167,8 @@ class Training(Phase):
 
     @property
     def names(self) -> dict[Tensor, str]:
-        """Each weight's name."""
-        return {weight: name for name, weight in self.transformer.named_parameters()}
+        """The name of each weight that the optimizer updates."""
+        return {weight: name for name, weight in trained(self.model, dict(self.transformer.named_parameters())).items()}
 
     def save(self) -> None:
         """Save a step checkpoint: the first process writes it, and all give it their parts.
@@ -185,6 +185,6 @@ class Training(Phase):
         with self.world.together():
             if self.world.is_first:
                 self.saver.write(checkpoint)  # not ``save``, which asks once more: the others gather by now
-            elif self.plan.split.is_sharded:
+            else:
                 for _ in checkpoint.gathered():
                     pass

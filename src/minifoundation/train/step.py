@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minifoundation.data.batch import Batch
-from minifoundation.distributed import World, local_gradients
+from minifoundation.distributed import World, finish_gradients, local_gradients, share_weights
 from minifoundation.model.fp8 import SETTLING, Scales
 from minifoundation.train.guard import GOOD, Guard
 from minifoundation.train.optimizer import clip, set_learning_rate, update
@@ -101,18 +101,20 @@ def train_step(
     for number, batch in enumerate(batches, start=1):
         with nullcontext() if number == len(batches) else local_gradients(model):
             losses = model(batch.tokens, batch.targets, batch.cu_seqlens)
-            scaler.scale(losses.total * (world.size / tokens)).backward()  # DDP and FSDP take the mean over the processes
+            scaler.scale(losses.total * (world.size / tokens)).backward()  # gradients become means over the processes
         sums.append(torch.stack([losses.cross_entropy, losses.z_loss]))
+    finish_gradients(model)
     mine = torch.stack(sums).sum(0).detach()
     total = world.total(torch.cat([mine, mine.new_full((1,), float(stop))]))
     mean = total[:2] / tokens
     scaler.unscale_(optimizer)
-    grad_norm = clip(optimizer, [p for p in model.parameters() if p.grad is not None], grad_clip).detach()
+    grad_norm = clip(optimizer, grad_clip).detach()
     if hold is not None:
         hold()
     guard = guard or Guard(None, 1, mean.device)
     verdict = guard.judge(mean[0], grad_norm, scaler.scale(torch.ones_like(grad_norm)) if scaler.is_enabled() else None)
     update(optimizer, skip=(verdict[0] != GOOD).to(torch.float32))
+    share_weights(model)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     figures = torch.cat([mean, grad_norm[None].to(mean.dtype), total[2:], verdict])

@@ -15,7 +15,7 @@ from minifoundation import runtime
 from minifoundation.config import RunConfig
 from minifoundation.data.batch import Batch, prefetch
 from minifoundation.data.tokenizer import EOS, UNK
-from minifoundation.distributed import Context, Split, World
+from minifoundation.distributed import Context, Split, World, trained
 from minifoundation.model.size import flops_per_token
 from minifoundation.model.training import TrainingModel
 from minifoundation.runtime import Machine, Moment
@@ -107,9 +107,10 @@ def trial(
     tokens = train.batch_size * train.grad_accum * train.seq_len * world.dp_size
     alone = random_model(config, machine, split, world.context)
     model = spread_over(alone, config, machine, world, split)
-    optimizer = adamw(alone, train)
+    weights = trained(model, dict(alone.named_parameters()))
+    optimizer = adamw(weights, train)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=train.precision == "fp16")
-    average = Average(dict(alone.named_parameters()), train.ema) if train.ema is not None else None
+    average = Average(weights, train.ema) if train.ema is not None else None
     scales, guard = alone.transformer.scales, Guard(train.spike_z, train.spike_window, machine.device)
     stats: list[StepStats] = []
     ends: list[Moment] = []

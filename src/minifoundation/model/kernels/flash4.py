@@ -5,13 +5,14 @@ Letters: B rows, T tokens a row, Q of them with queries, H query heads, K key/va
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-INSTALLED = find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None
+from minifoundation.packages import installed
+
+INSTALLED = installed("flash_attn.cute.interface")
 
 
 @torch.library.custom_op("minifoundation::flash4", mutates_args=(), device_types="cuda")

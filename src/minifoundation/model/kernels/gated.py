@@ -6,21 +6,12 @@ likewise, since a thread of the epilogue must hold both.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
+from minifoundation.packages import installed
 
-def _installed() -> bool:
-    """Return whether the package is QuACK, not a folder that is called so; it is not imported, which takes seconds."""
-    spec = find_spec("quack")
-    places = spec.submodule_search_locations if spec is not None else None
-    return any((Path(place) / "gemm_interface.py").is_file() for place in places or ())
-
-
-INSTALLED = _installed()
+INSTALLED = installed("quack.gemm_interface")
 
 
 def interleaved(gate_up: Tensor) -> Tensor:

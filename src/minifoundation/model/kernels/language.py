@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-INSTALLED = find_spec("triton") is not None and find_spec("triton.language") is not None  # not a folder that is called so
+from minifoundation.packages import installed
+
+INSTALLED = installed("triton.language")
 triton: Any = import_module("triton") if INSTALLED else None
 tl: Any = import_module("triton.language") if INSTALLED else None
 INTERPRETED: Any = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1") if INSTALLED else None
