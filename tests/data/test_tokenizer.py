@@ -1,7 +1,11 @@
 """Text in, text out; the vocabulary that training makes; the models that are refused."""
 
+import hashlib
 import itertools
+import os
 import random
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -328,3 +332,19 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         UserError, match=r"gone\.model: cannot be read \(No such file or directory\); give the path of a SentencePiece .model file"
     ):
         Tokenizer.load(tmp_path / "gone.model")
+
+
+def test_a_signal_does_not_wait_for_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Minutes, for the default sample."""
+    rounds = 8_000_000  # inside a library, as the real one, and in the end all the same
+
+    def train(**_options: Any) -> None:
+        hashlib.pbkdf2_hmac("sha256", b"", b"", rounds)
+
+    monkeypatch.setattr(sentencepiece.SentencePieceTrainer, "train", train)
+    threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer(["some text"], TokenizerConfig(vocab_size=512), tmp_path / "t.model")
+    assert time.monotonic() - began < 1.5
+    assert not list(tmp_path.iterdir())

@@ -10,11 +10,13 @@ import math
 import os
 import re
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from copy import copy
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -226,27 +228,29 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig, out: Path) ->
         f"about {memory / 1e9:.1f} GB of memory and {_duration(seconds)} of processor time"
     )
     model = _Model()
+    train = partial(
+        sentencepiece.SentencePieceTrainer.train,
+        sentence_iterator=_emptied(sample),
+        model_writer=model,
+        model_type=config.kind,
+        vocab_size=config.vocab_size,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        character_coverage=0.9995,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        pad_id=PAD,
+        bos_id=BOS,
+        eos_id=EOS,
+        unk_id=UNK,
+        num_threads=_TRAINING_THREADS,
+        minloglevel=2,
+    )
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_emptied(sample),
-            model_writer=model,
-            model_type=config.kind,
-            vocab_size=config.vocab_size,
-            hard_vocab_limit=False,
-            byte_fallback=True,
-            character_coverage=0.9995,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            pad_id=PAD,
-            bos_id=BOS,
-            eos_id=EOS,
-            unk_id=UNK,
-            num_threads=_TRAINING_THREADS,
-            minloglevel=2,
-        )
+        _interruptible(train)
     except RuntimeError as error:
         raise UserError(
             "tokenizer.vocab_size",
@@ -276,6 +280,22 @@ def training_cost(kind: Literal["unigram", "bpe"], sample_bytes: int) -> tuple[f
             return 60e6 + 20 * sample_bytes, 2 + 2.5e-6 * sample_bytes
         case "bpe":
             return 60e6 + 8 * sample_bytes, 1 + 0.25e-6 * sample_bytes
+
+
+def _interruptible(work: Callable[[], None]) -> None:
+    """Do ``work`` of minutes inside a library in a thread of its own: a signal reaches Python's main thread only between its own steps."""
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=run, daemon=True).start()
+    done.result()
 
 
 class _Model:
