@@ -75,7 +75,7 @@ def struck_once(run_config: RunConfig, work: Path, kind: str, draw: random.Rando
     code = life.ended()
     if code == 0:
         return "finished" if (life.out_dir / "final.pth").exists() else "stop"
-    if code == -signal.SIGTERM:
+    if code in (-signal.SIGTERM, 130):
         return "stop before the run began"
     assert code == -signal.SIGKILL, f"exit code {code}: {life.said}"
     return "kill in a save" if life.saving else "kill"

@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from minifoundation.cli import run
+    from minifoundation.__main__ import run
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed; run: pip install -r requirements.txt")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,37 @@ def test_exit_codes(calls: Calls, capsys: pytest.CaptureFixture[str], failure: B
     calls.failure = failure
     assert cli.main(["pretrain"]) == code
     assert capsys.readouterr().err == message
+
+
+def struck(module: str, number: int) -> str:
+    """Return a script that is the program, and gets a signal when it imports ``module``, where what that raises is lost."""
+    return f"""
+import os, sys
+class Strikes:
+    def find_spec(self, name, *_):
+        if name == "{module}":
+            try:
+                os.kill(os.getpid(), {number})
+            except BaseException:
+                pass
+sys.meta_path.insert(0, Strikes())
+from minifoundation.__main__ import run
+run()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("module", ["click", "minifoundation.commands.inspect"])
+def test_a_signal_while_it_starts_is_one_line(number: int, module: str) -> None:
+    """The imports take seconds, and an exception in them is a traceback, or is lost."""
+    line = [sys.executable, "-c", struck(module, int(number)), "inspect", "--shards", "x"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "stopped\n", "")
+
+
+def test_under_nohup_it_starts_in_spite_of_a_closed_terminal() -> None:
+    line = ["bash", "-c", 'trap \'\' HUP; exec "$0" "$@"', sys.executable, "-c", struck("click", signal.SIGHUP), "--version"]
+    assert subprocess.run(line, capture_output=True, text=True, check=True).stdout == f"minifoundation {__version__}\n"
 
 
 def test_a_fault_of_ours_is_not_hidden(calls: Calls) -> None:

@@ -66,6 +66,8 @@ def test_weights_that_are_missing_or_damaged_are_named(parts: list[Path], tmp_pa
     for kept in (content[:9], content[:-100]):
         parts[1].write_bytes(kept)
         assert fault_of_weights(tmp_path).startswith(f"{parts[1]}: is damaged (")
+    parts[1].write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert fault_of_weights(tmp_path) == f"{parts[1]}: is a pointer of Git LFS, not the weights; run git lfs pull in {tmp_path}"
     (tmp_path / INDEX).unlink()
     assert fault_of_weights(tmp_path).startswith(f"{tmp_path}: holds no weights (model.safetensors, pytorch_model.bin, or an index")
 

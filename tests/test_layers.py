@@ -17,6 +17,7 @@ LAYERS = (
     {"train", "export", "report"},
     {"commands"},
     {"cli"},
+    {"__main__"},
 )
 HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
 BLIND = {"model": {"distributed"}, "data": {"distributed"}, "evaluate": {"distributed"}, "report": {"distributed"}, "cli": {"distributed"}}

@@ -27,6 +27,9 @@ from minifoundation.errors import Interrupted, Stopped, UserError
 
 Values = dict[str, Any]
 
+BROKEN_OFF = 130
+"""Exit code of what was interrupted before it was done: the shell's for Ctrl-C."""
+
 
 class Command(click.Command):
     """A click command whose unknown options name the nearest known one."""
@@ -280,12 +283,14 @@ def run() -> NoReturn:
             stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = (stream and cast(TextIO, Heard(stream)) for stream in (sys.stdout, sys.stderr))
     code = main()
-    if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if code and several:
         # torchrun ends the others as soon as one has left: the one that speaks goes first, and none loses its exit code.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if int(os.environ.get("LOCAL_RANK", 0)) > 0:
             time.sleep(2)
-        # The threads of torch.distributed abort a process now and then when Python takes it down.
+    if code == BROKEN_OFF or (code and several):
+        # Threads that are still at work, of torch.distributed or SentencePiece, abort a process now and then when Python takes it down.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -305,17 +310,17 @@ def main(arguments: list[str] | None = None) -> int:
         _say(str(stop), stop)
         return 0
     except Interrupted as stop:
-        click.echo(str(stop), err=True)
-        return 130
+        _say(str(stop), stop)
+        return BROKEN_OFF
     except UserError as error:
         _say(f"error: {error}", error)
         return 2
     except click.ClickException as error:
         _say(f"error: {error.format_message()}", error)
         return 2
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("stopped", err=True)
-        return 130
+    except (KeyboardInterrupt, click.Abort) as stop:
+        _say("stopped", stop)
+        return BROKEN_OFF
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             place = error.filename or Path.cwd()
@@ -334,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _say(line: str, error: Exception) -> None:
+def _say(line: str, error: BaseException) -> None:
     told = getattr(error, "told", None)
     if told is None:
         told = int(os.environ.get("LOCAL_RANK", 0)) > 0

@@ -36,6 +36,9 @@ class UserError(Exception):
 class Interrupted(Exception):
     """Work that was broken off by hand, with what is complete kept; carries the line that says how to go on."""
 
+    told: bool | None = None
+    """As of ``UserError``."""
+
 
 class Stopped(Exception):
     """A training run that was told to stop (a signal, a time limit) and saved itself; carries the line that goes on with it."""

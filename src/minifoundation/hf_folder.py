@@ -11,6 +11,8 @@ from minifoundation.errors import UserError
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """In the order in which transformers looks for them."""
+POINTER = b"version https://git-lfs"
+"""Begins what a clone without Git LFS has in place of a large file."""
 AGAIN = "copy the folder again, or write it again with export_hf"
 
 
@@ -65,6 +67,9 @@ def _refuse_damaged(file: Path) -> None:
         with safe_open(file, framework="pt"):  # reads the header, and compares it with the length
             pass
     except SafetensorError as error:
+        with file.open("rb") as stream:
+            if stream.read(len(POINTER)) == POINTER:
+                raise UserError(str(file), "is a pointer of Git LFS, not the weights", f"run git lfs pull in {file.parent}") from None
         raise UserError(str(file), f"is damaged ({error})", AGAIN) from None
 
 

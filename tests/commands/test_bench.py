@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from minifoundation import cli
+from minifoundation import cli, runtime
 from minifoundation.commands import bench
 from minifoundation.commands.bench import bench as command
 from minifoundation.config import BenchOptions
@@ -20,6 +21,13 @@ from minifoundation.train.trial import trial
 TINY = "{model: {d_model: 32, n_layer: 4, n_head: 4, n_kv_head: 2, d_ff: 64, vocab_size: 8192}}"
 
 
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is a GPU: of one, ``tests/gpu`` measures more."""
+    cpu = replace(runtime.machine(), device=torch.device("cpu"), name="CPU", peak_flops=None)
+    monkeypatch.setattr(runtime, "machine", lambda: cpu)
+
+
 @pytest.fixture
 def yaml(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
@@ -27,7 +35,6 @@ def yaml(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there bench measures the model as it is")
 def test_every_table_on_a_cpu(yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "figures" / "bench.json"
     assert cli.main(["bench", "--config", str(yaml), "--json", str(path)]) == 0
@@ -42,7 +49,6 @@ def test_every_table_on_a_cpu(yaml: Path, tmp_path: Path, capsys: pytest.Capture
     assert f"{figures['step']['tokens_per_second']:,}" in said
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there bench measures the model as it is")
 def test_a_model_that_is_smaller_than_a_cpu_can_do_is_measured_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY, encoding="utf-8")

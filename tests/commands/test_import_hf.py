@@ -84,6 +84,41 @@ def test_the_checkpoint_is_the_model_and_the_proof_lies_beside_it(folder: Path, 
     assert torch.equal(load_checkpoint(imported / "final.pth").model["embedding.weight"], stored["model.embed_tokens.weight"])
 
 
+def test_doctor_takes_it_for_what_it_is(imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is no run whose settings are lost."""
+    shutil.copytree(imported, tmp_path / "in")
+    assert cli.main(["doctor", "--no_network", "--run", str(tmp_path / "in")]) == 0
+    shown = capsys.readouterr().out
+    assert "ok     a model that import_hf wrote" in shown and "final.pth: whole" in shown and "not there yet" not in shown
+    (tmp_path / "in" / "final.pth").write_bytes(b"cut")
+    assert cli.main(["doctor", "--no_network", "--run", str(tmp_path / "in")]) == 2
+    assert "wrong  final.pth: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("model.safetensors", r"not a checkpoint \(.*\); did you mean the folder, {folder}\?$"),
+        ("org/name", "no such checkpoint; give final.pth or a step_ folder of a run, or a folder of Hugging Face on this machine$"),
+    ],
+)
+@pytest.mark.parametrize("option", ["pretrain --init_from", "longft --ckpt_in"])
+def test_what_to_begin_from_is_said(folder: Path, option: str, path: str, remedy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*option.split(), str(folder / path), "--data", "x"]) == 2
+    assert re.search(remedy.format(folder=re.escape(str(folder))), capsys.readouterr().err.strip())
+
+
+def test_one_of_several_processes_says_that_it_is_imported(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        command.beginning(folder)
+        said.append(capsys.readouterr().out)
+    assert "imported and equal" in said[0] and not said[1]
+
+
 def test_exported_again_it_is_the_same_folder(folder: Path, imported: Path, tmp_path: Path) -> None:
     out = tmp_path / "hf"
     assert cli.main(["export_hf", "--ckpt", str(imported / "final.pth"), "--out_dir", str(out), "--dtype", "fp32"]) == 0

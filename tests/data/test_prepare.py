@@ -28,6 +28,7 @@ from minifoundation.data.shards import Shards, ShardWriter, read_manifest
 from minifoundation.data.sources import Corpus, File
 from minifoundation.data.tokenizer import BOS, EOS, Tokenizer, train_tokenizer
 from minifoundation.errors import UserError
+from minifoundation.wording import counted
 from tests.data.prepared import all_texts, files, prepared, texts_in
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
@@ -169,6 +170,24 @@ def change_text(corpus: Path) -> None:
         stream.write('\n{"text": "more"}')
 
 
+def same_size(corpus: Path) -> None:
+    content = bytearray((corpus / "a.jsonl").read_bytes())
+    content[20] ^= 1
+    (corpus / "a.jsonl").write_bytes(content)
+
+
+def in_words(corpus: Path) -> str:
+    there = [path for path in (*corpus.iterdir(), *corpus.glob("linked/*")) if path.is_file()]
+    return f"{counted(len(there), 'file')} of {sum(path.stat().st_size for path in there):,} bytes"
+
+
+def linked_file(corpus: Path) -> None:
+    elsewhere = corpus.parent / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "more.txt").write_text("more")
+    (corpus / "linked").symlink_to(elsewhere)
+
+
 @pytest.mark.parametrize(
     ("update", "change", "message"),
     [
@@ -178,8 +197,12 @@ def change_text(corpus: Path) -> None:
         (
             {},
             change_text,
-            "data.source: {corpus} has changed since {folder} was made from it; remove {folder}, or give another data.shards_dir",
+            "data.source: {corpus} has changed since {folder} was made from it "
+            "({then} then, {now} now); remove {folder}, or give another data.shards_dir",
         ),
+        ({}, same_size, "data.source: {corpus} has changed since {folder} was made from it; remove {folder}"),
+        ({}, linked_file, "has changed since {folder} was made from it ({then} then, {now} now); remove"),
+        ({"filters": ("c4", "fineweb")}, None, "data.filters: c4,fineweb here, but {folder} was made with none; set it to that"),
     ],
 )
 def test_a_changed_corpus_or_setting_is_refused(
@@ -196,12 +219,13 @@ def test_a_changed_corpus_or_setting_is_refused(
     data = data.model_copy(update={"source": str(own)})
     folder = prepared(data, tokenizer, 1).folder
     before = files(folder)
+    then = in_words(own)
     if change:
         change(own)
     for tokens in (1, None):
         with pytest.raises(UserError) as error:
             prepared(data.model_copy(update=update), tokenizer, tokens)
-        assert message.format(folder=folder, corpus=own) in str(error.value)
+        assert message.format(folder=folder, corpus=own, then=then, now=in_words(own)) in str(error.value)
     assert files(folder) == before
 
 

@@ -1,7 +1,11 @@
 """Text in, text out; the vocabulary that training makes; the models that are refused."""
 
+import hashlib
 import itertools
+import os
 import random
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -301,8 +305,46 @@ def test_a_file_of_another_kind_is_refused(content: bytes, tmp_path: Path) -> No
         Tokenizer.load(path)
 
 
+def test_the_same_file_is_made_into_a_tokenizer_once(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start reads it from where it was given, and from the run's folder, several times."""
+    paths = [tmp_path / name for name in ("given.model", "copied.model", "other.model")]
+    for path in paths[:2]:
+        path.write_bytes(tokenizer.model)
+    other = train_tokenizer([EXAMPLE.read_text(encoding="utf-8")[:50_000]], TokenizerConfig(kind="bpe", vocab_size=600), paths[2])
+    made: list[Path] = []
+    monkeypatch.setattr("minifoundation.data.tokenizer._last", {})
+    monkeypatch.setattr(SentencePiece, "__init__", _counted(SentencePiece.__init__, made))
+    third, first, second, again = (Tokenizer.load(path) for path in (paths[2], *paths[:2], paths[2]))
+    assert made == [paths[2], paths[0], paths[2]] and [first.path, second.path, third.path, again.path] == [*paths, paths[2]]
+    assert first.encode("abc") == second.encode("abc") and third.sha256 == again.sha256 == other.sha256 != first.sha256
+
+
+def _counted(init: Callable[..., None], made: list[Path]) -> Callable[..., None]:
+    def counted(self: SentencePiece, path: Path, model: bytes) -> None:
+        made.append(path)
+        init(self, path, model)
+
+    return counted
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"gone\.model: cannot be read \(No such file or directory\); give the path of a SentencePiece .model file"
     ):
         Tokenizer.load(tmp_path / "gone.model")
+
+
+def test_a_signal_does_not_wait_for_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Minutes, for the default sample."""
+    rounds = 8_000_000  # inside a library, as the real one, and in the end all the same
+
+    def train(**_options: Any) -> None:
+        hashlib.pbkdf2_hmac("sha256", b"", b"", rounds)
+
+    monkeypatch.setattr(sentencepiece.SentencePieceTrainer, "train", train)
+    threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer(["some text"], TokenizerConfig(vocab_size=512), tmp_path / "t.model")
+    assert time.monotonic() - began < 1.5
+    assert not list(tmp_path.iterdir())

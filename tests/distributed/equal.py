@@ -17,6 +17,7 @@ from minifoundation.config import RunConfig
 from minifoundation.data.batch import Batch
 from minifoundation.distributed import Split, World, join, trained, whole
 from minifoundation.errors import UserError
+from minifoundation.model.matrix import refresh
 from minifoundation.model.training import TrainingModel
 from minifoundation.model.transformer import Transformer
 from minifoundation.train.ema import Average
@@ -150,6 +151,29 @@ def saved(of: Trained, world: World, folder: Path) -> Checkpoint:
     return load_checkpoint(folder / "step_00000001")
 
 
+def nodes(world: World) -> None:
+    """Two machines of two owners: sums within and over them, in float32 and, of copies, in bf16; and a checkpoint of the parts."""
+    alone = Trained(World(), Split(), settings())
+    expected = torch.tensor(list(alone.steps(0, 6)))
+    both = Trained(world, Split("ddp", owners=2), settings())
+    torch.testing.assert_close(torch.tensor(list(both.steps(0, 6))), expected, atol=1e-5, rtol=1e-5)
+    close(alone.checkpoint().tensors(), both.checkpoint().in_host_memory(kept=True).tensors(), 2e-5)
+    for reduced in ("fp32", "bf16"):
+        half = Trained(world, Split("ddp", owners=2), settings(precision="bf16", reduce_precision=reduced))
+        found = torch.tensor(list(half.steps(0, 6)))
+        torch.testing.assert_close(found[:, :2], expected[:, :2], atol=0.03, rtol=0)
+        copies_are_of_the_owners(half)
+
+
+def copies_are_of_the_owners(trained: Trained) -> None:
+    refresh(trained.transformer.matrices)  # of the embedding; others have been given their copies
+    weights = {weight: whole(trained.weights[name]) for name, weight in trained.transformer.named_parameters()}
+    for matrix in trained.transformer.matrices:
+        if matrix.copy is not None:
+            assert torch.equal(matrix.copy, weights[matrix.weight].to(matrix.copy.dtype))
+    assert torch.equal(trained.transformer.embedding.weight, weights[trained.transformer.embedding.weight])
+
+
 def half_precision(world: World) -> None:
     """bf16 by hand and not, and gradients that travel in bf16: near what one process has, which rounds elsewhere."""
     expected = torch.tensor(list(Trained(World(), Split(), settings()).steps(0, STEPS)))
@@ -159,7 +183,10 @@ def half_precision(world: World) -> None:
         for split in (Split("ddp"), Split("ddp", owners=world.size), Split("fsdp", world.size)):
             for reduced in ("fp32", "bf16"):
                 run = settings(precision="bf16", reduce_precision=reduced)
-                found = torch.tensor(list(Trained(world, split, run).steps(0, STEPS)))
+                both = Trained(world, split, run)
+                found = torch.tensor(list(both.steps(0, STEPS)))
+                if split.owners > 1:
+                    copies_are_of_the_owners(both)
                 torch.testing.assert_close(found[:, :2], expected[:, :2], atol=0.03, rtol=0)
                 torch.testing.assert_close(found[:, 2], expected[:, 2], atol=0.0, rtol=0.1)
     Transformer.by_hand_on = by_hand  # type: ignore[method-assign]
@@ -198,7 +225,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with join() as world:
         a_fault_is_raised_on_all(world)
-        if sys.argv[2] == "fp32":
+        if world.size == 4:
+            nodes(world)
+        elif sys.argv[2] == "fp32":
             same_training(world, Path(sys.argv[1]))
         else:
             half_precision(world)

@@ -12,15 +12,22 @@ import pytest
 from tests.distributed.processes import ROOT, torchrun
 
 
-def two_processes(module: str, *options: str) -> subprocess.CompletedProcess[str]:
+def processes(module: str, *options: str, size: int = 2) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *torchrun(2), "-m", module, *options]
+    command = [sys.executable, *torchrun(size), "-m", module, *options]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("half", marks=pytest.mark.slow)])
-def test_two_processes_are_as_one(tmp_path: Path, precision: str) -> None:
-    done = two_processes("tests.distributed.equal", str(tmp_path), precision)
+def test_processes_are_as_one(tmp_path: Path, precision: str) -> None:
+    done = processes("tests.distributed.equal", str(tmp_path), precision)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "all equal" in done.stdout
+
+
+@pytest.mark.slow
+def test_two_machines_of_two_owners_are_as_one(tmp_path: Path) -> None:
+    done = processes("tests.distributed.equal", str(tmp_path), "both", size=4)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "all equal" in done.stdout
 
@@ -28,7 +35,7 @@ def test_two_processes_are_as_one(tmp_path: Path, precision: str) -> None:
 @pytest.mark.slow
 def test_a_process_that_is_out_of_memory_takes_the_others_along_or_says_so() -> None:
     """Of 16 rows 4 at once fit the second one; where it gives up in the middle of a step, the first would wait for it for ever."""
-    done = two_processes("tests.distributed.crowded")
+    done = processes("tests.distributed.crowded")
     assert "agreed" in done.stdout and done.returncode == 1, done.stderr[-4000:]
     problem = "rank 1 has no memory for 16 rows, and other processes, which have, do not come out of their step"
     assert f"error: train.batch_size: {problem}; give --batch_size 8 --grad_accum 2\n" in done.stderr

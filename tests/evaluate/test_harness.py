@@ -110,6 +110,10 @@ def test_progress_bars_say_of_which_benchmark_they_are(
     said = capsys.readouterr().err
     for bar in ("piqa: prompts", "piqa: log-likelihoods", "gsm8k: prompts", "gsm8k: Running generate_until requests"):
         assert f"{bar}:   0%" in said, bar
+    monkeypatch.setattr(type(tiny), "silent", True)
+    evaluated(tiny, "piqa", limit=2)
+    evaluated(tiny, "gsm8k", data_dir=tmp_path)
+    assert "0%" not in capsys.readouterr().err
     assert lm_eval.api.task.tqdm is before
 
 

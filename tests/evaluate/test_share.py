@@ -81,6 +81,12 @@ def test_what_is_written_is_what_one_process_writes(folder: Path, models: list[M
     assert at_once(models, lambda model: model.generate_until(requests, disable_tqdm=True)) == [alone] * SIZE
 
 
+def test_the_first_process_alone_shows_progress(models: list[Model], capsys: pytest.CaptureFixture[str]) -> None:
+    assert [model.silent for model in models] == [False, True, True]
+    at_once(models, lambda model: model.loglikelihood(pairs()))
+    assert capsys.readouterr().err.count("log-likelihoods:   0%") == 1
+
+
 def test_a_fault_of_one_is_one_of_all(models: list[Model], monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any, **__: Any) -> Any:
         raise MemoryError("no more")
@@ -139,7 +145,8 @@ def test_two_processes_write_the_results_of_one(folder: Path, tmp_path: Path) ->
         process = started(torchrun(size), line, command="eval", XDG_CACHE_HOME=str(tmp_path / f"cache{size}"))
         printed, _ = process.communicate(timeout=250)
         assert process.returncode == 0, printed[-3000:]
-        assert printed.count("| arc_easy ") == 1, "the first process alone prints"
+        for said in ("| arc_easy ", "arc_easy: prompts:   0%"):
+            assert printed.count(said) == 1, "the first process alone prints"
         rows.append(json.loads((out / "results.json").read_text())["rows"])
     for one, two in zip(*rows, strict=True):
         assert {name: one[name] for name in ("label", "score", "n", "stderr")} == {

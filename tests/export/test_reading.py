@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,10 @@ NAME = "model.layers.1.mlp.up_proj.weight"
         (
             in_weights(lambda tensors: tensors.update({"lm_head.weight": torch.ones(128, 64)})),
             "config.json ties lm_head to the embedding, but the weights differ",
+        ),
+        (
+            in_weights(lambda tensors: tensors["model.norm.weight"].fill_(math.nan)),
+            "folder: model.norm.weight holds NaN or Inf; take weights",
         ),
         (cut_file, r"model.safetensors: is damaged"),
         (pickled, r"pytorch_model.bin: is not in the format of safetensors; load the folder with transformers and write it by save_pretr"),

@@ -37,6 +37,21 @@ def test_values_and_gradients_are_those_of_the_rounded_weight(dtype: torch.dtype
     torch.testing.assert_close(found[1], exact[1].float(), rtol=1e-5, atol=1e-5)  # not rounded to half precision
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_copy_that_is_given_is_that_of_the_weight_and_stays(interleaved: bool) -> None:
+    given, own = (Matrix(20, 12, torch.bfloat16, interleaved=interleaved) for _ in range(2))
+    torch.nn.init.normal_(own.weight)
+    torch.nn.init.zeros_(given.weight)
+    rows = given.new_rows()
+    rows.copy_(own.weight.detach())
+    given.take(rows)
+    refresh([given, own])
+    assert given.copy is not None and own.copy is not None and torch.equal(given.copy, own.copy)
+    torch.nn.init.zeros_(given.weight)
+    refresh([given])
+    assert not given.copy.any()
+
+
 def test_in_full_precision_there_is_no_copy() -> None:
     for dtype in (torch.float32, torch.float64):
         matrix = made(20, 12, dtype)

@@ -41,12 +41,14 @@ def write_run(
     corpora: Mapping[str, dict[str, Any]] | None = None,
     imported_from: str | None = None,
     before: int = 0,
+    **progress: Any,
 ) -> Path:
     """Write config.yaml, metrics.csv with one spike and, with ``benchmark``, its scores at every 40th row, and final.pth.
 
     Args:
         corpora: by source, what the run read of in equal parts; FineWeb-Edu by default.
         before: tokens that an earlier phase had read.
+        progress: of the checkpoint, beside what is usual.
     """
     corpora = corpora or {"fineweb-edu": FINEWEB_EDU}
     from minifoundation.checkpoint import Checkpoint, save_final
@@ -83,7 +85,7 @@ def write_run(
     parts = {source: samples // len(corpora) for source in corpora}
     read = [_entry("pretrain", "other", {}, before // 64)] if before else []
     read += [_entry("pretrain", source, corpora[source], count) for source, count in parts.items()]
-    progress = {"phase": "pretrain", "step": 10 * rows, "sample": sum(parts.values()), "imported_from": imported_from}
+    progress = {"phase": "pretrain", "step": 10 * rows, "sample": sum(parts.values()), "imported_from": imported_from} | progress
     save_final(Checkpoint(settings, transformer.state_dict(), b"spm", progress, read if ledger else []), folder)
     return folder
 

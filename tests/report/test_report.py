@@ -300,7 +300,7 @@ def test_a_step_without_a_loss_is_no_spike_and_hides_none(tmp_path: Path) -> Non
     ("options", "message"),
     [
         ([], "report: nothing to report on; give --runs, --evals or both"),
-        (["--runs", "nowhere"], "--runs: nowhere holds no config.yaml and metrics.csv; give the out_dir of a pretrain or longft run"),
+        (["--runs", "nowhere"], "--runs: nowhere: no such folder; give the out_dir of a pretrain or longft run"),
         (["--evals", "nowhere"], "nowhere: holds no results.json; give a folder that eval wrote"),
         (["--evals", "MODEL"], "MODEL: holds no results.json; give MODEL/eval"),
         (
@@ -362,3 +362,38 @@ def test_a_browser_shows_it_within_its_window(made: Path, tmp_path: Path, width:
     measured = json.loads(found[1])
     assert measured["page"] <= measured["window"], "nothing makes the page scroll sideways"
     assert (measured["wide"], measured["small"], measured["loaded"]) == (0, 0, 0) and measured["shown"] > 100
+
+
+def test_what_went_wrong_on_the_way_is_told(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", rows=20, stepped_over=[[8, 12], [12, 16]]) / "metrics.csv"
+    lines = path.read_text().splitlines()
+    place = lines[0].split(",").index("skipped")
+    cells = lines[5].split(",")
+    cells[place] = "loss spike"
+    path.write_text("\n".join([*lines[:5], ",".join(cells), *lines[6:], ""]))
+    assert main(["report", "--runs", str(tmp_path / "run"), "--out_dir", str(tmp_path / "out")]) == 0
+    for name in ("README.md", "report.html"):
+        assert "loss spikes: none; 1 step skipped; went back 2 times." in (tmp_path / "out" / name).read_text(encoding="utf-8"), name
+
+
+def test_steps_and_tokens_are_of_one_moment(tmp_path: Path) -> None:
+    """A run that was killed has trained beyond its checkpoint; one that does not log each step ends after its last row."""
+    killed, ended = (
+        read_run(write_run(tmp_path / name, rows=1, step=step, tokens=tokens))
+        for name, step, tokens in (("a", 4, 4_000), ("b", 12, 12_000))
+    )
+    assert (killed.step, killed.tokens, ended.step, ended.tokens) == (10, 10_000, 12, 12_000)
+    assert main(["report", "--runs", str(tmp_path / "b"), "--out_dir", str(tmp_path / "out")]) == 0
+    assert "12 steps, 12,000 tokens" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_runs_that_are_not_phases_of_one_model_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their tokens would be added up, in the card too."""
+    first, other = (write_run(tmp_path / name, rows=10) for name in ("first", "other"))
+    later = write_run(tmp_path / "later", rows=10, before=100_000)
+    for runs in ((first, other), (first, first), (later, first)):
+        assert main(["report", "--runs", ",".join(map(str, runs)), "--out_dir", str(tmp_path / "out")]) == 2
+        assert f"error: --runs: {runs[1]} is no later phase of {runs[0]}; give the phases of one model" in capsys.readouterr().err
+    assert main(["report", "--runs", f"{first},{later}", "--out_dir", str(tmp_path / "out")]) == 0
+    assert main(["report", "--runs", str(tmp_path), "--out_dir", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.endswith(f"did you mean {first},{later},{other}?\n")

@@ -25,7 +25,7 @@ from minifoundation.cli import main
 from minifoundation.config import RunConfig
 from minifoundation.data.loader import Loader
 from minifoundation.distributed import World
-from minifoundation.errors import Stopped, UserError
+from minifoundation.errors import Interrupted, Stopped, UserError
 from minifoundation.lock import held
 from minifoundation.train import loop, rollback, step
 from minifoundation.train import run as running
@@ -104,7 +104,7 @@ def test_the_path_that_was_typed_stays_until_something_is_saved(settings: Make, 
     line = ["minifoundation", "pretrain", "--resume", str(begun)]
     monkeypatch.setattr("sys.argv", line)
     at_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Stopped, match=rf"stopped \(no step was done yet\); continue with: .* --resume {begun}$"):
+    with pytest.raises(Interrupted, match=rf"stopped \(no step was done yet\); continue with: .* --resume {begun}$"):
         trained(settings("after"), resume=str(begun))
     monkeypatch.undo()
     monkeypatch.setattr("sys.argv", line)
@@ -128,7 +128,7 @@ def test_a_signal_before_the_first_step_leaves_at_once(settings: Make, monkeypat
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr("minifoundation.train.corpus.run_tokenizer", tokenizing)
-    with pytest.raises(Stopped, match=r"stopped \(no step was done yet\); continue with: .* --resume auto"):
+    with pytest.raises(Interrupted, match=r"stopped \(no step was done yet\); continue with: .* --resume auto"):
         trained(config)
     monkeypatch.undo()
     assert trained(config, resume="auto").progress["step"] == 12

@@ -18,7 +18,7 @@ from minifoundation.checkpoint.folder import (
     tidy,
     write_step,
 )
-from minifoundation.checkpoint.reading import fault, latest_good, load_checkpoint
+from minifoundation.checkpoint.reading import REMEDY, fault, latest_good, load_checkpoint
 from minifoundation.checkpoint.saver import Saver
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "FINAL_MANIFEST",
     "FORMAT",
     "MANIFEST",
+    "REMEDY",
     "STATE",
     "TENSORS",
     "UNDONE",

@@ -122,7 +122,11 @@ def _run(folder: Path) -> Iterator[Finding]:
     owner = holder(folder)
     if owner is not None:
         yield Finding("note", f"a run is going on ({owner}): what it is writing now can look unfinished")
-    yield from _settings(folder)
+    imported = not (folder / "config.yaml").exists() and (folder / FINAL).exists() and (folder / "parity.json").exists()
+    if imported:
+        yield Finding("ok", "a model that import_hf wrote: it has no settings and metrics of a run")
+    else:
+        yield from _settings(folder)
     good: list[Path] = []
     checkpoints = [*step_folders(folder), *([folder / FINAL] if (folder / FINAL).exists() else [])]
     for path in checkpoints:
@@ -135,6 +139,8 @@ def _run(folder: Path) -> Iterator[Finding]:
         yield Finding(
             "note", f"{left.name}: not used by the run; it can be removed" + (" once no process uses the folder" if owner else "")
         )
+    if imported:
+        return
     steps = [step_of(path) for path in good if path.name != FINAL]
     yield from _metrics(folder / METRICS, max(steps, default=0))
     yield from _rolled_back(folder)

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from minifoundation.checkpoint import Checkpoint, load_checkpoint, save_final
+from minifoundation.checkpoint import REMEDY, Checkpoint, load_checkpoint, save_final
 from minifoundation.commands.export_hf import TEXTS, folder_written_whole, text_report
 from minifoundation.config import REPOSITORY, DataConfig, ImportOptions, ModelConfig, RunConfig, TrainConfig
 from minifoundation.data.tokenizer import Tokenizer
+from minifoundation.distributed import is_first_process
 from minifoundation.errors import UserError
 from minifoundation.export import reading, verify
 from minifoundation.export.tokenizer import tokenizer_differences
@@ -47,9 +48,19 @@ def beginning(path: Path) -> Checkpoint:
         UserError: neither is there, or as ``import_hf``.
     """
     if not (path / CONFIG).is_file():
-        return load_checkpoint(path)
+        try:
+            return load_checkpoint(path)
+        except UserError as error:
+            if error.remedy != REMEDY:
+                raise
+            if path.is_file() and (path.parent / CONFIG).is_file():
+                remedy = f"did you mean the folder, {path.parent}?"
+            else:
+                remedy = f"{REMEDY}, or a folder of Hugging Face on this machine"
+            raise UserError(error.where, error.problem, remedy) from None
     checkpoint, report = imported(path)
-    print(f"{path}: imported and equal ({in_words(report)})")
+    if is_first_process():
+        print(f"{path}: imported and equal ({in_words(report)})")
     return checkpoint
 
 

@@ -22,10 +22,11 @@ def report(options: ReportOptions) -> None:
         from minifoundation.report.card import card
         from minifoundation.report.evaluations import read_evaluation
         from minifoundation.report.page import Content, Cost, html, read_parity
-        from minifoundation.report.runs import read_run
+        from minifoundation.report.runs import read_run, refuse_unrelated
     except ImportError as error:
         raise UserError("report", f"needs a package that is not installed ({error})", "pip install -e '.[eval]'") from None
     runs = tuple(read_run(folder) for folder in options.runs)
+    refuse_unrelated(runs)
     evaluations = tuple(read_evaluation(folder) for folder in options.evals)
     baselines = Baselines.load(reruns=options.beside)
     if options.vendors is not None:

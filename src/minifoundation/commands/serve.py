@@ -5,7 +5,6 @@ The engine is a process of its own that listens on this machine alone; in front 
 
 from __future__ import annotations
 
-import signal
 import socket
 import subprocess
 import sys
@@ -51,7 +50,6 @@ def serve(options: ServeOptions) -> None:
     engine: Engine = ("vllm" if installed("vllm") else "transformers") if options.engine == "auto" else options.engine
     if engine == "vllm" and not installed("vllm"):
         raise UserError("--engine", "vllm is not installed", "pip install vllm, or leave --engine out")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, so that the engine is ended too
     host = options.host.removeprefix("[").removesuffix("]")  # as in a URL
     listening = _listening(host, options.port)
     with listening, _folder(options.model) as folder, _started(engine, folder) as port:

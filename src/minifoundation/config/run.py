@@ -279,7 +279,8 @@ class TrainConfig(Settings):
     )
     parallel: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = setting(
         "auto",
-        help="how the processes of torchrun share the model. ddp: a copy on each; fsdp: sharded over all (FSDP2, arXiv:2304.11277); "
+        help="how the processes of torchrun share the model. ddp: a copy on each, and a part of the optimizer (ZeRO-1, arXiv:1910.02054); "
+        "fsdp: sharded over all (FSDP2, arXiv:2304.11277); "
         "hsdp: sharded within each node; auto: ddp if a copy fits in memory, else hsdp or fsdp",
     )
     context_parallel: int = setting(

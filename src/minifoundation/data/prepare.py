@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from minifoundation.data.sources import Corpus, find_corpus, hub_corpus, path_of
 from minifoundation.data.tokenizer import Tokenizer, train_tokenizer
 from minifoundation.errors import UserError
 from minifoundation.lock import held
+from minifoundation.wording import counted
 
 SETTINGS = ("shard_tokens", "held_out", "held_out_tokens", "max_document_bytes", "filters", "dedup")
 """Settings of ``data`` that the bytes of the shards depend on, beside the source."""
@@ -202,7 +203,8 @@ class _Preparation:
             raise UserError("tokenizer", f"is not the one {self.folder} was made with", self._remedy)
         for name, value in self._settings.items():
             if (other := manifest.settings.get(name)) != value:
-                raise UserError(f"data.{name}", f"{value} here, but {self.folder} was made with {other}", f"set it to that, {self._remedy}")
+                problem = f"{_as_typed(value)} here, but {self.folder} was made with {_as_typed(other)}"
+                raise UserError(f"data.{name}", problem, f"set it to that, {self._remedy}")
         return manifest
 
     def corpus(self) -> Corpus:
@@ -214,7 +216,7 @@ class _Preparation:
         manifest = self.recorded()
         corpus = find_corpus(self.source, self.config, known=manifest.source if manifest else None)
         if manifest is not None and manifest.source != corpus.id:
-            raise self._changed
+            raise self._changed(manifest.source, corpus.id)
         return corpus
 
     def extend(self, tokens: int | None, show_progress: bool) -> None:
@@ -262,7 +264,7 @@ class _Preparation:
             with tqdm(disable=True) as bar, closing(self._growth(aside, before, corpus, bar)) as growth:
                 made = next(growth)
             if made.pairs[number:] != (pair,):
-                raise self._changed
+                raise self._changed({}, {})
             for record in pair.records:
                 (aside / record.file).replace(self.folder / record.file)
 
@@ -326,13 +328,21 @@ class _Preparation:
     def _settings(self) -> dict[str, Any]:
         return self.config.model_dump(mode="json", include=set(SETTINGS))
 
-    @property
-    def _changed(self) -> UserError:
-        return UserError("data.source", f"{self.source} has changed since {self.folder} was made from it", self._remedy)
+    def _changed(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> UserError:
+        """Return the refusal of another corpus than that of the folder, from what the manifest and ``Corpus.id`` say of both."""
+        counts = [(of["files"], of["bytes"]) for of in (before, now) if of.get("bytes") is not None]
+        sizes = [f"{counted(files, 'file')} of {counted(n_bytes, 'byte')}" for files, n_bytes in counts]
+        how = f" ({sizes[0]} then, {sizes[1]} now)" if len(set(sizes)) == 2 else ""
+        return UserError("data.source", f"{self.source} has changed since {self.folder} was made from it{how}", self._remedy)
 
     @property
     def _remedy(self) -> str:
         return f"remove {self.folder}, or give another data.shards_dir"
+
+
+def _as_typed(value: Any) -> Any:
+    """Return the value of a setting as the command line takes it."""
+    return (",".join(value) or "none") if isinstance(value, list) else value
 
 
 def _suffices(manifest: Manifest, tokens: int | None) -> bool:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from minifoundation.distributed.world import World
-from minifoundation.errors import Stopped, UserError
+from minifoundation.errors import Interrupted, Stopped, UserError
 from minifoundation.wording import counted, processes
 
 MEETING = timedelta(seconds=60)
@@ -65,7 +65,7 @@ def join(*, with_gpu: bool = True) -> Iterator[World]:
     words = dist.new_group(backend="gloo", timeout=WORDS) if device else dist.group.WORLD
     try:
         yield World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), words, store)
-    except Stopped as stop:
+    except (Stopped, Interrupted) as stop:
         stop.told = rank > 0
         _part()
         raise

@@ -152,12 +152,16 @@ def templates_compiled_once() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def bars_of(label: str) -> Iterator[None]:
-    """Have lm-eval's progress bars begin with the name of the benchmark, which they do not know, and go when they are full."""
+def bars_of(label: str, *, silent: bool) -> Iterator[None]:
+    """Have lm-eval's progress bars begin with the name of the benchmark, which they do not know, and go when they are full.
+
+    Args:
+        silent: show none.
+    """
     modules: list[Any] = [sys.modules[name] for name in ("lm_eval.api.task", *LM_EVAL_MODELS) if name in sys.modules]
 
     def bar(iterable: Any = None, desc: str = "prompts", **options: Any) -> Any:
-        return tqdm(iterable, f"{label}: {desc}", leave=False, **options)
+        return tqdm(iterable, f"{label}: {desc}", leave=False, **(options | {"disable": silent or options.get("disable", False)}))
 
     before = [module.tqdm for module in modules]
     for module in modules:
@@ -193,7 +197,12 @@ def _run_one(model: Evaluated, manager: TaskManager, request: Request, *, limit:
         raise UserError(row.name, "would run programs outside the sandbox", "use humaneval or mbpp")
     documents = min(filter(None, (limit, request.limit)), default=None)
     model.truncated, model.label = 0, request.label
-    with Path(os.devnull).open("w") as quiet, contextlib.redirect_stdout(quiet), templates_compiled_once(), bars_of(request.label):
+    with (
+        Path(os.devnull).open("w") as quiet,
+        contextlib.redirect_stdout(quiet),
+        templates_compiled_once(),
+        bars_of(request.label, silent=model.silent),
+    ):
         results = lm_eval.evaluate(model, loaded, limit=documents, bootstrap_iters=0, log_samples=True, confirm_run_unsafe_code=code)
     samples = results.pop("samples")
     shots = max(task.config.num_fewshot for task in tasks.values())

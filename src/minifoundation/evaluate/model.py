@@ -39,6 +39,10 @@ class Evaluated(Protocol):
     label: str
 
     @property
+    def silent(self) -> bool:
+        """Whether another process shows the progress bars."""
+
+    @property
     def max_length(self) -> int: ...
 
     @property
@@ -117,6 +121,11 @@ class Model(HFLM):
         described = backend.to_str() if backend is not None else json.dumps(loaded.tokenizer.get_vocab(), sort_keys=True)
         self._identity = hashlib.sha256(f"{described} {self.add_bos_token} {self.prefix_token_id}".encode()).hexdigest()
 
+    @property
+    def silent(self) -> bool:
+        """Whether another process shows the progress bars."""
+        return self.share.rank > 0
+
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-likelihood, whether greedy) of lm-eval's requests."""
         pairs = [request.args for request in requests]
@@ -158,7 +167,7 @@ class Model(HFLM):
         mine = [spans[place] for place in places[self.share.rank]]
 
         def scored() -> list[Score]:
-            silent = disable_tqdm or self.share.rank > 0
+            silent = disable_tqdm or self.silent
             with tqdm(total=len(mine), desc=f"{self.label}: log-likelihoods", unit="request", leave=False, disable=silent) as bar:
                 return log_likelihoods(self.parts, mine, batch_tokens=self.batch_tokens, rows=self.fixed_rows, done=bar.update)
 
@@ -206,7 +215,7 @@ class Model(HFLM):
         fitting = min(2 * self.batch_tokens // max(prompts), BRANCHING * self.batch_tokens // longest)  # reading prompts; holding caches
         self._rows_to_generate = self.fixed_rows or max(1, fitting)
         size = self.share.size
-        shares = self._of_all(lambda: self._written(requests[self.share.rank :: size], disable_tqdm=disable_tqdm or self.share.rank > 0))
+        shares = self._of_all(lambda: self._written(requests[self.share.rank :: size], disable_tqdm=disable_tqdm or self.silent))
         return [shares[place % size][place // size] for place in range(len(requests))]
 
     def _written(self, requests: Any, *, disable_tqdm: bool) -> list[str]:

@@ -45,6 +45,7 @@ class VllmModel(VLLM):
         self.rows = rows
         self.truncated = 0
         self.label = ""
+        self.silent = False
         with torch.device("meta"):
             self.parameters = AutoModelForCausalLM.from_config(config).num_parameters()
 

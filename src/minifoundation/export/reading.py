@@ -141,7 +141,7 @@ def state_of(config: ModelConfig, folder: Path) -> dict[str, Tensor]:
     """Return the weights in ``folder`` by our names, float32.
 
     Raises:
-        UserError: a tensor is missing, has another shape than ``config.json`` says, or is none of this architecture.
+        UserError: a tensor is missing, has another shape than ``config.json`` says, is none of this architecture, or holds NaN or Inf.
     """
     hf = tensors(folder)
     with torch.device("meta"):
@@ -164,7 +164,10 @@ def state_of(config: ModelConfig, folder: Path) -> dict[str, Tensor]:
     more = [name for name in hf if name not in expected and not name.endswith("rotary_emb.inv_freq")]
     if more:
         raise UserError(str(folder), f"the weights hold {_some(more)}, which this program's model does not have", "take a model without")
-    return from_hf(config, {name: hf[name].float() for name in expected})
+    state = {name: hf[name].float() for name in expected}
+    if broken := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise UserError(str(folder), f"{_some(broken)} holds NaN or Inf", "take weights that are whole, or train these again")
+    return from_hf(config, state)
 
 
 def _some(names: list[str]) -> str:

@@ -72,9 +72,10 @@ class Matrix(nn.Module):
         return torch.empty_like(self.copy) if self.interleaved else self.copy
 
     def take(self, rows: Tensor) -> None:
-        """Make the copy of ``rows``, from ``new_rows``, instead of the weight."""
+        """Make the copy of ``rows``, from ``new_rows``, instead of the weight, which ``refresh`` then leaves alone until it changes."""
         if self.copy is not None and self.interleaved:
             self.copy.copy_(gated.interleaved(rows).reshape(rows.shape))
+        self.copied_version = self.weight._version
 
     def forward(self, x: Tensor) -> Tensor:
         if self.copy is None:

@@ -132,7 +132,7 @@ def _training(content: Content) -> str:
         lines.append(
             f"* {run.phase}: {run.tokens:,} tokens in {counted(run.step, 'step')} of {run.tokens // max(1, run.step):,}, "
             f"rows of {train.seq_len:,}, peak learning rate {train.lr:g} ({train.schedule}), {train.precision}; "
-            f"last loss {loss:.3f}{held}; loss spikes: {', '.join(map(str, run.spikes)) or 'none'}."
+            f"last loss {loss:.3f}{held}; {run.trouble}."
         )
     ledger = content.runs[-1].ledger
     if ledger:

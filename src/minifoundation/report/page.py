@@ -154,7 +154,7 @@ def html(content: Content) -> str:
     environment = Environment(
         loader=PackageLoader("minifoundation.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": _percent, "count": lambda value: f"{value:,}", "corpus": corpus_in_words}
+    environment.filters |= {"percent": _percent, "count": lambda value: f"{value:,}", "counted": counted, "corpus": corpus_in_words}
     template = environment.get_template("page.html.j2")
     return template.render(
         version=__version__,

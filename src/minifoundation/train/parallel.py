@@ -17,9 +17,9 @@ from minifoundation.train.meeting import bus_bandwidth
 from minifoundation.train.plan import USABLE_MEMORY, predicted_memory, sharers
 
 FAST = 100e9
-"""Bytes/s of sums over all GPUs from which on gradients travel after the backward and not beside it: NVLink does 230e9 and more, PCIe 40e9.
+"""Bytes/s of sums over a machine's GPUs above which gradients travel after the backward: NVLink does 230e9 and more, PCIe 40e9.
 
-Beside it they are had for less than their own time only where that is long: products wait for tiles that had to wait for a processor.
+Beside it they cost more than that, in products that wait for processors (docs/scaling.md); only what takes long is worth hiding.
 """
 
 

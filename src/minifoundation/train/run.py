@@ -15,7 +15,7 @@ from minifoundation.checkpoint import FINAL, Checkpoint, Saver, load_checkpoint,
 from minifoundation.config import RunConfig, changed, to_yaml
 from minifoundation.data.supply import Supply
 from minifoundation.distributed import World, join, sharing_rows
-from minifoundation.errors import Stopped, UserError
+from minifoundation.errors import Interrupted, Stopped, UserError
 from minifoundation.lock import held
 from minifoundation.runtime import Machine
 from minifoundation.train.construction import built
@@ -67,6 +67,7 @@ def run(
     Raises:
         UserError: anything in the settings, files or device that cannot work.
         Stopped: told to stop; saved, with the line that goes on.
+        Interrupted: told to stop while there was nothing to save.
     """
     with join() as world, stop_on_signals(config.train.max_hours) as stop, ExitStack() as owned:
         say = Printer(world)
@@ -78,7 +79,7 @@ def run(
         except KeyboardInterrupt:
             if stop.nothing_to_save:
                 there = "nothing is lost" if step_folders(config.out_dir) else "no step was done yet"
-                raise Stopped(f"stopped ({there}); continue with: {typed(world, **_going_on(config, resume))}") from None
+                raise Interrupted(f"stopped ({there}); continue with: {typed(world, **_going_on(config, resume))}") from None
             raise
 
 
