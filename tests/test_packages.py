@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,6 +33,17 @@ def test_a_package_is_known_by_the_part_that_is_used_and_not_imported(tmp_path: 
     assert installed("some_kernels") and not installed("some_kernels.products")
     (package / "products.py").touch()
     assert installed("some_kernels.products") and "some_kernels" not in sys.modules
+
+
+def test_a_package_that_is_imported_and_has_paths_for_text_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers when it has loaded a part of itself."""
+    package = tmp_path / "some_models"
+    package.mkdir()
+    (package / "__init__.py").write_text("from pathlib import Path\n__spec__.submodule_search_locations = [Path(__path__[0])]")
+    (package / "llama.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "some_models", import_module("some_models"))
+    assert installed("some_models.llama") and not installed("some_models.qwen")
 
 
 def test_folders_beside_which_a_program_starts_are_no_kernel_libraries(tmp_path: Path) -> None:

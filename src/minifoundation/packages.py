@@ -17,5 +17,6 @@ def installed(module: str) -> bool:
     spec = find_spec(top)
     for name in names[1:]:
         # Not find_spec: it imports the packages above, which takes seconds or fails.
-        spec = spec and PathFinder.find_spec(name, spec.submodule_search_locations or ())
+        # As text, which PathFinder wants: once it is imported, transformers has a Path there.
+        spec = spec and PathFinder.find_spec(name, [str(place) for place in spec.submodule_search_locations or ()])
     return spec is not None and spec.origin is not None  # a mere folder has no file that is imported

@@ -397,7 +397,7 @@ def test_the_checkpoints_of_another_run_are_set_aside(settings: Make, monkeypatc
     trained(settings("run", train={"seed": 5}))
     begun, folder = settings("other").out_dir / "step_00000008", settings("run").out_dir
     at_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Stopped):
+    with pytest.raises(Interrupted):
         trained(settings("run"), resume=str(begun))
     assert f"step_00000004: is of another run than {begun}; kept as step_00000004.aside" in capsys.readouterr().err
     assert sorted(found.name for found in folder.glob("step_*")) == ["step_00000004.aside", "step_00000008.aside"]
