@@ -305,6 +305,28 @@ def test_a_file_of_another_kind_is_refused(content: bytes, tmp_path: Path) -> No
         Tokenizer.load(path)
 
 
+def test_the_same_file_is_made_into_a_tokenizer_once(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start reads it from where it was given, and from the run's folder, several times."""
+    paths = [tmp_path / name for name in ("given.model", "copied.model", "other.model")]
+    for path in paths[:2]:
+        path.write_bytes(tokenizer.model)
+    other = train_tokenizer([EXAMPLE.read_text(encoding="utf-8")[:50_000]], TokenizerConfig(kind="bpe", vocab_size=600), paths[2])
+    made: list[Path] = []
+    monkeypatch.setattr("minifoundation.data.tokenizer._last", {})
+    monkeypatch.setattr(SentencePiece, "__init__", _counted(SentencePiece.__init__, made))
+    third, first, second, again = (Tokenizer.load(path) for path in (paths[2], *paths[:2], paths[2]))
+    assert made == [paths[2], paths[0], paths[2]] and [first.path, second.path, third.path, again.path] == [*paths, paths[2]]
+    assert first.encode("abc") == second.encode("abc") and third.sha256 == again.sha256 == other.sha256 != first.sha256
+
+
+def _counted(init: Callable[..., None], made: list[Path]) -> Callable[..., None]:
+    def counted(self: SentencePiece, path: Path, model: bytes) -> None:
+        made.append(path)
+        init(self, path, model)
+
+    return counted
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"gone\.model: cannot be read \(No such file or directory\); give the path of a SentencePiece .model file"

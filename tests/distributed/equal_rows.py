@@ -63,7 +63,7 @@ def goes_on_with_another_number(world: World, folder: Path, steps: int) -> None:
     one, run = World(), settings()
     expected = torch.tensor(list(Trained(one, Split(), run).steps(0, steps)))
     for number, (first, then) in enumerate([(world, one), (one, world)]):
-        ways = [Split() if part.size == 1 else Split("ddp") for part in (first, then)]
+        ways = [Split() if part.size == 1 else Split("ddp", owners=part.size) for part in (first, then)]
         half = Trained(first, ways[0], run)
         done = list(half.steps(0, steps // 2))
         state = saved(half, world, folder / f"{world.cp_size} a row, {number}")
@@ -85,12 +85,13 @@ def half_precision(world: World) -> None:
     expected = torch.tensor(list(Trained(World(), Split(), settings()).steps(0, STEPS)))
     for checkpointing in ("none", "attention", "full"):
         run = settings(precision="bf16", model={"checkpointing": checkpointing, "qk_norm": False})
-        found = torch.tensor(list(Trained(world, Split("ddp"), run).steps(0, STEPS)))
+        found = torch.tensor(list(Trained(world, Split("ddp", owners=world.size), run).steps(0, STEPS)))
         torch.testing.assert_close(found[:, :2], expected[:, :2], atol=0.03, rtol=0)
         torch.testing.assert_close(found[:, 2], expected[:, 2], atol=0.0, rtol=0.1)
     run = settings(precision="fp8", loss_chunk=16, model={"d_model": 32, "d_ff": 48, "vocab_size": 112})
     expected, found = (
-        torch.tensor(list(Trained(one, split, run).steps(0, STEPS))) for one, split in ((World(), Split()), (world, Split("ddp")))
+        torch.tensor(list(Trained(one, split, run).steps(0, STEPS)))
+        for one, split in ((World(), Split()), (world, Split("ddp", owners=world.size)))
     )
     torch.testing.assert_close(found[:, :2], expected[:, :2], atol=0.03, rtol=0)  # of all processes the largest value sets the scale
     torch.testing.assert_close(found[:, 2], expected[:, 2], atol=0.0, rtol=0.1)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minifoundation import config
 from minifoundation.config import ModelConfig
-from minifoundation.model.size import flops_per_token, memory_bytes, n_matmul_parameters, n_parameters
+from minifoundation.model.size import flops_per_token, memory_bytes, n_matmul_parameters, n_parameters, rows_divisor
 from minifoundation.model.training import TrainingModel
 from minifoundation.model.transformer import Transformer
 
@@ -161,6 +162,13 @@ def test_predicted_memory_of_long_rows_is_within_a_tenth_of_the_measured(name: s
         loss_chunk=8192,
     )
     assert sum(parts.values()) == pytest.approx(row["peak_gib"] * 2**30, rel=0.1)
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "head_dim": 24}, {"tie_embeddings": False, "n_kv_head": 1, "vocab_size": 96}])
+def test_the_parts_that_rows_can_be_divided_into_are_those_of_every_weight(changes: dict[str, Any]) -> None:
+    small = {"vocab_size": 128, "d_model": 48, "n_layer": 1, "n_head": 4, "n_kv_head": 2, "d_ff": 72, "original_seq_len": 16}
+    model = config.ModelConfig.model_validate(small | changes)
+    assert rows_divisor(model) == math.gcd(*(len(weight) for weight in Transformer(model).parameters()))
 
 
 def test_selective_checkpointing_of_a_billion_at_64k_is_within_32_gib() -> None:

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from copy import copy
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -94,6 +95,8 @@ class Tokenizer(ABC):
     def load(path: Path) -> Tokenizer:
         """Return the tokenizer in a SentencePiece file, or in a ``tokenizer.json`` of Hugging Face (its folder will do).
 
+        The last one is kept: a start reads the same from several places, and making one of many pieces takes half a second.
+
         Raises:
             UserError: no such file, no tokenizer, or one that is not lossless, has other special ids than ours (SentencePiece), or is of
                 a kind that cannot be exported id for id.
@@ -101,7 +104,13 @@ class Tokenizer(ABC):
         from minifoundation.data.fast_tokenizer import FastTokenizer, is_folder_or_json, is_packed, packed
 
         model = packed(path) if is_folder_or_json(path) else _read(path)
-        return FastTokenizer(path, model) if is_packed(model) else SentencePiece(path, model)
+        if model not in _last:
+            made = FastTokenizer(path, model) if is_packed(model) else SentencePiece(path, model)
+            _last.clear()
+            _last[model] = made
+        found = copy(_last[model])
+        found.path = path
+        return found
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -134,6 +143,10 @@ class Tokenizer(ABC):
         """Return how many UTF-8 bytes of text ``ids`` stand for; special tokens have none."""
         lengths = np.array([len(piece) for piece in self.surfaces], np.int64)
         return int(lengths[ids].sum())
+
+
+_last: dict[bytes, Tokenizer] = {}
+"""The tokenizer that was loaded last, by its ``model``."""
 
 
 class SentencePiece(Tokenizer):
@@ -387,12 +400,13 @@ def _faults(model: Any) -> list[str]:
     if faults:
         return faults
     expected = {PAD: _CONTROL, BOS: _CONTROL, EOS: _CONTROL, UNK: _UNKNOWN}
-    other = [p.piece for i, p in enumerate(model.pieces) if p.type != expected.get(i, p.type if p.type in (_NORMAL, _BYTE) else _NORMAL)]
+    pieces = [(p.piece, p.type) for p in model.pieces]  # each access costs
+    other = [piece for i, (piece, kind) in enumerate(pieces) if kind != expected.get(i, kind if kind in (_NORMAL, _BYTE) else _NORMAL)]
     if other:
         faults.append(f"it has pieces of a special kind, such as {other[0]!r} (user-defined, control or unused)")
-    ordinary = {p.piece for p in model.pieces if p.type == _NORMAL}
+    ordinary = {piece for piece, kind in pieces if kind == _NORMAL}
     # Without these a text that spells "<0x0A>" or "</s>" could become that very piece in the export.
-    missing = "".join(sorted({c for p in model.pieces if p.type != _NORMAL for c in p.piece} - ordinary))
+    missing = "".join(sorted({c for piece, kind in pieces if kind != _NORMAL for c in piece} - ordinary))
     if missing:
         faults.append(f"it has no pieces for the characters {missing}")
     alone = {c for piece in ordinary for c in piece} - ordinary

@@ -147,6 +147,7 @@ class Replica(nn.Module):
 
     def finish_gradients(self) -> None:
         """Put the gradients, once all have travelled, where the optimizer looks for them: at ``parts``."""
+        assert self._missing == [len(unit) for unit in self._units], "a weight has no gradient, and those of its unit have not travelled"
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         if self._near is not None:
