@@ -65,14 +65,19 @@ def test_gpus_are_compared_with_the_slowest_of_them_by_itself() -> None:
 def test_the_model_of_several_gpus_on_paper() -> None:
     from benchmarks.scaling import paper
 
-    one: dict[str, Any] = {"parameters": 500_000_000, "head": 100_000_000, "seconds": 0.3, "bytes_per_second": 100e9}
+    sizes = {"parameters": 500_000_000, "head": 100_000_000, "seconds": 0.3, "optimizer": 0.01, "node": 8}
+    one: dict[str, Any] = {**sizes, "links": 100e9, "network": 10e9}
     for parallel in ("ddp", "fsdp"):
         assert paper(**one, gpus=1, parallel=parallel)["efficiency"] == 1.0
-        efficiencies = [paper(**one, gpus=gpus, parallel=parallel)["efficiency"] for gpus in (2, 8, 64)]
-        assert efficiencies == sorted(efficiencies, reverse=True)
-    # Two GPUs send half of each gradient twice: 2 GB at 100 GB/s, of which the head's 0.4 GB come too late to be hidden.
+    # Half of 2 GB of gradients, and half of 1.2 GB of weights, 0.8 of them in 2 bytes; and half the optimizer is the other's.
     two = paper(**one, gpus=2, parallel="ddp")
-    assert two["communication_seconds"] == pytest.approx(0.02) and two["seconds"] == pytest.approx(0.304)
+    assert two["communication_seconds"] == pytest.approx(0.01 + 0.006) and two["seconds"] == pytest.approx(0.3 - 0.005 + 0.016)
+    # In two machines 7 of 8 parts go by the links. A GPU's own rows, 0.25 GB, are summed over both; a fifth is the embedding's, known last.
+    machines = paper(**one, gpus=16, parallel="ddp")
+    assert machines["seconds"] == pytest.approx(0.3 - 0.01 * 7 / 8 + (0.02 + 0.012) * 7 / 8 + 0.025 / 5)
     # A network that is slower than the backward is waited for: all of it but what 0.2 s hide.
-    slow = paper(**{**one, "bytes_per_second": 5e9}, gpus=2, parallel="ddp")
-    assert slow["seconds"] == pytest.approx(0.3 + 0.4 - 0.2)
+    slow = paper(**{**one, "network": 1e9}, gpus=16, parallel="ddp")
+    assert slow["seconds"] == pytest.approx(0.3 - 0.01 * 7 / 8 + (0.02 + 0.012) * 7 / 8 + 0.25 - 0.2)
+    # Half of 2 GB scattered, twice half of 1 GB gathered; a fifth, the embedding's, is waited for: the first gather, the last sum.
+    sharded = paper(**one, gpus=2, parallel="fsdp")
+    assert sharded["communication_seconds"] == pytest.approx(0.02) and sharded["seconds"] == pytest.approx(0.3 - 0.005 + 0.002 + 0.001)
