@@ -55,9 +55,9 @@ def started(
     return subprocess.Popen(line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def train(launcher: list[str], options: list[str]) -> str:
+def train(launcher: list[str], options: list[str], module: str = "src.cli") -> str:
     """Train to the end and return what was printed."""
-    process = started(launcher, options)
+    process = started(launcher, options, module=module)
     printed, _ = process.communicate(timeout=280)
     assert process.returncode == 0, printed[-3000:]
     return printed

@@ -55,19 +55,19 @@ def test_several_processes_train_the_weights_of_one(tmp_path: Path, alone: tuple
     assert one.progress["held_out_bits_per_byte"] == pytest.approx(many.progress["held_out_bits_per_byte"], abs=1e-5)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_go_on_as_one_and_again_as_two(tmp_path: Path, alone: tuple[Path, list[str]], parallel: str) -> None:
+@pytest.mark.parametrize(("parallel", "module"), [("ddp", "src.cli"), ("ddp", "tests.distributed.divided"), ("fsdp", "src.cli")])
+def test_two_go_on_as_one_and_again_as_two(tmp_path: Path, alone: tuple[Path, list[str]], parallel: str, module: str) -> None:
     expected, options = alone
     run = tmp_path / "run"
     here = [*options, "--out_dir", str(run), "--batch_size", "2", "--train.save_every", "6", "--resume", "auto"]
     for launcher, steps in ((torchrun(2), 6), ([], 12)):
-        process = started(launcher, [*here, *(["--train.parallel", parallel] if launcher else [])])
+        process = started(launcher, [*here, *(["--train.parallel", parallel] if launcher else [])], module=module)
         until(lambda steps=steps: (run / f"step_{steps:08d}" / "manifest.json").exists(), process)  # type: ignore[misc]
         process.kill() if not launcher else os.kill(of_rank(process.pid, 1), signal.SIGKILL)
         process.communicate(timeout=120)
         assert fault(run / f"step_{steps:08d}") is None
-    printed = train(torchrun(2), [*here, "--train.parallel", parallel])
-    assert "continuing from" in printed
+    printed = train(torchrun(2), [*here, "--train.parallel", parallel], module=module)
+    assert "continuing from" in printed and ("the optimizer in 2 parts" in printed) == (module != "src.cli")
     torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(losses(expected)), atol=1e-5, rtol=1e-5)
     weights_close(expected, run, 2e-6)
     assert load_checkpoint(run / "final.pth").ledger == load_checkpoint(expected / "final.pth").ledger

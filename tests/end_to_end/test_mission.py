@@ -34,7 +34,10 @@ def folder(tmp_path: Path) -> Path:
 
 def started(line: str, folder: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "src.cli", *line.split()]
+    # Tests that were started under nohup, or in the background of a script, pass on that signals are ignored.
+    restored = "[signal.signal(s, signal.SIG_DFL) for s in (signal.SIGHUP, signal.SIGINT)]"
+    with_signals = f"import os, signal, sys; {restored}; os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", with_signals, sys.executable, "-m", "src.cli", *line.split()]
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

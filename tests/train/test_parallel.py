@@ -54,6 +54,11 @@ def test_what_is_chosen(memory_gib: int, world: World, train: dict[str, Any], ex
     assert chosen_split(run_config(**train), replace(H100, memory_bytes=memory_gib * GIB), world) == expected
 
 
+def test_between_cpus_each_updates_everything() -> None:
+    cpu = replace(H100, device=torch.device("cpu"))
+    assert chosen_split(run_config(), cpu, NODE) == Split("ddp")
+
+
 @pytest.mark.parametrize(
     ("world", "train", "message"),
     [

@@ -45,7 +45,7 @@ def chosen_split(config: RunConfig, machine: Machine, world: World) -> Split:
             "train.parallel", f"hsdp with {world.nodes} nodes of {world.local_size} processes", "it needs two of each; take fsdp"
         )
     whole = train.precision == "fp8" or train.optimizer_states == "int8"
-    copies = Split("ddp", owners=_owners(config, world))
+    copies = Split("ddp", owners=owners(config, machine, world))
     if asked == "ddp" or (asked == "auto" and (whole or _fits(config, machine, copies))):
         return copies
     within_a_node = world.nodes > 1 and world.local_size > 1
@@ -57,11 +57,14 @@ def chosen_split(config: RunConfig, machine: Machine, world: World) -> Split:
     return kept if _fits(config, machine, kept) else chosen
 
 
-def _owners(config: RunConfig, world: World) -> int:
-    """Return among how many processes of a machine the rows of every weight are divided: all, where that can be done."""
+def owners(config: RunConfig, machine: Machine, world: World) -> int:
+    """Return among how many processes of a machine the rows of every weight are divided: all, where that can be done and helps.
+
+    Between CPUs it does not: gloo scatters sums by sending all of them.
+    """
     size = world.local_size
     divisible = world.size % size == 0 and rows_divisor(config.model) % size == 0
-    return size if divisible and config.train.optimizer_states != "int8" else 1
+    return size if divisible and machine.is_cuda and config.train.optimizer_states != "int8" else 1
 
 
 def _fits(config: RunConfig, machine: Machine, split: Split) -> bool:
