@@ -158,8 +158,10 @@ def nodes(world: World) -> None:
     both = Trained(world, Split("ddp", owners=2), settings())
     torch.testing.assert_close(torch.tensor(list(both.steps(0, 6))), expected, atol=1e-5, rtol=1e-5)
     close(alone.checkpoint().tensors(), both.checkpoint().in_host_memory(kept=True).tensors(), 2e-5)
-    for reduced in ("fp32", "bf16"):
-        half = Trained(world, Split("ddp", owners=2), settings(precision="bf16", reduce_precision=reduced))
+    other = {"tie_embeddings": False, "qk_norm": True}
+    for reduced, model in (("fp32", {}), ("bf16", {}), ("fp32", other)):
+        expected = torch.tensor(list(Trained(World(), Split(), settings(model=model)).steps(0, 6)))
+        half = Trained(world, Split("ddp", owners=2), settings(model=model, precision="bf16", reduce_precision=reduced))
         found = torch.tensor(list(half.steps(0, 6)))
         torch.testing.assert_close(found[:, :2], expected[:, :2], atol=0.03, rtol=0)
         copies_are_of_the_owners(half)

@@ -21,7 +21,7 @@ IGNORED = -100
 
 
 class LossSums(NamedTuple):
-    """Sums over the tokens that have a loss; a named tuple, because DDP and FSDP look for tensors in what a module returns."""
+    """Sums over the tokens that have a loss; a named tuple, because FSDP looks for tensors in what a module returns."""
 
     total: Tensor
     """Cross entropy + z-loss; the only part with a gradient."""

@@ -1,4 +1,4 @@
-"""The model with its loss inside: what is compiled, wrapped by DDP or FSDP, and called by the training step."""
+"""The model with its loss inside: what is compiled, spread over processes, and called by the training step."""
 
 from __future__ import annotations
 
