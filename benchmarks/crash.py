@@ -51,6 +51,7 @@ SETTINGS = {
         "eval_every": 20,
         "eval_tokens": 512,
         "save_every": 2,
+        "keep": 3,
         "spike_window": 32,
     },
 }
@@ -92,7 +93,9 @@ def unequal(run_config: RunConfig, whole: RunConfig) -> list[str]:
     a, b = (load_checkpoint(one.out_dir / "final.pth") for one in (run_config, whole))
     found = [name for name, tensor in a.tensors().items() if not torch.equal(tensor, b.tensors()[name])]
     found += [name for name in ("progress", "ledger") if getattr(a, name) != getattr(b, name)]
-    last = [(step_folders(one.out_dir)[-1] / TENSORS).read_bytes() for one in (run_config, whole)]
+    # One that was told to stop has folders of its own, also of the last step, whose evaluation a stop can cut short.
+    common = max({folder.name for folder in step_folders(run_config.out_dir)} & {folder.name for folder in step_folders(whole.out_dir)})
+    last = [(one.out_dir / common / TENSORS).read_bytes() for one in (run_config, whole)]
     return found + ["optimizer"] * (last[0] != last[1]) + ["metrics.csv"] * (rows(run_config) != rows(whole))
 
 
@@ -310,7 +313,8 @@ def main() -> None:
         results["planted"] = planted(work, 60 if quick else 400)
         results["soak"] = soaked(work, 200 if quick else 20_000)
     print(results, file=sys.stderr, flush=True)
-    assert not results["struck"]["unequal"] and results["damaged"]["unseen"] == 0
+    assert not results["struck"]["unequal"], results["struck"]
+    assert results["damaged"]["unseen"] == 0, results["damaged"]
     figures = {
         "kills": results["struck"]["kill"] + results["struck"]["kill in a save"],
         "kills_in_a_save": results["struck"]["kill in a save"],

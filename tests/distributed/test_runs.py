@@ -200,7 +200,8 @@ def test_a_mistake_is_one_line_and_exit_code_2_on_all(tmp_path: Path, change: li
     left = printed.count("exitcode  : 2 ")
     before = "--lr" in change or {"cudnn", "30"} & set(change)
     # A mistake that is seen before the processes meet is one of each by itself, and torchrun may end the slower one.
-    assert left == 2 or (left == 1 and before and "exitcode  : -15" in printed), printed
+    ended = "exitcode  : -15" in printed or "exitcode  : 130" in printed  # before Python listens to signals, or after
+    assert left == 2 or (left == 1 and before and ended), printed
     assert not (tmp_path / "run" / "metrics.csv").exists()
 
 
