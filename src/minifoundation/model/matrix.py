@@ -73,9 +73,15 @@ class Matrix(nn.Module):
 
     def take(self, rows: Tensor) -> None:
         """Make the copy of ``rows``, from ``new_rows``, instead of the weight, which ``refresh`` then leaves alone until it changes."""
-        if self.copy is not None and self.interleaved:
-            self.copy.copy_(gated.interleaved(rows).reshape(rows.shape))
+        if self.interleaved:
+            self.interleave(rows)
         self.copied_version = self.weight._version
+
+    def interleave(self, rows: Tensor) -> None:
+        """Make the copy of ``rows``, those of the weight's upper and lower half in turn, in one pass."""
+        assert self.copy is not None
+        by_turns = gated.interleaved(rows)
+        self.copy.view(by_turns.shape).copy_(by_turns)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.copy is None:
@@ -92,11 +98,12 @@ def refresh(matrices: Iterable[Matrix]) -> None:
     """
     changed = [m for m in matrices if m.copied_version != m.weight._version and (m.copy is not None or m.rows is not None)]
     copied = [m for m in changed if m.copy is not None]
-    if copied:
-        torch._foreach_copy_(
-            [m.copy for m in copied if m.copy is not None],
-            [gated.interleaved(m.weight).reshape(m.weight.shape) if m.interleaved else m.weight for m in copied],
-        )
+    in_order = [m for m in copied if not m.interleaved]
+    if in_order:
+        torch._foreach_copy_([m.copy for m in in_order if m.copy is not None], [m.weight for m in in_order])
+    for m in copied:
+        if m.interleaved:
+            m.interleave(m.weight)
     small = [m for m in changed if m.rows is not None]
     if small:
         largest = torch.stack(torch._foreach_norm([m.weight for m in small], float("inf")))

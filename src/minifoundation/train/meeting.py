@@ -7,6 +7,7 @@ import json
 import socket
 import statistics
 from collections.abc import Mapping
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 
@@ -115,8 +116,9 @@ def network(machine: Machine, world: World) -> list[str]:
     return lines
 
 
+@cache
 def bus_bandwidth(machine: Machine, world: World) -> float:
-    """Return the bytes/s that each process sends while a tensor is summed over all: 2 (n - 1) / n of its bytes."""
+    """Return the bytes/s that each process sends while a tensor is summed over all: 2 (n - 1) / n of its bytes. Measured once."""
     n_bytes = BYTES[machine.device.type]
     values = torch.zeros(n_bytes // 4, device=machine.device)
     return 2 * (world.size - 1) / world.size * n_bytes / median_seconds(lambda: world.total(values), machine)

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minifoundation.model.kernels.libraries import load
 from minifoundation.packages import installed
 
-INSTALLED = installed("flash_attn.cute.interface")
+INTERFACE = "flash_attn.cute.interface"
+INSTALLED = installed(INTERFACE)
 
 
 @torch.library.custom_op("minifoundation::flash4", mutates_args=(), device_types="cuda")
@@ -21,18 +23,14 @@ def flash4(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
     Where there are fewer queries than keys, they are those of the last tokens.
     """
-    from flash_attn.cute.interface import _flash_attn_fwd
-
-    out, log_sum_exp, *_ = _flash_attn_fwd(q, k, v, causal=True, return_lse=True)
+    out, log_sum_exp, *_ = load(INTERFACE)._flash_attn_fwd(q, k, v, causal=True, return_lse=True)
     return out, log_sum_exp
 
 
 @torch.library.custom_op("minifoundation::flash4_gradients", mutates_args=(), device_types="cuda")
 def flash4_gradients(q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v."""
-    from flash_attn.cute.interface import _flash_attn_bwd
-
-    d_q, d_k, d_v = _flash_attn_bwd(q, k, v, out, d_out.contiguous(), log_sum_exp, causal=True)
+    d_q, d_k, d_v = load(INTERFACE)._flash_attn_bwd(q, k, v, out, d_out.contiguous(), log_sum_exp, causal=True)
     return d_q, d_k, d_v
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from minifoundation.model.kernels.libraries import load
 from minifoundation.packages import installed
 
-INSTALLED = installed("quack.gemm_interface")
+INTERFACE = "quack.gemm_interface"
+INSTALLED = installed(INTERFACE)
 
 
 def interleaved(gate_up: Tensor) -> Tensor:
@@ -26,29 +28,23 @@ def apart(gate_up: Tensor) -> Tensor:
 
 def product(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gates x weight^T, (N, 2F), and SwiGLU's product of them, (N, F), of x (N, D) and an interleaved weight (2F, D)."""
-    from quack.gemm_config import GemmConfig
-    from quack.gemm_interface import gemm_gated
-
-    config = GemmConfig(tile_m=128, tile_n=192, pingpong=True, cluster_m=2, cluster_n=1, is_dynamic_persistent=False)
-    gates, activated = gemm_gated(x, weight.T, activation="swiglu", config=config)
+    quack = load(INTERFACE)
+    config = quack.GemmConfig(tile_m=128, tile_n=192, pingpong=True, cluster_m=2, cluster_n=1, is_dynamic_persistent=False)
+    gates, activated = quack.gemm_gated(x, weight.T, activation="swiglu", config=config)
     return gates, activated
 
 
 def gradients(d_out: Tensor, down: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradient of ``gates`` (N, 2F) and SwiGLU's product again, (N, F), of d_out (N, D) through ``down`` (D, F)."""
-    from quack.gemm_config import GemmConfig
-    from quack.gemm_interface import gemm_dgated
-
-    config = GemmConfig(tile_m=128, tile_n=128, pingpong=True, cluster_m=2, cluster_n=1, is_dynamic_persistent=True)
-    d_gates, activated = gemm_dgated(d_out, down, gates, activation="swiglu", config=config, dynamic_scheduler=True)[:2]
+    quack = load(INTERFACE)
+    config = quack.GemmConfig(tile_m=128, tile_n=128, pingpong=True, cluster_m=2, cluster_n=1, is_dynamic_persistent=True)
+    d_gates, activated = quack.gemm_dgated(d_out, down, gates, activation="swiglu", config=config, dynamic_scheduler=True)[:2]
     return d_gates, activated
 
 
 def sum_with_product(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Return residual + x weight^T, (N, D), of x (N, F) and weight (D, F), added before it is rounded."""
-    from quack.gemm_interface import gemm_add
-
-    result: Tensor = gemm_add(x, weight.T, residual, tuned=False)
+    result: Tensor = load(INTERFACE).gemm_add(x, weight.T, residual, tuned=False)
     return result
 
 
