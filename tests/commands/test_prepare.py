@@ -52,6 +52,26 @@ def test_a_given_tokenizer_is_used_where_it_lies_and_one_that_is_there_is_told(c
     assert f"tokenizer {first / 'tokenizer.model'}" in capsys.readouterr().out and not second.exists()
 
 
+def test_a_mistake_in_the_last_source_of_a_mixture_is_told_before_work_on_the_first(corpus: Path, tmp_path: Path, capsys: Capture) -> None:
+    outputs = [
+        "--data.shards_dir",
+        str(tmp_path / "shards"),
+        "--tokenizer_out",
+        str(tmp_path / "tokenizer"),
+        "--tokenizer.vocab_size",
+        "512",
+    ]
+    assert main(["prepare", "--data.mix", f"{corpus}=0.5,{corpus}/none=0.5", *outputs]) == 2
+    assert f"'{corpus}/none' is neither a known corpus nor a path" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    other = tmp_path / "other.txt"
+    other.write_text("Another text. " * 50)
+    assert main(["prepare", "--data", str(other), *outputs]) == 0
+    (before,) = (tmp_path / "shards").iterdir()
+    assert main(["prepare", "--data.mix", f"{corpus}=0.5,{other}=0.5", "--data.held_out", "0.1", *outputs]) == 2
+    assert f"data.held_out: 0.1 here, but {before} was made with 0.002" in capsys.readouterr().err
+    assert list((tmp_path / "shards").iterdir()) == [before]
+
+
 def test_the_command_reads_the_settings_of_a_whole_run(corpus: Path, tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(

@@ -104,6 +104,18 @@ def test_a_column_of_categories_is_text(tmp_path: Path) -> None:
         assert read(tmp_path) == (["one", "two", "one"], {"null": 1})
 
 
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.binary_view(), pa.large_string(), pa.large_binary()])
+def test_text_of_every_type_of_arrow_is_text(tmp_path: Path, kind: pa.DataType) -> None:
+    values = [text.encode() for text in TEXTS]
+    pq.write_table(pa.table({"text": pa.array([*values, None], pa.binary()).cast(kind)}), tmp_path / "a.parquet")
+    assert read(tmp_path) == (TEXTS, {"null": 1})
+
+
+def test_of_two_columns_of_one_name_the_first_is_read(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_arrays([pa.array(TEXTS), pa.array([1, 2, 3])], names=["text", "text"]), tmp_path / "a.parquet")
+    assert read(tmp_path) == (TEXTS, {})
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
@@ -147,6 +159,10 @@ def test_a_file_that_breaks_off_is_named(tmp_path: Path, kind: str, packing: str
         read(path)
     assert error.value.where == str(path)
     assert "\n" not in str(error.value)
+    path.write_bytes(b"")  # as a download leaves it that has not begun
+    with pytest.raises(UserError, match="cannot be read to its end") as error:
+        read(path)
+    assert error.value.where == str(path)
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

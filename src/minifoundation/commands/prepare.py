@@ -48,12 +48,17 @@ def prepare(options: PrepareOptions, values: dict[str, Any]) -> None:
 
 
 def _tokenizer(options: PrepareOptions, chosen: PrepareConfig) -> Tokenizer:
-    from minifoundation.data.prepare import tokenizer_for
+    from minifoundation.data.prepare import refuse_unusable, tokenizer_for
     from minifoundation.data.tokenizer import Tokenizer
 
-    if chosen.tokenizer.path is not None:
-        return Tokenizer.load(chosen.tokenizer.path)
-    if (there := options.tokenizer_out / "tokenizer.model").exists():
+    there = options.tokenizer_out / "tokenizer.model"
+    path = chosen.tokenizer.path or (there if there.exists() else None)
+    found = None if path is None else Tokenizer.load(path)
+    if chosen.data.mix:  # a mistake in the last source should not show after hours of work on the first
+        refuse_unusable(chosen.data, found)
+    if found is not None and chosen.tokenizer.path is not None:
+        return found
+    if found is not None:
         click.echo(f"tokenizer: {there} is there already, and is used; --tokenizer_out names another place for a new one")
     return tokenizer_for(chosen.tokenizer, chosen.data, options.tokenizer_out)
 

@@ -112,13 +112,20 @@ def shards_folder(source: str, config: DataConfig, tokenizer: Tokenizer) -> Path
     return config.shards_dir / f"{slug}-{hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
-def refuse_other_shards(source: str, config: DataConfig, tokenizer: Tokenizer) -> None:
-    """Refuse the shards that are there when they were made with other settings.
+def refuse_unusable(config: DataConfig, tokenizer: Tokenizer | None) -> None:
+    """Refuse a source that is not there, and shards made with other settings, before work on any begins; asks no network.
+
+    Args:
+        tokenizer: None is one that is still to be trained: there can be no shards of it.
 
     Raises:
-        UserError: the setting, with both values.
+        UserError: the source, or the setting with both values.
     """
-    _Preparation(source, config, tokenizer, None).recorded()
+    for source in config.weights:
+        if not is_remote(source):
+            find_corpus(source, config)
+        if tokenizer is not None:
+            _Preparation(source, config, tokenizer, None).recorded()
 
 
 def tokenizer_for(tokenizer: TokenizerConfig, data: DataConfig, out: Path) -> Tokenizer:

@@ -154,7 +154,7 @@ def seekable_bytes(url: str) -> int | None:
     return size
 
 
-def opened(url: str, size: int | None, *, start: int = 0, stop: int | None = None) -> IO[bytes]:
+def opened(url: str, size: int | None, *, start: int = 0, stop: int | None = None) -> io.BufferedReader:
     """Return a buffered stream of the file from ``start`` on.
 
     Args:

@@ -247,11 +247,11 @@ def _parquet_rows(span: Span, column: str) -> Iterator[bytes | Bad]:
                 file.metadata.row_group(group).num_rows for group in groups
             )
             return
-        kind = schema.field(column).type
+        kind = schema.field(schema.names.index(column)).type  # the first of that name, as ``batch.column(0)`` is
         if pa.types.is_dictionary(kind):  # each value stored once, as pandas stores categories
             kind = kind.value_type
         others = tuple(name for name in schema.names if name != column)
-        textual = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        textual = kind in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view())
         for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=list(groups), columns=[column]):
             values = batch.column(0)
             # As bytes: one row that is not UTF-8 must not take the batch with it.

@@ -143,7 +143,8 @@ def _local_files(source: str) -> tuple[File, ...]:
         found = list(_below(root))
     elif glob.has_magic(source):
         pattern, root = root, _above_magic(root)
-        found = [path for path in root.glob(str(pattern.relative_to(root))) if path.is_file() or path.is_symlink()]
+        matches = set(root.glob(str(pattern.relative_to(root))))  # where ** stands twice, Python 3.13 gives a file more than once
+        found = [path for path in matches if path.is_file() or path.is_symlink()]
     else:
         raise _unknown(source, root)
     if lost := [path for path in found if form_of(path.name) and not path.exists()]:

@@ -26,7 +26,7 @@ def file_bytes(file: File) -> int | None:
     return remote.seekable_bytes(file.url) if file.size is None else file.size
 
 
-def plain(file: File, start: int, stop: int | None) -> IO[bytes]:
+def plain(file: File, start: int, stop: int | None) -> io.BufferedReader:
     """Return a buffered stream of an uncompressed file that stands at ``start``; it goes on beyond ``stop``, but slower."""
     if file.remote:
         return remote.opened(file.url, file_bytes(file), start=start, stop=stop)
@@ -39,6 +39,8 @@ def plain(file: File, start: int, stop: int | None) -> IO[bytes]:
 def unpacked(file: File) -> Iterator[IO[bytes]]:
     """Return a buffered stream of the file without its compression, which raises where the file breaks off."""
     with plain(file, 0, None) as packed:
+        if file.form[1] and not packed.peek(1):
+            raise EOFError("it is empty, which no compressed file is")  # gzip and zstd take it for one of no text
         raw: Any
         match file.form[1]:
             case ".gz":

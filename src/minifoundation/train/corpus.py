@@ -16,10 +16,9 @@ from minifoundation.data.held_out import HeldOut
 from minifoundation.data.ledger import Entry
 from minifoundation.data.loader import POLL_SECONDS, Loader, source_of
 from minifoundation.data.mixture import Mixture
-from minifoundation.data.prepare import is_remote, refuse_other_shards, tokenizer_for
+from minifoundation.data.prepare import refuse_unusable, tokenizer_for
 from minifoundation.data.samples import Order, Samples
 from minifoundation.data.shards import MANIFEST, Shards
-from minifoundation.data.sources import find_corpus
 from minifoundation.data.supply import Want, prepared
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.distributed import World
@@ -179,12 +178,7 @@ def refuse_absent(config: RunConfig) -> None:
     """
     if config.tokenizer.path is not None:
         Tokenizer.load(config.tokenizer.path)
-    tokenizer = given_tokenizer(config, say=lambda _line: None)
-    for source in config.data.weights:
-        if not is_remote(source):
-            find_corpus(source, config.data)
-        if tokenizer is not None:
-            refuse_other_shards(source, config.data, tokenizer)
+    refuse_unusable(config.data, given_tokenizer(config, say=lambda _line: None))
 
 
 def run_tokenizer(config: RunConfig, before: Checkpoint | None) -> Tokenizer:
