@@ -14,6 +14,7 @@ from minifoundation.config import RunConfig
 from minifoundation.data.shards import Shards
 from minifoundation.errors import UserError
 from minifoundation.train.run import run
+from minifoundation.train.state import Start
 from tests.train.test_corpus import Make, entries, steady, trained
 
 LONG = {"shard_tokens": 1024, "held_out": 0.2, "max_document_bytes": 8192, "min_tokens": 100, "mask_documents": True}
@@ -53,6 +54,14 @@ def test_long_documents_are_read_more_often_and_it_is_said(settings: Make, tmp_p
     fewer = longer(settings, tmp_path, "other", long_share=0.8, search_tokens=10_000)
     with pytest.raises(UserError, match=r"^data\.search_tokens: .* here, but .*, or start another run"):  # fewer documents are known
         run(fewer, resume="auto", dry_run=False, allowed=("data.search_tokens",))
+
+
+def test_a_later_phase_begins_after_what_was_searched_though_no_short_document_was_read(settings: Make, tmp_path: Path) -> None:
+    first = trained(longer(settings, tmp_path, long_share=0.99, long_repeats=100, search_tokens=4000))
+    long, short = entries(first)
+    assert (long.samples, short.samples) == (48, 0) and long.shards == short.shards > 1
+    second = trained(longer(settings, tmp_path, "second", min_tokens=None), start=Start("longft", first))
+    assert second.progress["first_shards"] == {long.source: long.shards}
 
 
 @pytest.mark.parametrize(("repeats", "share", "read"), [(0.01, 0.9, "as often as all"), (0.1, 0.9, "0.1"), (100, 0.5, "0.5 of the rows")])

@@ -117,13 +117,15 @@ def _opened(
     size = planned.samples_per_step
     in_all = mixture.counts(progress.end(planned.steps - progress.step, size))
     at_once = mixture.counts(progress.place(size) + max(AT_ONCE // seq_len, size))
-    ledger = {kept["source"]: Entry(**kept) for kept in (before.ledger if before else [])}  # the last entry of each source
+    entries = [Entry(**kept) for kept in (before.ledger if before else [])]
+    ledger = {entry.source: entry for entry in entries}  # the last one of each source
+    read = ledger | {entry.source: entry for entry in entries if entry.samples}
     shards: dict[str, Shards] = {}
     wants: list[Want] = []
     searched_rows = -(-searched(config) // seq_len)
     for source, samples, first_samples, in_search in zip(sources, in_all, at_once, mixture.counts(searched_rows), strict=True):
         if resumed is None and source in ledger:
-            progress.first_shards[source] = _first_unread(ledger[source], config, tokenizer, say)
+            progress.first_shards[source] = _first_unread(read[source], config, tokenizer, say)
         if by_length:  # what is long is known once all of it has been looked through
             samples = first_samples = max(-(-round(searched(config) * weights[source]) // seq_len), in_search)
         want = Want(source, progress.first_shards.setdefault(source, 0), samples, seq_len)
@@ -151,8 +153,8 @@ def _opened(
         text_bytes=tokenizer.text_bytes,
         share=config.data.held_out,
     )
-    read = loader.counts(progress.end(planned.steps - progress.step, size))  # of windows that may be more than was looked through
-    wants = [replace(want, samples=max(want.samples, read.get(want.source, 0))) for want in wants]
+    counts = loader.counts(progress.end(planned.steps - progress.step, size))  # of windows that may be more than was looked through
+    wants = [replace(want, samples=max(want.samples, counts.get(want.source, 0))) for want in wants]
     to_make = tuple(want for want in wants if not want.met(shards[want.source], want.samples))
     return TrainingData(tokenizer, loader, held_out, progress, to_make)
 
