@@ -110,6 +110,8 @@ def test_faults_are_one_line(made: tuple[DataConfig, Tokenizer, Shards], capsys:
         (["inspect", "--shards", str(copy), "--verify"], "train-00000.bin: is not what was written (sha256)"),
         (["inspect", "--shards", str(shards.folder), "--tokenizer", str(other)], "not a SentencePiece model"),
         (["inspect", "--checkpoint", str(other)], "not a checkpoint"),
+        (["inspect", "--checkpoint", str(other), "--verify"], "--verify: there are no shards to look into; give --shards too"),
+        (["inspect", "--checkpoint", str(other), "--plot", "a.png"], "--plot: there are no shards to look into; give --shards too"),
     ):
         assert cli.main(line) == 2
         err = capsys.readouterr().err

@@ -189,6 +189,12 @@ def test_a_long_line_is_cut_not_dropped(tmp_path: Path) -> None:
     assert " extraordinary" in {piece for piece, _, _ in tokenizer.pieces}
 
 
+def test_a_text_of_nothing_but_reserved_words_gives_the_characters(tmp_path: Path) -> None:
+    text = "<0x0A></s><s>"  # which SentencePiece leaves out
+    tokenizer = train_tokenizer([text], TokenizerConfig(kind="bpe", vocab_size=512), tmp_path / "t.model")
+    assert tokenizer.decode(tokenizer.encode(f"{text} é")) == f"{text} é"
+
+
 def broken() -> Iterator[str]:
     yield "some text"
     raise OSError("the network is gone")

@@ -23,6 +23,10 @@ def inspect(options: InspectOptions) -> None:
     """Print what ``options`` names: a folder of shards, a checkpoint, or both."""
     if options.shards is None and options.checkpoint is None:
         raise UserError("inspect", "nothing to look at", "give --shards or --checkpoint")
+    if options.shards is None:
+        for name, value in (("--verify", options.verify), ("--tokenizer", options.tokenizer), ("--plot", options.plot)):
+            if value:
+                raise UserError(name, "there are no shards to look into", "give --shards too; the ledger of the checkpoint names them")
     if options.plot is not None and options.plot.suffix != ".png":
         raise UserError("--plot", f"{options.plot} is not a .png", "give the histogram a name that ends in .png")
     if options.shards is not None:

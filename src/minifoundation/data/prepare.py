@@ -113,7 +113,7 @@ def shards_folder(source: str, config: DataConfig, tokenizer: Tokenizer) -> Path
 
 
 def refuse_unusable(config: DataConfig, tokenizer: Tokenizer | None) -> None:
-    """Refuse a source that is not there, and shards made with other settings, before work on any begins; asks no network.
+    """Refuse a source that is not there or given twice, and shards made with other settings, before work on any begins; asks no network.
 
     Args:
         tokenizer: None is one that is still to be trained: there can be no shards of it.
@@ -121,7 +121,12 @@ def refuse_unusable(config: DataConfig, tokenizer: Tokenizer | None) -> None:
     Raises:
         UserError: the source, or the setting with both values.
     """
+    given: dict[Any, str] = {}
     for source in config.weights:
+        hub = hub_corpus(source)
+        place = hub[:2] if hub else source if is_remote(source) else path_of(source).resolve()
+        if (other := given.setdefault(place, source)) != source:  # its samples would come twice an epoch
+            raise UserError("data.mix", f"{other} and {source} are the same text", "name it once, with the sum of both weights")
         if not is_remote(source):
             find_corpus(source, config)
         if tokenizer is not None:

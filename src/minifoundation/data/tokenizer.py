@@ -336,7 +336,7 @@ def _with_characters(data: bytes, vocab_size: int) -> bytes:
 
     model = ModelProto.FromString(data)
     ordinary = {p.piece: p.score for p in model.pieces if p.type == _NORMAL}
-    lowest = min(ordinary.values())
+    lowest = min(ordinary.values(), default=0.0)
     for character in _CHARACTERS:
         if character not in ordinary:
             model.pieces.add(piece=character, score=lowest)
