@@ -184,9 +184,27 @@ def word_piece(tokenizer: dict[str, Any]) -> None:
     }
 
 
+def no_spaces(tokenizer: dict[str, Any]) -> None:
+    tokenizer["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "WhitespaceSplit"})
+
+
+def no_commas(tokenizer: dict[str, Any]) -> None:
+    removed = {"type": "Split", "pattern": {"String": ","}, "behavior": "Removed", "invert": False}
+    tokenizer["pre_tokenizer"]["pretokenizers"].insert(0, removed)
+
+
+def spelled_eos(tokenizer: dict[str, Any]) -> None:
+    tokenizer["pre_tokenizer"]["pretokenizers"][1]["use_regex"] = False  # so that nothing cuts it
+    tokenizer["model"]["ignore_merges"] = True
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
+        (no_spaces, "text that is encoded and decoded is not what it was"),
+        (no_commas, "text that is encoded and decoded is not what it was"),
+        (spelled_eos, r"a text that spells its token '<\|endoftext\|>' becomes that token"),
+        (lambda tokenizer: tokenizer["model"].update(dropout=0.1), r"it leaves out merges at random \(dropout\)"),
         (lambda tokenizer: tokenizer.pop("decoder"), "it is a BPE with the decoder none; give a byte-level BPE"),
         (lambda tokenizer: tokenizer.pop("added_tokens"), r"its eos_token '<\|endoftext\|>' is not marked special"),
         (metaspace, "it is a BPE with the decoder Metaspace; give a byte-level BPE"),

@@ -20,6 +20,8 @@ from minifoundation.errors import UserError
 
 NAMES = tuple(f"{name}_token" for name in Special._fields)
 TOKENIZER_JSON = "tokenizer.json"
+PROBE = "One  text (with spaces)\n\tand lines, 1,234 – don't: \u4e09\u756a\u76ee \U0001f642!\r\n  "
+"""Decodes to itself where a tokenizer takes out nothing."""
 REMEDY = "give a byte-level BPE (as of GPT-2, Llama 3, Qwen or SmolLM) or what export_hf wrote"
 
 
@@ -102,8 +104,11 @@ class FastTokenizer(Tokenizer):
         ids = {name: self.library.token_to_id(token) for name, token in self._special_tokens.items()}
         self.special = Special(*(ids.get(name) for name in NAMES))  # type: ignore[arg-type]
         self.prefix = tuple(self.library.encode("").ids)
+
+    @cached_property
+    def missing(self) -> bytes:
         vocabulary = self.library.get_vocab()
-        self.missing = bytes(byte for character, byte in BYTES.items() if character not in vocabulary) if self._byte_level else b""
+        return bytes(byte for character, byte in BYTES.items() if character not in vocabulary) if self._byte_level else b""
 
     @property
     def special_tokens(self) -> dict[str, str]:
@@ -194,6 +199,15 @@ class FastTokenizer(Tokenizer):
             yield "its bos_token is its eos_token, so that the end of a document could not be told"
         if prefix not in ([], [self.library.token_to_id(self._special_tokens.get("bos_token", ""))]):
             yield f"it puts the ids {prefix} around a text, not bos before it or nothing"
+        if self._json["model"].get("dropout"):
+            yield "it leaves out merges at random (dropout), so that a text has other ids each time"
+        # Whatever the steps before and after the model are called: what they do to a text tells.
+        if self.library.decode(self.encode(PROBE), skip_special_tokens=False) != self.normalized(PROBE):
+            yield "text that is encoded and decoded is not what it was, spaces and punctuation included"
+        spellings = [token for token, what in added.items() if what["special"]]
+        for token, encoded in zip(spellings, self.library.encode_batch_fast(spellings, add_special_tokens=False), strict=True):
+            if added[token]["id"] in encoded.ids:
+                yield f"a text that spells its token {token!r} becomes that token"
 
 
 def _parts(component: dict[str, Any] | None) -> list[dict[str, Any]]:
