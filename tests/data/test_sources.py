@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import pickle
@@ -93,6 +94,15 @@ def test_a_file_that_a_pattern_matches_in_several_ways_is_read_once(tmp_path: Pa
     glob = Path.glob
     monkeypatch.setattr(Path, "glob", lambda path, pattern: [*glob(path, pattern)] * 2)  # what Python 3.13 does
     assert names(tmp_path / "**" / "b" / "**" / "*.txt") == ["b/b/a.txt"]
+
+
+def test_packed_json_is_lines_and_a_plain_one_notes(tmp_path: Path) -> None:
+    (tmp_path / "c4-train.00000.json.gz").write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'))
+    (tmp_path / "dataset_info.json").write_text("{}")
+    assert read(str(tmp_path)) == ["one", "two"]
+    (tmp_path / "c4-train.00000.json.gz").rename(tmp_path / "a.csv.gz")
+    with pytest.raises(UserError, match=r"holds no \.txt.*, only \.csv\.gz, \.json; give"):
+        names(tmp_path)
 
 
 def test_names_that_are_not_utf_8_have_a_place_too(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from minifoundation.config import ContaminationOptions
 from minifoundation.data import survey
+from minifoundation.data.engines import cores
 from minifoundation.data.ledger import Entry
 from minifoundation.data.samples import Order
 from minifoundation.data.shards import Shard, Shards
@@ -54,7 +55,7 @@ def contamination(options: ContaminationOptions) -> None:
         raise UserError("contamination", f"no task has its data, the first says: {missing[0]}", "give --data_dir, or other --tasks")
     started = time.monotonic()
     indexes = [Index(items, n) for n in SIZES]
-    seen = scanned(shards, vocabulary, indexes, options.workers or os.cpu_count() or 1)
+    seen = scanned(shards, vocabulary, indexes, options.workers or cores())
     rows = findings(items, indexes, seen)
     text: dict[str, Any] = {
         "shards": [str(shard.path) for shard in shards],

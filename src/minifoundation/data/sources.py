@@ -95,6 +95,8 @@ def find_corpus(source: str, config: DataConfig, *, known: dict[str, Any] | None
 def form_of(name: str) -> tuple[str, str] | None:
     """Return the kind of file and its compression by name, None for a file that is no text."""
     name = name.lower()
+    if name.endswith(tuple(".json" + packed for packed in COMPRESSIONS if packed)):
+        name = name.replace(".json.", ".jsonl.")  # lines too, in C4 and Dolma; a plain .json is mostly notes beside a corpus
     return next(((kind, packed) for kind in KINDS for packed in COMPRESSIONS if name.endswith(kind + packed)), None)
 
 
@@ -107,10 +109,15 @@ def _texts(source: str, files: Iterable[File]) -> tuple[File, ...]:
     files = list(files)
     shown = [file for file in files if form_of(file.name) and not any(part.startswith(".") for part in PurePosixPath(file.name).parts)]
     if not shown:
-        others = sorted({PurePosixPath(file.name).suffix for file in files} - {""})
+        others = sorted({_ending(PurePosixPath(file.name)) for file in files} - {""})
         found = f", only {', '.join(others[:5])}" if others else ""
         raise UserError("data.source", f"{source} holds no {FORMS.removeprefix('a ')}{found}", REMEDY)
     return tuple(sorted(shown, key=lambda file: os.fsencode(file.name)))
+
+
+def _ending(name: PurePosixPath) -> str:
+    packed = name.suffix if name.suffix in COMPRESSIONS else ""
+    return name.with_suffix("").suffix + packed if packed else name.suffix
 
 
 def _counted(files: tuple[File, ...], marks: dict[File, bytes]) -> dict[str, Any]:
