@@ -64,7 +64,10 @@ def test_a_mistake_in_the_last_source_of_a_mixture_is_told_before_work_on_the_fi
     assert main(["prepare", "--data.mix", f"{corpus}=0.5,{corpus}/none=0.5", *outputs]) == 2
     assert f"'{corpus}/none' is neither a known corpus nor a path" in capsys.readouterr().err and not list(tmp_path.iterdir())
     twice = f"{corpus}=0.5,{corpus}/../{corpus.name}/=0.5"
-    for mix, text in ((twice, f"{corpus} and {corpus}/../{corpus.name}/"), ("fineweb=1,HuggingFaceFW/fineweb:sample-10BT=1", "fineweb and ")):
+    for mix, text in (
+        (twice, f"{corpus} and {corpus}/../{corpus.name}/"),
+        ("fineweb=1,HuggingFaceFW/fineweb:sample-10BT=1", "fineweb and "),
+    ):
         assert main(["prepare", "--data.mix", mix, *outputs]) == 2
         assert f"data.mix: {text}" in (err := capsys.readouterr().err) and "are the same text; name it once" in err
     other = tmp_path / "other.txt"

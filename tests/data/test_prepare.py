@@ -22,7 +22,7 @@ from minifoundation.config import DataConfig, QualityFilter, TokenizerConfig
 from minifoundation.data import encode, prepare
 from minifoundation.data.encode import is_held_out
 from minifoundation.data.engines import in_process
-from minifoundation.data.prepare import rebuilt_files, shards_folder, tokenizer_for
+from minifoundation.data.prepare import rebuilt_files, refuse_unusable, shards_folder, tokenizer_for
 from minifoundation.data.rows import Bad, documents
 from minifoundation.data.shards import Shards, ShardWriter, read_manifest
 from minifoundation.data.sources import Corpus, File
@@ -227,6 +227,26 @@ def test_a_changed_corpus_or_setting_is_refused(
             prepared(data.model_copy(update=update), tokenizer, tokens)
         assert message.format(folder=folder, corpus=own, then=then, now=in_words(own)) in str(error.value)
     assert files(folder) == before
+
+
+@pytest.mark.parametrize("pattern", ["", "*.jsonl"])
+def test_shards_that_suffice_do_without_the_text(
+    pattern: str, data: DataConfig, corpus: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(corpus, own)
+    data = data.model_copy(update={"source": str(own / pattern)})
+    some = prepared(data, tokenizer, 1)
+    shutil.rmtree(own)
+    refuse_unusable(data, tokenizer)
+    assert prepared(data, tokenizer, 1) == some and not some.complete
+    with pytest.raises(UserError, match=f"is no longer there, and more is wanted of it than the {some.train_tokens:,} training tokens in"):
+        prepared(data, tokenizer)
+    with pytest.raises(UserError, match=r"is neither a known corpus nor a path|holds no"):
+        refuse_unusable(data, None)
+    own.mkdir()  # and now it has changed
+    with pytest.raises(UserError, match=r"holds no \.txt"):
+        prepared(data, tokenizer, 1)
 
 
 def test_a_name_that_means_nothing_leaves_no_folder(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -120,6 +120,23 @@ def test_when_no_more_can_be_made_the_run_is_saved_and_goes_on_later(
     assert all(torch.equal(value, resumed.model[name]) for name, value in load_checkpoint(whole.out_dir / "final.pth").model.items())
 
 
+def test_a_run_does_without_the_text_where_its_shards_suffice(settings: Make, corpus: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text" / "verse.txt"
+    text.parent.mkdir()
+    text.write_bytes((corpus / "verse.txt").read_bytes())
+    data = {**SHARDS, "source": str(text)}
+    first = settings("first", data=data)
+    trained(first)
+    text.unlink()
+    given = {"path": str(first.out_dir / "tokenizer" / "tokenizer.model")}
+    trained(settings("again", data=data, tokenizer=given))
+    assert steady(settings("again")) == steady(first)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_corpus, "AT_ONCE", 1)  # what is there is enough to begin
+        with pytest.raises(UserError, match=r"verse\.txt is no longer there, and more is wanted of it than the [\d,]+ training tokens in"):
+            run(settings("longer", data=data, tokenizer=given, train=LONGER), resume=None, dry_run=False)
+
+
 class Idle:
     """A background that makes nothing."""
 

@@ -20,7 +20,7 @@ from minifoundation.errors import UserError
 
 NAMES = tuple(f"{name}_token" for name in Special._fields)
 TOKENIZER_JSON = "tokenizer.json"
-PROBE = "One  text (with spaces)\n\tand lines, 1,234 – don't: \u4e09\u756a\u76ee \U0001f642!\r\n  "
+PROBE = "One  text (with spaces)\n\tand lines, 1,234 \u2013 don't: \u4e09\u756a\u76ee \U0001f642!\r\n  "
 """Decodes to itself where a tokenizer takes out nothing."""
 REMEDY = "give a byte-level BPE (as of GPT-2, Llama 3, Qwen or SmolLM) or what export_hf wrote"
 

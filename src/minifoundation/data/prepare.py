@@ -28,7 +28,7 @@ from minifoundation.data.engines import Engine, cores, in_process, local
 from minifoundation.data.pieces import pieces
 from minifoundation.data.rows import all_documents
 from minifoundation.data.shards import PART, Manifest, Shards, intact, manifest_of, read_manifest, write_manifest
-from minifoundation.data.sources import Corpus, find_corpus, hub_corpus, path_of
+from minifoundation.data.sources import Corpus, find_corpus, hub_corpus, is_gone, path_of
 from minifoundation.data.tokenizer import Tokenizer, train_tokenizer
 from minifoundation.errors import UserError
 from minifoundation.lock import held
@@ -76,7 +76,7 @@ def prepare_shards(
         with held(folder, partial(preparation.suffices, tokens) if wait_for_lock else None) as ours:
             if ours:
                 preparation.extend(tokens, show_progress)
-    elif not is_remote(source):  # shards that are there are of use without a network
+    elif not is_remote(source) and not is_gone(source):  # shards that are there are of use without a network, and without the text
         preparation.corpus()
     shards = Shards.open(folder)
     if shards.train_tokens == 0:
@@ -127,10 +127,22 @@ def refuse_unusable(config: DataConfig, tokenizer: Tokenizer | None) -> None:
         place = hub[:2] if hub else source if is_remote(source) else path_of(source).resolve()
         if (other := given.setdefault(place, source)) != source:  # its samples would come twice an epoch
             raise UserError("data.mix", f"{other} and {source} are the same text", "name it once, with the sum of both weights")
-        if not is_remote(source):
+        shards = None if tokenizer is None else _Preparation(source, config, tokenizer, None).recorded()
+        if not is_remote(source) and (shards is None or not is_gone(source)):
             find_corpus(source, config)
-        if tokenizer is not None:
-            _Preparation(source, config, tokenizer, None).recorded()
+
+
+def refuse_gone(source: str, config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Refuse a corpus of this machine that is no longer there, and of which more shards are to be made.
+
+    Raises:
+        UserError: it says how much the shards hold.
+    """
+    manifest = _Preparation(source, config, tokenizer, None).recorded()
+    if manifest is not None and not is_remote(source) and is_gone(source):
+        folder = shards_folder(source, config, tokenizer)
+        problem = f"{source} is no longer there, and more is wanted of it than the {manifest.train_tokens:,} training tokens in {folder}"
+        raise UserError("data.source", problem, "put it back, or ask for fewer --tokens")
 
 
 def tokenizer_for(tokenizer: TokenizerConfig, data: DataConfig, out: Path) -> Tokenizer:
@@ -225,6 +237,7 @@ class _Preparation:
         Raises:
             UserError: it is not there, or has changed since.
         """
+        refuse_gone(self.source, self.config, self.tokenizer)
         manifest = self.recorded()
         corpus = find_corpus(self.source, self.config, known=manifest.source if manifest else None)
         if manifest is not None and manifest.source != corpus.id:

@@ -140,6 +140,11 @@ def path_of(source: str) -> Path:
         raise UserError("data.source", f"{source}: there is no such user", "write the whole path") from None
 
 
+def is_gone(source: str) -> bool:
+    """Return whether nothing is (any more) where a corpus of this machine lay."""
+    return not _above_magic(path_of(source)).exists()
+
+
 def _local_files(source: str) -> tuple[File, ...]:
     root = path_of(source)
     if root.is_file():

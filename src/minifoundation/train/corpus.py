@@ -16,7 +16,7 @@ from minifoundation.data.held_out import HeldOut
 from minifoundation.data.ledger import Entry
 from minifoundation.data.loader import POLL_SECONDS, Loader, source_of
 from minifoundation.data.mixture import Mixture
-from minifoundation.data.prepare import refuse_unusable, tokenizer_for
+from minifoundation.data.prepare import refuse_gone, refuse_unusable, tokenizer_for
 from minifoundation.data.samples import Order, Samples
 from minifoundation.data.shards import MANIFEST, Shards
 from minifoundation.data.supply import Want, prepared
@@ -156,6 +156,8 @@ def _opened(
     counts = loader.counts(progress.end(planned.steps - progress.step, size))  # of windows that may be more than was looked through
     wants = [replace(want, samples=max(want.samples, counts.get(want.source, 0))) for want in wants]
     to_make = tuple(want for want in wants if not want.met(shards[want.source], want.samples))
+    for want in to_make:  # now, and not when training has come to the last shard there is
+        refuse_gone(want.source, config.data, tokenizer)
     return TrainingData(tokenizer, loader, held_out, progress, to_make)
 
 
