@@ -132,6 +132,12 @@ def test_the_remedy_is_that_of_what_is_wrong_most_often(tmp_path: Path, line: st
         read(tmp_path)
 
 
+def test_the_first_of_several_columns_that_a_row_has_is_its_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "content": "no"}\n{"content": "two"}\n{"text,content": "three"}\n{"body": "no"}\n')
+    pq.write_table(pa.table({"id": [1, 2], "content": ["four", None]}), tmp_path / "b.parquet")
+    assert read(tmp_path, text_column="text,content") == (["one", "two", "three", "four"], {"no column 'text,content'": 1, "null": 1})
+
+
 def test_a_piece_in_which_no_line_begins_is_no_empty_document(tmp_path: Path) -> None:
     text = "words " * 4_000_000  # 24 MB in one line: three pieces, of which the first has it all
     (tmp_path / "a.txt").write_text(text)

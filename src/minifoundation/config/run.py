@@ -166,7 +166,10 @@ class DataConfig(Settings):
         help="several corpora by weight, instead of one. In YAML {fineweb-edu: 0.8, path/to/code: 0.2}, here "
         "fineweb-edu=0.8,path/to/code=0.2",
     )
-    text_column: str = setting("text", help="column or JSON key of the text")
+    text_column: str = setting(
+        "text",
+        help="column or JSON key of the text; several with commas, as text,content, where sources call it differently: the first there is",
+    )
     filters: tuple[QualityFilter, ...] = setting(
         (),
         help="quality filters for raw English text, applied in the order given: Gopher (arXiv:2112.11446), C4 (arXiv:1910.10683), FineWeb"
@@ -249,6 +252,11 @@ class DataConfig(Settings):
         if self.mix == {}:
             raise ValueError("data.mix is empty; name a source and its weight")
         return self
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """Columns to look for the text in, the first there is counts: ``text_column`` itself, which may have a comma, then its parts."""
+        return tuple(dict.fromkeys((self.text_column, *self.text_column.split(","))))
 
     @property
     def weights(self) -> dict[str, float]:

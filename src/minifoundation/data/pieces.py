@@ -84,7 +84,7 @@ def _spans(files: Sequence[File], config: DataConfig) -> Iterator[tuple[Span, in
         elif compression:
             yield Span(file, 0, None), max(size * EXPANSION, FILE_BYTES)
         elif kind == ".parquet":
-            for group, text_bytes in enumerate(_row_groups(file, config.text_column)):
+            for group, text_bytes in enumerate(_row_groups(file, config.text_columns)):
                 yield Span(file, group, group + 1), max(text_bytes, FILE_BYTES if group == 0 else 0)
         else:
             # A text is cut where it would be cut anyway, and nowhere else.
@@ -94,7 +94,7 @@ def _spans(files: Sequence[File], config: DataConfig) -> Iterator[tuple[Span, in
                 yield Span(file, start, stop), max(stop - start, FILE_BYTES)
 
 
-def _row_groups(file: File, column: str) -> list[int]:
+def _row_groups(file: File, columns: Sequence[str]) -> list[int]:
     """Return the uncompressed bytes of the text column in each row group.
 
     Raises:
@@ -107,8 +107,8 @@ def _row_groups(file: File, column: str) -> list[int]:
             metadata = opened.metadata
     except (OSError, pa.ArrowException) as error:
         raise unreadable(file, error) from error
-    columns = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
-    if column not in columns:
+    paths = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
+    place = next((paths.index(name) for name in columns if name in paths), None)
+    if place is None:
         return [0] * metadata.num_row_groups
-    place = columns.index(column)
     return [metadata.row_group(group).column(place).total_uncompressed_size for group in range(metadata.num_row_groups)]

@@ -11,7 +11,7 @@ import lzma
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import IO, NamedTuple
 
@@ -117,7 +117,7 @@ def _rows(span: Span, config: DataConfig) -> Iterator[str | bytes | Bad]:
     """Yield the text of each row, before it is checked and cut."""
     kind, compression = span.file.form
     if kind == ".parquet":
-        yield from _parquet_rows(span, config.text_column)
+        yield from _parquet_rows(span, config.text_columns)
         return
     with unpacked(span.file) if compression else plain(span.file, max(0, span.start - 1), span.stop) as stream:
         lines = _Lines(stream, span)
@@ -125,7 +125,7 @@ def _rows(span: Span, config: DataConfig) -> Iterator[str | bytes | Bad]:
             parts = _cut(lines, config.max_document_bytes)
             yield from (part for part in parts if part or span.start == 0)  # a span in which no line begins is no empty document
         else:
-            yield from _json_rows(lines, config.text_column)
+            yield from _json_rows(lines, config.text_columns)
 
 
 class _Lines:
@@ -201,7 +201,7 @@ def _cut(stream: IO[bytes] | _Lines, limit: int) -> Iterator[bytes]:
     yield part
 
 
-def _json_rows(lines: Iterable[bytes], column: str) -> Iterator[str | Bad]:
+def _json_rows(lines: Iterable[bytes], columns: Sequence[str]) -> Iterator[str | Bad]:
     for line in lines:
         if line.isspace():
             continue
@@ -212,7 +212,7 @@ def _json_rows(lines: Iterable[bytes], column: str) -> Iterator[str | Bad]:
         except (ValueError, RecursionError):  # ValueError: broken, or a number of more digits than Python reads
             yield Bad(BROKEN)
         else:
-            yield _field(row, column) if isinstance(row, dict) else Bad(BROKEN)
+            yield _field(row, columns) if isinstance(row, dict) else Bad(BROKEN)
 
 
 def _parsed(line: bytes) -> object:
@@ -227,23 +227,25 @@ def _parsed(line: bytes) -> object:
         return json.loads(line.decode())
 
 
-def _field(row: Mapping[str, object], column: str) -> str | Bad:
-    if column not in row:
-        return Bad(f"no column {column!r}", tuple(row))
+def _field(row: Mapping[str, object], columns: Sequence[str]) -> str | Bad:
+    column = next((name for name in columns if name in row), None)
+    if column is None:
+        return Bad(f"no column {columns[0]!r}", tuple(row))
     value = row[column]
     if value is None:
         return Bad("null")
     return value if isinstance(value, str) else Bad(NO_TEXT, tuple(name for name in row if name != column))
 
 
-def _parquet_rows(span: Span, column: str) -> Iterator[bytes | Bad]:
+def _parquet_rows(span: Span, columns: Sequence[str]) -> Iterator[bytes | Bad]:
     import pyarrow as pa
 
     with parquet(span.file) as file:
         groups = range(span.start, file.num_row_groups if span.stop is None else span.stop)
         schema = file.schema_arrow
-        if column not in schema.names:
-            yield from [Bad(f"no column {column!r}", tuple(schema.names))] * sum(
+        column = next((name for name in columns if name in schema.names), None)
+        if column is None:
+            yield from [Bad(f"no column {columns[0]!r}", tuple(schema.names))] * sum(
                 file.metadata.row_group(group).num_rows for group in groups
             )
             return
