@@ -91,10 +91,6 @@ def main() -> None:
     harness.quieten()
     every = items("arc_easy,hellaswag:0,piqa" if given.quick else "paper", given.data_dir)
     texts = list(documents(given.corpus, (1 if given.quick else given.megabytes) * 10**6))
-    started = time.process_time()
-    indexes = [Index(every, n) for n in SIZES]
-    index_seconds = time.process_time() - started
-
     chance = random.Random(0)
     long = [i for i, item in enumerate(every) if max((len(field.split()) for field in item.fields), default=0) >= WORDS]
     each = min(LEAKS, len(long) // len(KINDS))
@@ -111,6 +107,9 @@ def main() -> None:
         train_tokenizer(chain(sample, leaks[:50]), TokenizerConfig(vocab_size=1024 if given.quick else 32_768), path)
         tokenizer = Tokenizer.load(path)
     vocabulary = Vocabulary.of(tokenizer.surfaces, breaks=(BOS, EOS))
+    started = time.process_time()
+    indexes = [Index(every, n, vocabulary.marks) for n in SIZES]
+    index_seconds = time.process_time() - started
     clean = np.concatenate(tokenizer.encode_documents(texts)).astype(np.uint16)
     dirty = np.concatenate(tokenizer.encode_documents(leaks)).astype(np.uint16)
 

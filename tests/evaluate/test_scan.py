@@ -72,6 +72,24 @@ def test_long_and_short_ngrams_are_found_in_one_pass() -> None:
     assert np.isnan(indexes[0].coverage(scan.seen[13])[2])
 
 
+def test_curly_quotes_and_dashes_separate_where_they_are_whole() -> None:
+    """A vocabulary that spells them in bytes has them as letters, and so have the items then."""
+    straight, curly = "it's a so-called 'thing' I say", "it\u2019s a so\u2013called \u2018thing\u2019\u00a0I say"
+    items = [Item("b", "t", "0", (straight,)), Item("b", "t", "1", (curly,))]
+    pieces = [*(bytes([value]) for value in range(256)), *(mark.encode() for mark in "\u2019\u2013\u2018\u00a0")]
+    pieces += ["\u2019\u00a0I".encode()]  # a longer one with two of them
+    whole = Vocabulary.of(pieces, breaks=(BREAK,))
+    places = {piece: token for token, piece in enumerate(pieces)}
+    before, after = ([places[letter.encode()] for letter in part] for part in curly.split("\u2019\u00a0I"))
+    tokens = [*before, len(pieces) - 1, *after]
+    for vocabulary, text, expected in ((whole, np.array([*tokens, BREAK]), [1.0, 1.0]), (BYTES, raw(curly), [0.0, 1.0])):
+        index = Index(items, 5, vocabulary.marks)
+        scan = Scan(vocabulary, [index])
+        scan.read(text)
+        assert index.coverage(scan.seen[5]).tolist() == expected
+    assert BYTES.marks == () and len(whole.marks) == 4
+
+
 def test_an_ngram_across_documents_or_fields_is_none() -> None:
     words = [f"w{i}" for i in range(16)]
     index = Index([Item("b", "t", "", (" ".join(words),)), Item("b", "t", "", (" ".join(words[:5]), " ".join(words[5:9])))], 8)

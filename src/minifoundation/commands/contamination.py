@@ -54,7 +54,7 @@ def contamination(options: ContaminationOptions) -> None:
     if not items:
         raise UserError("contamination", f"no task has its data, the first says: {missing[0]}", "give --data_dir, or other --tasks")
     started = time.monotonic()
-    indexes = [Index(items, n) for n in SIZES]
+    indexes = [Index(items, n, vocabulary.marks) for n in SIZES]
     seen = scanned(shards, vocabulary, indexes, options.workers or cores())
     rows = findings(items, indexes, seen)
     text: dict[str, Any] = {

@@ -1,12 +1,13 @@
 """N-grams of words, and those that the items of a benchmark have.
 
-A word is a run of letters, digits and bytes beyond ASCII, lower case; all else separates. Words and n-grams are 64-bit polynomial hashes
-(Karp-Rabin) from prefix sums, so that numpy computes them for many words at once. An n-gram lies within one document of a text and within
-one field of an item.
+A word is a run of letters, digits and bytes beyond ASCII, lower case; all else separates, and so do ``MARKS``. Words and n-grams are
+64-bit polynomial hashes (Karp-Rabin) from prefix sums, so that numpy computes them for many words at once. An n-gram lies within one
+document of a text and within one field of an item.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ LETTERS = np.zeros(256, np.uint8)
 for _span, _to in (((ord("0"), ord("9")), ord("0")), ((ord("a"), ord("z")), ord("a")), ((ord("A"), ord("Z")), ord("a")), ((128, 254), 128)):
     LETTERS[_span[0] : _span[1] + 1] = np.arange(_to, _to + _span[1] - _span[0] + 1)
 """Of each byte: its letter, in lower case; 0 for what separates."""
+
+MARKS = tuple(chr(code).encode() for code in (0xA0, 0xAB, 0xBB, *range(0x2000, 0x2040)))
+"""Spaces, quotes and dashes beyond ASCII. Those that a vocabulary spells in bytes are letters in its text, and have to be in items then."""
 
 _BASE, _NGRAM_BASE = 0x9E3779B97F4A7C15 | 1, 0xD6E8FEB86659FD93 | 1  # odd, so that they have inverses modulo 2^64
 
@@ -80,6 +84,11 @@ def sums_of(values: Sums, starts: Places, n: int) -> Sums:
     np.cumsum(values, out=total[1:])
     before: Sums = np.append(total.take(starts), total[-1])
     return before[n:] - before[:-n]
+
+
+def spaced(text: bytes, marks: Sequence[bytes]) -> bytes:
+    """Return ``text`` with a space in the place of each of ``marks``."""
+    return re.sub(b"|".join(marks), b" ", text) if marks else text
 
 
 def edges(values: npt.NDArray[Any]) -> tuple[Places, Places]:
@@ -140,20 +149,23 @@ class Item:
 class Index:
     """The n-grams of items.
 
+    Args:
+        marks: those of ``MARKS`` that separate words in the text to compare with.
+
     Attributes:
         hashes: of the n-grams, each once, in order, those of templates too.
         sums: of their letters, each once.
         items: how many there are.
     """
 
-    def __init__(self, items: Sequence[Item], n: int) -> None:
+    def __init__(self, items: Sequence[Item], n: int, marks: Sequence[bytes] = ()) -> None:
         self.n = n
         self.items = len(items)
         every, owners, sums = [], [], []
         for number in range(0, len(items), 1024):  # a part at a time: its powers stay few
             block = items[number : number + 1024]
             owner = np.repeat(np.arange(number, number + len(block)), [len(item.fields) for item in block])
-            fields = [text.encode("utf-8", "replace") + bytes([BREAK]) for item in block for text in item.fields]
+            fields = [spaced(text.encode("utf-8", "replace"), marks) + bytes([BREAK]) for item in block for text in item.fields]
             raw = np.frombuffer(b"".join(fields), np.uint8)
             words = Words.of(raw)
             hashes = words.ngrams(n)

@@ -9,7 +9,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from minifoundation.evaluate.ngrams import LETTER_VALUES, LETTERS, WORD_POWERS, Bytes, Hashes, Places, Sums, Words, edges, mixed
+from minifoundation.evaluate.ngrams import (
+    LETTER_VALUES,
+    LETTERS,
+    MARKS,
+    WORD_POWERS,
+    Bytes,
+    Hashes,
+    Places,
+    Sums,
+    Words,
+    edges,
+    mixed,
+    spaced,
+)
 
 _OPENS, _BEGINS, _ENDS = 1, 2, 4
 """Of a run: a word begins with it whatever stands before; it begins with its token's first byte; it ends with its token's last one."""
@@ -28,6 +41,7 @@ class Vocabulary:
         hashes, lengths, sums, state: of each run, by its number.
         breaks: whether a document ends there.
         end: the number of a run that no token has, with which a document ends.
+        marks: those of ``MARKS`` that are the surface of some id, and so never spelled in bytes: they separate words.
     """
 
     count: npt.NDArray[np.uint16]
@@ -37,11 +51,13 @@ class Vocabulary:
     sums: Sums
     state: Bytes
     breaks: npt.NDArray[np.bool_]
+    marks: tuple[bytes, ...]
 
     @classmethod
     def of(cls, surfaces: Sequence[bytes], *, breaks: Sequence[int]) -> Vocabulary:
         """Return the vocabulary of ``surfaces``, the bytes of each id; the ids ``breaks`` end a document."""
-        texts = [b" " if token in breaks else surface for token, surface in enumerate(surfaces)]
+        marks = tuple(mark for mark in MARKS if mark in surfaces)
+        texts = [b" " if token in breaks else spaced(surface, marks) for token, surface in enumerate(surfaces)]
         raw = np.frombuffer(b"".join(b" " + text for text in texts), np.uint8)  # the space parts the runs of two tokens
         size = np.array([len(text) for text in texts], np.int64)
         first = np.cumsum(size + 1) - size
@@ -68,7 +84,7 @@ class Vocabulary:
         state[number] = np.where(starts == first[token], _BEGINS, _OPENS) + np.where(ends == (first + size)[token], _ENDS, 0)
         stops = np.zeros(total, bool)
         stops[[*breaks, -1]] = True
-        return cls(np.maximum(runs, size > 0).astype(np.uint16), more, hashes, lengths, sums, state, stops)
+        return cls(np.maximum(runs, size > 0).astype(np.uint16), more, hashes, lengths, sums, state, stops, marks)
 
     @property
     def end(self) -> int:
