@@ -30,7 +30,7 @@ def plain(file: File, start: int, stop: int | None) -> io.BufferedReader:
     """Return a buffered stream of an uncompressed file that stands at ``start``; it goes on beyond ``stop``, but slower."""
     if file.remote:
         return remote.opened(file.url, file_bytes(file), start=start, stop=stop)
-    stream = open(file.url, "rb", BUFFER_BYTES)  # noqa: PTH123, SIM115
+    stream: io.BufferedReader = io.BufferedReader(io.FileIO(file.url), BUFFER_BYTES)
     stream.seek(start)
     return stream
 
