@@ -240,7 +240,9 @@ def test_shards_that_suffice_do_without_the_text(
     shutil.rmtree(own)
     refuse_unusable(data, tokenizer)
     assert prepared(data, tokenizer, 1) == some and not some.complete
-    with pytest.raises(UserError, match=f"is no longer there, and more is wanted of it than the {some.train_tokens:,} training tokens in"):
+    with pytest.raises(
+        UserError, match=f"is no longer there, and is needed for other shards than those of {some.train_tokens:,} tokens in"
+    ):
         prepared(data, tokenizer)
     with pytest.raises(UserError, match=r"is neither a known corpus nor a path|holds no"):
         refuse_unusable(data, None)

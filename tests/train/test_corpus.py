@@ -133,7 +133,9 @@ def test_a_run_does_without_the_text_where_its_shards_suffice(settings: Make, co
     assert steady(settings("again")) == steady(first)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_corpus, "AT_ONCE", 1)  # what is there is enough to begin
-        with pytest.raises(UserError, match=r"verse\.txt is no longer there, and more is wanted of it than the [\d,]+ training tokens in"):
+        with pytest.raises(
+            UserError, match=r"verse\.txt is no longer there, and is needed for other shards than those of [\d,]+ tokens in"
+        ):
             run(settings("longer", data=data, tokenizer=given, train=LONGER), resume=None, dry_run=False)
 
 
@@ -215,6 +217,12 @@ def test_a_mixture_is_read_by_weight_and_its_ledger_says_so(
     assert f"{corpus}: starting at shard {large.shards}, after the {large.tokens:,} tokens" in shown
     assert longer.progress["first_shards"] == {str(corpus): large.shards, str(small): 0}
     assert [entry.phase for entry in entries(longer)] == ["pretrain", "pretrain", "longft", "longft"]
+
+
+def test_a_mixture_of_one_text_twice_is_refused(settings: Make, corpus: Path) -> None:
+    mix = {str(corpus): 0.5, f"{corpus}/../{corpus.name}": 0.5}
+    with pytest.raises(UserError, match=r"data\.mix: .* are the same text; name it once"):
+        run(settings(data={**SHARDS, "source": None, "mix": mix}), resume=None, dry_run=False)
 
 
 def test_shards_that_the_checkpoint_has_not_read_are_refused(settings: Make) -> None:

@@ -133,7 +133,7 @@ def refuse_unusable(config: DataConfig, tokenizer: Tokenizer | None) -> None:
 
 
 def refuse_gone(source: str, config: DataConfig, tokenizer: Tokenizer) -> None:
-    """Refuse a corpus of this machine that is no longer there, and of which more shards are to be made.
+    """Refuse a corpus of this machine that is no longer there, and of which shards are to be made.
 
     Raises:
         UserError: it says how much the shards hold.
@@ -141,8 +141,8 @@ def refuse_gone(source: str, config: DataConfig, tokenizer: Tokenizer) -> None:
     manifest = _Preparation(source, config, tokenizer, None).recorded()
     if manifest is not None and not is_remote(source) and is_gone(source):
         folder = shards_folder(source, config, tokenizer)
-        problem = f"{source} is no longer there, and more is wanted of it than the {manifest.train_tokens:,} training tokens in {folder}"
-        raise UserError("data.source", problem, "put it back, or ask for fewer --tokens")
+        problem = f"{source} is no longer there, and is needed for other shards than those of {manifest.train_tokens:,} tokens in {folder}"
+        raise UserError("data.source", problem, "put it back, or ask for no more --tokens than that")
 
 
 def tokenizer_for(tokenizer: TokenizerConfig, data: DataConfig, out: Path) -> Tokenizer:

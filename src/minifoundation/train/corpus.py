@@ -107,6 +107,8 @@ def _opened(
 ) -> TrainingData:
     before = resumed or (start.checkpoint if start else None)
     tokenizer = run_tokenizer(config, before)
+    if config.data.mix:  # a mistake in the last source, before shards of the first are made
+        refuse_unusable(config.data, tokenizer)
     progress = _progress(planned, resumed=resumed, start=start, stepped_over=stepped_over)
     sources = sorted(config.data.weights)
     weights = config.data.weights
