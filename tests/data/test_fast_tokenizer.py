@@ -219,6 +219,7 @@ def spelled_eos(tokenizer: dict[str, Any]) -> None:
         (word_piece, "its model is WordPiece, not BPE"),
         (lambda tokenizer: tokenizer.pop("model"), "no tokenizer.json of Hugging Face's tokenizers"),
         (lambda tokenizer: tokenizer["model"].update(type="Words"), "is not read by tokenizers"),
+        (lambda tokenizer: tokenizer["model"].update(continuing_subword_prefix="##"), "is not read by tokenizers"),  # it panics
     ],
 )
 def test_what_would_lose_text_or_ids_is_refused(fault: Callable[[dict[str, Any]], None], message: str, tmp_path: Path) -> None:

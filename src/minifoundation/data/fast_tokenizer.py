@@ -92,7 +92,9 @@ class FastTokenizer(Tokenizer):
         contents = json.loads(model)
         try:
             self.library = Library.from_str(json.dumps(contents["tokenizer"]))
-        except Exception as error:  # the library raises bare exceptions
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare exceptions, and panics, which are none
             raise UserError(str(path), f"is not read by tokenizers ({str(error).splitlines()[0]})", REMEDY) from None
         self._json: dict[str, Any] = json.loads(self.library.to_str())  # with what older files leave out, as GPT-2's the type of the model
         self.library.encode_special_tokens = True  # spelled in a text, they are text
