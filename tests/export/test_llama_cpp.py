@@ -126,7 +126,7 @@ def test_a_tokenizer_that_llama_cpp_reads_otherwise_is_refused(tmp_path: Path) -
     ):
         llama_cpp.check_tokenizer(unigram)
     other = byte_level()
-    other["pre_tokenizer"]["pretokenizers"][0] = {"type": "Whitespace"}
+    other["pre_tokenizer"]["pretokenizers"][0] = {"type": "Punctuation", "behavior": "Isolated"}
     with pytest.raises(UserError, match=r"llama\.cpp has no name for how the tokenizer"):
         llama_cpp.check_tokenizer(Tokenizer.load(write_byte_level(tmp_path / "fast", tokenizer=other)))
 
