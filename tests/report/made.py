@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -96,9 +97,19 @@ def _entry(phase: str, source: str, corpus: dict[str, Any], samples: int) -> dic
 
 
 def write_evaluation(
-    folder: Path, *, tokens: int = 1_200_000, shift: float = 0.0, name: str = "outputs/hf_export", imported_from: str | None = None
+    folder: Path,
+    *,
+    tokens: int = 1_200_000,
+    shift: float = 0.0,
+    name: str = "outputs/hf_export",
+    imported_from: str | None = None,
+    proof: str | None = None,
 ) -> Path:
-    """Write results.json with most of the paper suite, a row that could not run, and items of ARC-Easy."""
+    """Write results.json with most of the paper suite, a row that could not run, and items of ARC-Easy.
+
+    Args:
+        proof: content of the ``parity.json`` of the evaluated model, which is written beside.
+    """
     made = []
     for label, score in SCORES.items():
         row = ROWS[label]
@@ -111,6 +122,10 @@ def write_evaluation(
     model = FACTS["model"] | {"path": name, "trained_tokens": tokens, "sha256": {"model.safetensors": "ef" * 32}, "parameters": 123_456}
     if imported_from is not None:
         model |= {"trained_tokens": None, "imported_from": imported_from, "tokens_since_import": tokens}
+    if proof is not None:
+        folder.mkdir(parents=True)
+        (folder.parent / "parity.json").write_text(proof)
+        model["sha256"] = model["sha256"] | {"parity.json": hashlib.sha256(proof.encode()).hexdigest()}
     settings = {"limit": 0, "model_path": name, "tasks": "paper"}
     folder_for(folder, FACTS | {"model": model, "settings": settings}, []).write(made, complete=True)
     return folder

@@ -9,6 +9,10 @@ from minifoundation.evaluate.baselines import Baselines
 from minifoundation.evaluate.contamination import read_findings
 from minifoundation.evaluate.tables import FIGURES_BESIDE, columns
 
+PAGE, CARD = "report.html", "README.md"
+SIGNED = "Written by mini-foundation-llm"
+"""Stands in both: what is without it is another's, and not written over."""
+
 
 def report(options: ReportOptions) -> None:
     """Write ``report.html`` and ``README.md`` to ``options.out_dir``.
@@ -18,6 +22,9 @@ def report(options: ReportOptions) -> None:
     """
     if not options.runs and not options.evals:
         raise UserError("report", "nothing to report on", "give --runs, --evals or both")
+    for path in (options.out_dir / PAGE, options.out_dir / CARD):
+        if path.exists() and SIGNED.encode() not in path.read_bytes():
+            raise UserError("--out_dir", f"{path} is there, and not by report", "give another folder, or move the file away")
     try:
         from minifoundation.report.card import card
         from minifoundation.report.evaluations import read_evaluation
@@ -45,10 +52,10 @@ def report(options: ReportOptions) -> None:
         baselines=baselines,
         columns=tuple(columns(evaluations[0].outcomes, baselines)) if evaluations else (),
         contamination=contamination,
-        parity=read_parity(options.evals),
+        parity=read_parity(evaluations[0]) if evaluations else None,
         cost=Cost(options.price_per_hour, options.watts),
     )
     options.out_dir.mkdir(parents=True, exist_ok=True)
-    for name, text in (("report.html", html(content)), ("README.md", card(content, license=options.license))):
+    for name, text in ((PAGE, html(content)), (CARD, card(content, license=options.license))):
         write_whole(options.out_dir / name, text.encode())
         print(options.out_dir / name)

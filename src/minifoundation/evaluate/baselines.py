@@ -101,6 +101,11 @@ class Baselines:
         reruns = sorted(self.figures.get(_rerun(outcome.label), []), key=lambda one: one.n != outcome.n)
         return [*self.figures.get(outcome.request.row.baseline or "", []), *reruns]
 
+    def nearest(self, outcome: Outcome, model: str) -> Figure | None:
+        """Return the figure of ``model`` that was measured most as ``outcome`` was: by its mark, then by its shots."""
+        own = [one for one in self.of(outcome) if one.model == model]
+        return min(own, key=lambda one: (list(MARKS).index(one.mark(outcome)), one.shots != outcome.shots), default=None)
+
 
 def _rerun(label: str) -> str:
     """Return the key of re-runs of a label, whatever their limit: it shows in the mark. Labels and keys of the YAML share one table."""

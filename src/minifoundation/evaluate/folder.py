@@ -46,8 +46,8 @@ def loaded(folder: Path, setting: str, *, dtype: Any) -> tuple[Any, Any]:
 
     check_folder(folder, setting)
     try:
-        network, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        network, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # what a bad value raises is as varied as the libraries that read it
         problem = f"{folder} does not load ({first_line(error)})"
         raise UserError(setting, problem, "check that AutoModelForCausalLM and AutoTokenizer load it") from error

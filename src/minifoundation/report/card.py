@@ -35,7 +35,7 @@ DATASETS = {
 """The hub's name of each benchmark's data; a score without one is left out of the index."""
 
 
-def card(content: Content, *, license: str) -> str:
+def card(content: Content, *, license: str | None) -> str:
     """Return the text of ``README.md``: YAML metadata between dashes, then Markdown."""
     parts = [f"# {content.name}", _summary(content)]
     if content.settings is not None:
@@ -68,7 +68,7 @@ LIMITS = (
 )
 
 
-def _metadata(content: Content, license: str) -> str:
+def _metadata(content: Content, license: str | None) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [
