@@ -17,7 +17,7 @@ from minifoundation.report import plots
 from minifoundation.report.evaluations import over_tokens, read_evaluation
 from minifoundation.report.runs import read_run
 from tests.browser import CHROMIUM, MISSING
-from tests.report.made import FINEWEB_EDU, SCORES, SPIKE, write_contamination, write_evaluation, write_run
+from tests.report.made import FINEWEB_EDU, PARAMETERS, SCORES, SPIKE, write_contamination, write_evaluation, write_run
 
 PARITY = {"checks": [{"difference": 3e-6}, {"difference": 1e-7}], "tolerance": 1e-4, "compared": "float32 on the CPU"}
 
@@ -424,3 +424,17 @@ def test_what_others_wrote_is_not_written_over(made: Path, capsys: pytest.Captur
 def test_a_license_is_what_the_person_says(made: Path) -> None:
     assert main(line(made)) == 0
     assert "license" not in yaml.safe_load((made / "out/README.md").read_text().split("---")[1])
+
+
+def test_scores_of_another_model_than_the_last_run_are_said_to_be(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line(made)) == 0
+    assert "another model" not in (made / "out/README.md").read_text() + (made / "out/report.html").read_text() + capsys.readouterr().err
+    write_run(made / "longft", before=1_200_000, rows=12)
+    said = (
+        f"These scores are of another model than the training described here made: of {PARAMETERS:,} parameters, 64 tokens of context and "
+        f"1,200,000 training tokens, and not of {PARAMETERS:,} parameters, 64 tokens of context and 1,320,000 training tokens."
+    )
+    both = ["--runs", f"{made}/pretrain,{made}/longft", "--evals", f"{made}/hf/eval", "--out_dir", str(made / "out")]
+    assert main(["report", *both]) == 0
+    assert f"**{said}**" in (made / "out/README.md").read_text() and said in (made / "out/report.html").read_text()
+    assert capsys.readouterr().err.splitlines()[-1] == f"warning: --evals {made}/hf/eval: {said}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from minifoundation.checkpoint import write_whole
 from minifoundation.config import ReportOptions
 from minifoundation.errors import UserError
@@ -55,6 +57,8 @@ def report(options: ReportOptions) -> None:
         parity=read_parity(evaluations[0]) if evaluations else None,
         cost=Cost(options.price_per_hour, options.watts),
     )
+    if content.apart:
+        print(f"warning: --evals {evaluations[0].folder}: {content.apart}", file=sys.stderr)
     options.out_dir.mkdir(parents=True, exist_ok=True)
     for name, text in ((PAGE, html(content)), (CARD, card(content, license=options.license))):
         write_whole(options.out_dir / name, text.encode())

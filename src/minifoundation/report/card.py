@@ -48,6 +48,8 @@ def card(content: Content, *, license: str | None) -> str:
         parts += ["## Benchmarks", score, table(main.outcomes, content.baselines)]
         if not main.facts["complete"]:
             parts.append("**This evaluation was stopped before its end: tasks are missing.**")
+        if content.apart:
+            parts.append(f"**{content.apart}**")
         if main.is_sample:
             parts.append("**Where n is smaller than the benchmark, not all documents were read: such a score compares with nothing.**")
         if content.contamination is not None:

@@ -95,6 +95,21 @@ class Content:
         )
 
     @property
+    def apart(self) -> str:
+        """What is to be said where the scores are those of another model than the last run's, else nothing."""
+        if self.main is None or self.settings is None:
+            return ""
+        model, tokens = self.main.facts["model"], self.main.tokens
+        theirs = [model["parameters"], model["max_length"], self.tokens if tokens is None else tokens]
+        ours = [self.parameters, self.settings.model.max_seq_len, self.tokens]
+        if theirs[:2] == ours[:2] and abs(theirs[2] - self.tokens) <= 0.01 * self.tokens:
+            return ""
+        said = [
+            f"{count:,} parameters, {context:,} tokens of context and {read:,} training tokens" for count, context, read in (theirs, ours)
+        ]
+        return f"These scores are of another model than the training described here made: of {said[0]}, and not of {said[1]}."
+
+    @property
     def hours(self) -> float:
         return sum(run.hours for run in self.runs)
 
