@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 from html.parser import HTMLParser
@@ -394,8 +395,10 @@ def test_runs_that_are_not_phases_of_one_model_are_refused(tmp_path: Path, capsy
         assert main(["report", "--runs", ",".join(map(str, runs)), "--out_dir", str(tmp_path / "out")]) == 2
         assert f"error: --runs: {runs[1]} is no later phase of {runs[0]}; give the phases of one model" in capsys.readouterr().err
     assert main(["report", "--runs", f"{first},{later}", "--out_dir", str(tmp_path / "out")]) == 0
+    for second, run in enumerate((other, first, later)):
+        os.utime(run / "metrics.csv", (second, second))
     assert main(["report", "--runs", str(tmp_path), "--out_dir", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.endswith(f"did you mean {first},{later},{other}?\n")
+    assert capsys.readouterr().err.endswith(f"did you mean {other},{first},{later}?\n"), "in the order of training"
 
 
 def test_a_proof_is_that_of_the_evaluated_model(made: Path) -> None:
