@@ -17,7 +17,7 @@ BASELINES = REPOSITORY / "configs" / "baselines.yaml"
 MARKS = {
     "=": "measured the same way",
     "~": "same shots, the rest is not stated",
-    "≠": "measured another way, or on other documents",
+    "≠": "measured another way, with shots that are not stated, or on other documents",
 }
 RERUN = "re-run here"
 """Status of a score that is no publisher's but came from this harness."""

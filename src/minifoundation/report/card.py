@@ -66,7 +66,7 @@ def card(content: Content, *, license: str | None) -> str:
 
 LIMITS = (
     "A base model: it continues text, it was not trained to follow instructions or to refuse. It repeats what its training text says, "
-    "errors and prejudices included. Scores near chance are no knowledge; a figure marked ≠ was measured another way and does not compare."
+    "errors and prejudices included. Scores near chance are no knowledge; a figure marked ≠ does not compare."
 )
 
 
