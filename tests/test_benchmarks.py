@@ -39,6 +39,13 @@ def test_its_full_results_are_kept(name: str) -> None:
     assert kept["figures"] and kept["results"]
 
 
+def test_the_figures_of_long_context_are_those_of_its_results() -> None:
+    from benchmarks.long_context import summary
+
+    kept = json.loads((ROOT / "docs" / "data" / "long_context.json").read_text(encoding="utf-8"))
+    assert {name: kept["figures"][name] for name in summary(kept["results"])} == summary(kept["results"])
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "data").glob("*.json")), ids=lambda path: path.stem)
 def test_commands_name_no_place_of_one_machine(path: Path) -> None:
     """What they name is told in docs/data/README.md."""

@@ -43,6 +43,28 @@ def test_the_demo_list_ends_in_a_table_and_two_files(tmp_path: Path, capsys: pyt
     assert str(folder / "eval-2" / "report.md") in capsys.readouterr().out
 
 
+def test_an_evaluation_beside_another_one_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from minifoundation.evaluate import harness
+
+    folder = write_tiny_model(tmp_path / "model")
+    line = ["eval", "--model_path", str(folder), "--data_dir", str(BUNDLED), "--limit", "2", "--tasks"]
+    run, other = harness.run, list[int]()
+
+    def meanwhile(*args: Any, **options: Any) -> Iterator[Any]:
+        monkeypatch.setattr(harness, "run", run)
+        other.append(main([*line, "piqa"]))
+        yield from run(*args, **options)
+
+    monkeypatch.setattr(harness, "run", meanwhile)
+    assert main([*line, "arc_easy"]) == 0
+    assert other == [2] and f"error: {folder}/eval: is being written by another process (pid " in capsys.readouterr().err
+    assert main([*line, "arc_easy,piqa"]) == 0
+    results = json.loads((folder / "eval" / "results.json").read_text())
+    assert [row["label"] for row in results["rows"]] == ["arc_easy", "piqa"]
+
+
 def test_no_task_that_could_run_is_an_error_with_the_reasons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_tiny_model(tmp_path / "model")
     out = tmp_path / "out"

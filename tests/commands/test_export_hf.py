@@ -187,3 +187,19 @@ def test_an_empty_folder_is_filled(final: Callable[..., Path], tmp_path: Path) -
     (tmp_path / "hf").mkdir()
     export_hf(ExportOptions(ckpt=final(), out_dir=tmp_path / "hf"))
     assert {path.name for path in (tmp_path / "hf").iterdir()} == FILES
+
+
+def test_two_exports_to_one_folder_do_not_mix(tmp_path: Path) -> None:
+    from minifoundation.commands.export_hf import folder_written_whole
+
+    out = tmp_path / "hf"
+    (tmp_path / "hf.part" / "old").mkdir(parents=True)  # left by one that was killed
+    (tmp_path / "hf.part" / "old.json").touch()
+    with folder_written_whole(out) as first:
+        (first / "config.json").touch()
+        with pytest.raises(UserError, match=r"hf.part: is being written by another process \(pid"), folder_written_whole(out):
+            pytest.fail("both write")
+    assert [path.name for path in out.iterdir()] == ["config.json"] and [path.name for path in tmp_path.iterdir()] == ["hf"]
+    with pytest.raises(KeyError), folder_written_whole(tmp_path / "deep" / "er"):
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]

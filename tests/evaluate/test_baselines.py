@@ -31,6 +31,29 @@ def test_a_figure_is_marked_by_how_it_was_measured(figure: Figure, mark: str) ->
     assert figure.mark(outcome("hellaswag", n=100)) == "≠", "a sample compares with nothing"
 
 
+def test_of_several_figures_of_a_model_the_one_measured_most_like_ours_stands_beside() -> None:
+    baselines = Baselines.load()
+    beside = {
+        label: baselines.nearest(outcome(name, shots=shots, n=n), "Qwen2.5-0.5B")
+        for label, name, shots, n in (
+            ("hellaswag", "hellaswag", 10, None),
+            ("hellaswag:0", "hellaswag", 0, None),
+            ("hellaswag:0 of 200", "hellaswag", 0, 200),
+            ("gsm8k", "gsm8k", 5, None),
+            ("gsm8k:2", "gsm8k", 2, None),
+        )
+    }
+    shown = {label: (one.score, one.shots) for label, one in beside.items() if one is not None}
+    assert shown == {
+        "hellaswag": (52.1, 10),
+        "hellaswag:0": (51.2, 0),
+        "hellaswag:0 of 200": (51.2, 0),
+        "gsm8k": (33.4, 5),
+        "gsm8k:2": (41.6, 4),
+    }
+    assert baselines.nearest(outcome("piqa"), "GPT-2-124M") is None
+
+
 def test_every_published_figure_belongs_to_a_benchmark_and_has_a_source() -> None:
     baselines = Baselines.load()
     assert set(baselines.figures) <= {row.baseline for row in ROWS.values()}

@@ -83,3 +83,5 @@ def test_what_is_read_as_a_checkpoint(tmp_path: Path, folder: Path) -> None:
     assert [is_checkpoint(path) for path in (tmp_path / "final.pth", step, tmp_path, folder)] == [True, True, False, False]
     exported = folder.rename(tmp_path / "step_00000020")  # an export may be called so
     assert not is_checkpoint(exported)
+    with pytest.raises(UserError, match=rf"model.safetensors: is one file of a model, whose folder is needed; give {exported}$"):
+        is_checkpoint(exported / "model.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from statistics import fmean, stdev
@@ -340,6 +341,33 @@ def test_mmlu_pro_by_letters(tiny: Model, tmp_path: Path) -> None:
     assert [continuation for _, continuation in sample["arguments"]] == [f" {letter}" for letter in "ABCDEFGHIJ"]
 
 
+@pytest.mark.slow
+def test_needles_are_drawn_alike_each_time_and_a_limit_takes_some_of_each_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import random
+
+    folder = write_tiny_model(tmp_path / "model", context=8192)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"auto_map": {"AutoTokenizer": [None, "code.Own"]}}))
+    (folder / "code.py").write_text("raise SystemExit('code of the folder was run')\n")
+    model = loaded(folder)
+    monkeypatch.setattr(model, "generate_until", lambda requests, disable_tqdm=False: ["" for _ in requests])
+    before = random.getstate()
+    first, again = (evaluated(model, "niah_single_1", limit=3) for _ in range(2))
+    assert [(outcome.label, outcome.n, outcome.is_sample) for outcome in first] == [
+        ("niah_single_1@4096", 3, True),
+        ("niah_single_1@8192", 3, True),
+    ]
+    prompts, same = ([sample["arguments"][0][0] for sample in outcomes[0].samples["niah_single_1"]] for outcomes in (first, again))
+    assert prompts == same and len(set(prompts)) == 6
+    assert random.getstate() == before
+
+
+def test_a_metric_that_a_task_does_not_have_is_named_before_it_is_run(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny, "loglikelihood", lambda *_, **__: pytest.fail("it was run"))
+    (outcome,) = evaluated(tiny, "piqa metric=acc_nrom")
+    assert outcome.not_run == "piqa metric=acc_nrom: has no metric acc_nrom; choose from acc, acc_norm"
+
+
 @pytest.fixture
 def whole() -> Path:
     if not WHOLE.is_dir():
@@ -379,5 +407,8 @@ def test_any_task_of_lm_eval_runs_with_its_own_settings(tiny: Model, tmp_path: P
     sciq, piqa = evaluated(tiny, "sciq,piqa", data_dir=tmp_path)
     assert (sciq.n, sciq.shots, sciq.metric, sciq.measure) == (3, 0, "acc_norm,none", "lm-eval's acc_norm")
     assert piqa.not_run
+    assert not sciq.is_sample
+    (part,) = evaluated(tiny, "sciq", data_dir=tmp_path, limit=2)
+    assert part.is_sample and (part.n, part.request.row.documents) == (2, 3)
     with pytest.raises(UserError, match="did you mean piqa"):
         evaluated(tiny, "pika")

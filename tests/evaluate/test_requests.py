@@ -70,6 +70,11 @@ def test_suites() -> None:
         (" , ", "names no task"),
         ("mmlu:five", "'mmlu:five' does not end in a number of shots; write mmlu:5"),
         ("mmlu:", "'mmlu:' does not end in a number of shots"),
+        (
+            "quick limit=10",
+            "'quick limit=10': quick is a suite, not a task; give --tasks quick alone, with --limit for fewer documents, or copy",
+        ),
+        ("quick:0,piqa", "'quick:0': quick is a suite, not a task"),
         ("mmlu shots=5", "'shots=5' in 'mmlu shots=5' is not understood; write name, name:shots"),
         ("mmlu 5", "'5' in 'mmlu 5' is not understood"),
         ("mmlu aggregate=mean", "'aggregate=mean' in"),

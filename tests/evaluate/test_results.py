@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from minifoundation.errors import UserError
 from minifoundation.evaluate.requests import read_tasks
-from minifoundation.evaluate.results import file_name, folder_for, read_items, read_results
+from minifoundation.evaluate.results import Outcome, file_name, folder_for, read_items, read_results
 from tests.evaluate.made import FACTS, outcome
 
 ITEM: dict[str, Any] = {"task": "piqa", "doc_id": 0, "doc_hash": "x", "score": 1.0, "target": 1, "log_likelihoods": [-1.5, -2.0]}
@@ -59,6 +60,11 @@ def test_a_stopped_evaluation_goes_on_with_what_is_done(tmp_path: Path) -> None:
     assert again.path == tmp_path and list(again.done) == ["piqa"], "what could not run is tried again"
     (restored,) = again.done["piqa"]
     assert vars(restored) == vars(done)
+    counted = replace(read_tasks("sciq")[0], row=replace(read_tasks("sciq")[0].row, documents=1000))
+    part = Outcome(counted, "sciq", score=0.5, n=20)
+    folder_for(tmp_path / "other", FACTS, [counted]).write([part], complete=False)
+    (restored,) = folder_for(tmp_path / "other", FACTS, read_tasks("sciq,piqa")).done["sciq"]
+    assert restored.is_sample and vars(restored) == vars(part)
     other = folder_for(tmp_path, FACTS, read_tasks("piqa limit=7"))
     assert other.done == {} and other.path != tmp_path, "another limit is another request, and must not take the place of what is there"
 

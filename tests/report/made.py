@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from minifoundation.evaluate.results import Outcome, folder_for
 from tests.evaluate.made import FACTS
 
 SPIKE = 70
+SIZES = {"vocab_size": 256, "d_model": 64, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_ff": 96, "original_seq_len": 64}
+PARAMETERS = 256 * 64 + 2 * (64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 96 + 2 * 64) + 64
 SCORES = {
     "mmlu": 0.262,
     "mmlu_continuation": 0.301,
@@ -56,8 +59,7 @@ def write_run(
     from minifoundation.model.transformer import Transformer
     from minifoundation.train.metrics import COLUMNS
 
-    sizes = {"vocab_size": 256, "d_model": 64, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_ff": 96, "original_seq_len": 64}
-    model = ModelConfig.model_validate(sizes)
+    model = ModelConfig.model_validate(SIZES)
     settings = RunConfig(
         out_dir=folder, model=model, data=DataConfig(source="fineweb-edu"), train=TrainConfig(tokens=1_200_000, seq_len=64)
     )
@@ -96,9 +98,19 @@ def _entry(phase: str, source: str, corpus: dict[str, Any], samples: int) -> dic
 
 
 def write_evaluation(
-    folder: Path, *, tokens: int = 1_200_000, shift: float = 0.0, name: str = "outputs/hf_export", imported_from: str | None = None
+    folder: Path,
+    *,
+    tokens: int = 1_200_000,
+    shift: float = 0.0,
+    name: str = "outputs/hf_export",
+    imported_from: str | None = None,
+    proof: str | None = None,
 ) -> Path:
-    """Write results.json with most of the paper suite, a row that could not run, and items of ARC-Easy."""
+    """Write results.json with most of the paper suite, a row that could not run, and items of ARC-Easy.
+
+    Args:
+        proof: content of the ``parity.json`` of the evaluated model, which is written beside.
+    """
     made = []
     for label, score in SCORES.items():
         row = ROWS[label]
@@ -108,9 +120,13 @@ def write_evaluation(
     made[4].truncated = 12
     made[3].items = [{"doc_hash": str(i), "score": float(i % 2), "task": "arc_easy", "doc_id": i, "target": 0} for i in range(100)]
     made.append(Outcome(Request(ROWS["humaneval"], 0), "humaneval", not_run="needs --allow_code_exec"))
-    model = FACTS["model"] | {"path": name, "trained_tokens": tokens, "sha256": {"model.safetensors": "ef" * 32}, "parameters": 123_456}
+    model = FACTS["model"] | {"path": name, "trained_tokens": tokens, "sha256": {"model.safetensors": "ef" * 32}, "parameters": PARAMETERS}
     if imported_from is not None:
         model |= {"trained_tokens": None, "imported_from": imported_from, "tokens_since_import": tokens}
+    if proof is not None:
+        folder.mkdir(parents=True)
+        (folder.parent / "parity.json").write_text(proof)
+        model["sha256"] = model["sha256"] | {"parity.json": hashlib.sha256(proof.encode()).hexdigest()}
     settings = {"limit": 0, "model_path": name, "tasks": "paper"}
     folder_for(folder, FACTS | {"model": model, "settings": settings}, []).write(made, complete=True)
     return folder

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 from html.parser import HTMLParser
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from minifoundation.cli import main
 from minifoundation.errors import UserError
@@ -16,7 +18,7 @@ from minifoundation.report import plots
 from minifoundation.report.evaluations import over_tokens, read_evaluation
 from minifoundation.report.runs import read_run
 from tests.browser import CHROMIUM, MISSING
-from tests.report.made import FINEWEB_EDU, SCORES, SPIKE, write_contamination, write_evaluation, write_run
+from tests.report.made import FINEWEB_EDU, PARAMETERS, SCORES, SPIKE, write_contamination, write_evaluation, write_run
 
 PARITY = {"checks": [{"difference": 3e-6}, {"difference": 1e-7}], "tolerance": 1e-4, "compared": "float32 on the CPU"}
 
@@ -26,8 +28,7 @@ def made(tmp_path: Path) -> Path:
     """A folder with a run, contamination found, three evaluations on the way, one of another model, and an export's proof."""
     write_run(tmp_path / "pretrain")
     write_contamination(tmp_path / "pretrain" / "contamination.json")
-    write_evaluation(tmp_path / "hf" / "eval")
-    (tmp_path / "hf" / "parity.json").write_text(json.dumps(PARITY))
+    write_evaluation(tmp_path / "hf" / "eval", proof=json.dumps(PARITY))
     write_evaluation(tmp_path / "half", tokens=600_000, shift=-0.03)
     write_evaluation(tmp_path / "other", name="Qwen/Qwen2.5-0.5B", shift=0.1)
     return tmp_path
@@ -326,8 +327,7 @@ def test_a_step_without_a_loss_is_no_spike_and_hides_none(tmp_path: Path) -> Non
 )
 def test_what_is_missing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
     write_evaluation(tmp_path / "eval")
-    write_evaluation(tmp_path / "proof" / "eval")
-    (tmp_path / "proof" / "parity.json").write_text('{"checks": [')
+    write_evaluation(tmp_path / "proof" / "eval", proof='{"checks": [')
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "results.json").write_text('{"complete": true, "rows": [{"label": "x"}], "model": {"path": "x"}}')
     (tmp_path / "foreign" / "found.json").write_text('{"benchmarks": [{"benchmark": "x"}], "text": {"tokens": 1}}')
@@ -395,5 +395,49 @@ def test_runs_that_are_not_phases_of_one_model_are_refused(tmp_path: Path, capsy
         assert main(["report", "--runs", ",".join(map(str, runs)), "--out_dir", str(tmp_path / "out")]) == 2
         assert f"error: --runs: {runs[1]} is no later phase of {runs[0]}; give the phases of one model" in capsys.readouterr().err
     assert main(["report", "--runs", f"{first},{later}", "--out_dir", str(tmp_path / "out")]) == 0
+    for second, run in enumerate((other, first, later)):
+        os.utime(run / "metrics.csv", (second, second))
     assert main(["report", "--runs", str(tmp_path), "--out_dir", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.endswith(f"did you mean {first},{later},{other}?\n")
+    assert capsys.readouterr().err.endswith(f"did you mean {other},{first},{later}?\n"), "in the order of training"
+
+
+def test_a_proof_is_that_of_the_evaluated_model(made: Path) -> None:
+    assert main(line(made)) == 0
+    proven = "computes what was trained"
+    assert proven in (made / "out/report.html").read_text()
+    for folder in (made / "hf", made / "import"):  # another export took its place; a model that was imported, beside its checkpoint
+        write_evaluation(folder / "eval_final")
+        (folder / "parity.json").write_text(json.dumps(PARITY | {"dtype": "float16"}))
+    for evals in (f"{made}/hf/eval", f"{made}/import/eval_final", f"{made}/half,{made}/hf/eval"):
+        assert main(["report", "--evals", evals, "--out_dir", str(made / "out")]) == 0
+        assert proven not in (made / "out/report.html").read_text(), evals
+        assert "The exported weights compute" not in (made / "out/README.md").read_text(), evals
+
+
+@pytest.mark.parametrize("name", ["README.md", "report.html"])
+def test_what_others_wrote_is_not_written_over(made: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert main(line(made)) == 0 and main(line(made)) == 0, "its own it writes again"
+    (made / "out" / name).write_text("the card of another model")
+    assert main(line(made)) == 2
+    message = f"error: --out_dir: {made / 'out' / name} is there, and not by report; give another folder, or move the file away"
+    assert capsys.readouterr().err.splitlines()[-1] == message
+    assert (made / "out" / name).read_text() == "the card of another model"
+
+
+def test_a_license_is_what_the_person_says(made: Path) -> None:
+    assert main(line(made)) == 0
+    assert "license" not in yaml.safe_load((made / "out/README.md").read_text().split("---")[1])
+
+
+def test_scores_of_another_model_than_the_last_run_are_said_to_be(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line(made)) == 0
+    assert "another model" not in (made / "out/README.md").read_text() + (made / "out/report.html").read_text() + capsys.readouterr().err
+    write_run(made / "longft", before=1_200_000, rows=12)
+    said = (
+        f"These scores are of another model than the training described here made: of {PARAMETERS:,} parameters, 64 tokens of context and "
+        f"1,200,000 training tokens, and not of {PARAMETERS:,} parameters, 64 tokens of context and 1,320,000 training tokens."
+    )
+    both = ["--runs", f"{made}/pretrain,{made}/longft", "--evals", f"{made}/hf/eval", "--out_dir", str(made / "out")]
+    assert main(["report", *both]) == 0
+    assert f"**{said}**" in (made / "out/README.md").read_text() and said in (made / "out/report.html").read_text()
+    assert capsys.readouterr().err.splitlines()[-1] == f"warning: --evals {made}/hf/eval: {said}"

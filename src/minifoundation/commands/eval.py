@@ -18,6 +18,7 @@ from minifoundation.evaluate.folder import is_checkpoint
 from minifoundation.evaluate.mirror import fingerprint, first_line, sha256
 from minifoundation.evaluate.requests import Request, read_tasks
 from minifoundation.evaluate.results import RESULTS, Folder, Outcome, folder_for, replace_text
+from minifoundation.lock import held
 from minifoundation.packages import installed
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def _evaluate(options: EvalOptions, requests: list[Request], baselines: Baseline
             },
         }
         folder = world.agreed(lambda: folder_for(options.out_dir or _default_folder(options.model_path), facts, requests))
+        world.agreed(lambda: opened.enter_context(held(folder.path)))  # each writes all that it has: two would lose scores
         left = [request for request in requests if request.label not in folder.done]
         if folder.done:
             count = f"{len(requests) - len(left)} of {len(requests)}"

@@ -23,6 +23,7 @@ from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.errors import UserError
 from minifoundation.export import llama_cpp, verify, weights
 from minifoundation.export import tokenizer as hf_tokenizer
+from minifoundation.lock import LOCK, held
 from minifoundation.model.transformer import Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -63,23 +64,26 @@ def folder_written_whole(out_dir: Path) -> Iterator[Path]:
     """Give a new folder that takes the place of ``out_dir`` at the end; nothing is left when something goes wrong.
 
     Raises:
-        UserError: there is something in ``out_dir``.
+        UserError: there is something in ``out_dir``, or another process writes it.
     """
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise UserError("--out_dir", f"{out_dir} exists and is not empty", "give another folder, or remove it first")
     place = out_dir.resolve()
     part = next(parent for parent in place.parents if parent.exists()) / f"{place.name}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    try:
-        yield part
-        if place.exists():
-            place.rmdir()
-        place.parent.mkdir(parents=True, exist_ok=True)
-        part.replace(place)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    with held(part):
+        for left in part.iterdir():  # by one that was killed
+            if left.name != LOCK:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            yield part
+            (part / LOCK).unlink()
+            if place.exists():
+                place.rmdir()
+            place.parent.mkdir(parents=True, exist_ok=True)
+            part.replace(place)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
 
 
 def _write(checkpoint: Checkpoint, folder: Path, options: ExportOptions) -> verify.Parity:

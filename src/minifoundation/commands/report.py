@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 from minifoundation.checkpoint import write_whole
 from minifoundation.config import ReportOptions
 from minifoundation.errors import UserError
 from minifoundation.evaluate.baselines import Baselines
 from minifoundation.evaluate.contamination import read_findings
 from minifoundation.evaluate.tables import FIGURES_BESIDE, columns
+
+PAGE, CARD = "report.html", "README.md"
+SIGNED = "Written by mini-foundation-llm"
+"""Stands in both: what is without it is another's, and not written over."""
 
 
 def report(options: ReportOptions) -> None:
@@ -18,6 +24,9 @@ def report(options: ReportOptions) -> None:
     """
     if not options.runs and not options.evals:
         raise UserError("report", "nothing to report on", "give --runs, --evals or both")
+    for path in (options.out_dir / PAGE, options.out_dir / CARD):
+        if path.exists() and SIGNED.encode() not in path.read_bytes():
+            raise UserError("--out_dir", f"{path} is there, and not by report", "give another folder, or move the file away")
     try:
         from minifoundation.report.card import card
         from minifoundation.report.evaluations import read_evaluation
@@ -45,10 +54,12 @@ def report(options: ReportOptions) -> None:
         baselines=baselines,
         columns=tuple(columns(evaluations[0].outcomes, baselines)) if evaluations else (),
         contamination=contamination,
-        parity=read_parity(options.evals),
+        parity=read_parity(evaluations[0]) if evaluations else None,
         cost=Cost(options.price_per_hour, options.watts),
     )
+    if content.apart:
+        print(f"warning: --evals {evaluations[0].folder}: {content.apart}", file=sys.stderr)
     options.out_dir.mkdir(parents=True, exist_ok=True)
-    for name, text in (("report.html", html(content)), ("README.md", card(content, license=options.license))):
+    for name, text in ((PAGE, html(content)), (CARD, card(content, license=options.license))):
         write_whole(options.out_dir / name, text.encode())
         print(options.out_dir / name)

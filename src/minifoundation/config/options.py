@@ -287,7 +287,9 @@ class ReportOptions(Settings):
     )
     beside: Folders = setting((), flag="beside", help="result folders of other models: their scores become columns")
     contamination: Path | None = setting(None, flag="contamination", help="contamination.json to use; none: the one beside the last run")
-    license: str = setting("apache-2.0", flag="license", help="license of the weights, as the hub spells it")
+    license: str | None = setting(
+        None, flag="license", help="license of the weights, as the hub spells it (apache-2.0); none: the card states none"
+    )
     price_per_hour: float | None = setting(
         None, ge=0, flag="price_per_hour", help="price of the machine, in any currency: adds the cost of training"
     )

@@ -17,7 +17,7 @@ BASELINES = REPOSITORY / "configs" / "baselines.yaml"
 MARKS = {
     "=": "measured the same way",
     "~": "same shots, the rest is not stated",
-    "≠": "measured another way, or on other documents",
+    "≠": "measured another way, with shots that are not stated, or on other documents",
 }
 RERUN = "re-run here"
 """Status of a score that is no publisher's but came from this harness."""
@@ -100,6 +100,11 @@ class Baselines:
         """Return the figures for the benchmark of ``outcome``, of several re-runs those on as many documents first."""
         reruns = sorted(self.figures.get(_rerun(outcome.label), []), key=lambda one: one.n != outcome.n)
         return [*self.figures.get(outcome.request.row.baseline or "", []), *reruns]
+
+    def nearest(self, outcome: Outcome, model: str) -> Figure | None:
+        """Return the figure of ``model`` that was measured most as ``outcome`` was: by its mark, then by its shots."""
+        own = [one for one in self.of(outcome) if one.model == model]
+        return min(own, key=lambda one: (list(MARKS).index(one.mark(outcome)), one.shots != outcome.shots), default=None)
 
 
 def _rerun(label: str) -> str:

@@ -13,7 +13,13 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "s
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Return whether ``path`` is to be read as a checkpoint of ours: a file, or a folder that is none of Hugging Face's."""
+    """Return whether ``path`` is to be read as a checkpoint of ours: a file, or a folder that is none of Hugging Face's.
+
+    Raises:
+        UserError: it is a file within one of Hugging Face's.
+    """
+    if path.is_file() and path.suffix in (".safetensors", ".bin", ".json") and (path.parent / CONFIG).is_file():
+        raise UserError(str(path), "is one file of a model, whose folder is needed", f"give {path.parent}")
     return path.is_file() or (path.is_dir() and path.name.startswith("step_") and not (path / CONFIG).exists())
 
 
@@ -46,8 +52,8 @@ def loaded(folder: Path, setting: str, *, dtype: Any) -> tuple[Any, Any]:
 
     check_folder(folder, setting)
     try:
-        network, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        network, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # what a bad value raises is as varied as the libraries that read it
         problem = f"{folder} does not load ({first_line(error)})"
         raise UserError(setting, problem, "check that AutoModelForCausalLM and AutoTokenizer load it") from error

@@ -11,10 +11,13 @@ import functools
 import logging
 import math
 import os
+import random
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -23,11 +26,13 @@ import datasets
 import lm_eval
 import lm_eval.tasks
 import lm_eval.utils
+import numpy as np
 import torch
 import transformers
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind
+from lm_eval.tasks.ruler import common_utils as ruler
 from tqdm import tqdm
 
 from minifoundation.errors import UserError
@@ -79,6 +84,8 @@ class Factory(TaskFactory):
             config["custom_dataset"] = read
         if process := config.get("process_docs"):
             config["process_docs"] = _remembered(process)
+        if "max_seq_lengths" in self._meta:
+            config["process_docs"] = _in_turn
         return config
 
 
@@ -93,6 +100,40 @@ def _remembered(process: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return found[id(data)][1]
 
     return remembered
+
+
+def _in_turn(data: Any) -> Any:
+    """Return the documents of a task with one score a length, one of each length after the other: a limit leaves some of all."""
+    seen: Counter[int] = Counter()
+    turns = []
+    for place, length in enumerate(data["max_length"]):
+        turns.append((seen[length], place))
+        seen[length] += 1
+    return data.select([place for _, place in sorted(turns)])
+
+
+class _Tokenizers:
+    """``AutoTokenizer`` for the tasks that generate their data by it: they would run the Python code that lies in a model's folder."""
+
+    @staticmethod
+    def from_pretrained(name: str, **_options: Any) -> Any:
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+ruler.AutoTokenizer = _Tokenizers
+
+
+@contextlib.contextmanager
+def seeded() -> Iterator[None]:
+    """Have tasks draw what they draw (needles, the order of choices) as by lm-eval's own command: the same each time, in every process."""
+    python, of_numpy = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(SEED)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(of_numpy)
 
 
 def _dataset(data_dir: Path | None, path: str, name: str | None, options: dict[str, Any] | None, **_metadata: Any) -> Any:
@@ -176,7 +217,7 @@ def bars_of(label: str, *, silent: bool) -> Iterator[None]:
 def loaded_tasks(manager: TaskManager, request: Request, *, data_dir: Path | None, meta: dict[str, Any] | None = None) -> Any:
     """Return lm-eval's tasks of a request with their data, as its evaluator takes them, and by name under the key ``tasks``."""
     manager._factory = Factory(data_dir, request.shots, meta or {})
-    with Path(os.devnull).open("w") as quiet, contextlib.redirect_stdout(quiet):
+    with Path(os.devnull).open("w") as quiet, contextlib.redirect_stdout(quiet), seeded():
         loaded = manager.load(request.row.task_names)
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(SEED)
@@ -195,6 +236,12 @@ def _run_one(model: Evaluated, manager: TaskManager, request: Request, *, limit:
     tasks = loaded["tasks"]
     if not row.runs_code and any(getattr(task, "UNSAFE_CODE", False) or task.config.unsafe_code for task in tasks.values()):
         raise UserError(row.name, "would run programs outside the sandbox", "use humaneval or mbpp")
+    if row.metric is not None and not any(row.metric in task.aggregation() for task in tasks.values()):
+        known = sorted({name for task in tasks.values() for name in task.aggregation()})
+        raise UserError(request.label, f"has no metric {row.metric}", f"choose from {', '.join(known)}")
+    if row.documents is None:  # of a task without a row here: what it has is what its data set has
+        row = replace(row, documents=sum(len(task.eval_docs) for task in tasks.values()))
+        request = replace(request, row=row)
     documents = min(filter(None, (limit, request.limit)), default=None)
     model.truncated, model.label = 0, request.label
     with (
@@ -202,8 +249,10 @@ def _run_one(model: Evaluated, manager: TaskManager, request: Request, *, limit:
         contextlib.redirect_stdout(quiet),
         templates_compiled_once(),
         bars_of(request.label, silent=model.silent),
+        seeded(),
     ):
-        results = lm_eval.evaluate(model, loaded, limit=documents, bootstrap_iters=0, log_samples=True, confirm_run_unsafe_code=code)
+        taken = documents and documents * max(1, len(lengths) if row.lengths else 1)
+        results = lm_eval.evaluate(model, loaded, limit=taken, bootstrap_iters=0, log_samples=True, confirm_run_unsafe_code=code)
     samples = results.pop("samples")
     shots = max(task.config.num_fewshot for task in tasks.values())
     wanted = [(f"{request.label}@{length}", str(length)) for length in lengths] if row.lengths else [(request.label, row.metric)]
@@ -214,8 +263,7 @@ def _run_one(model: Evaluated, manager: TaskManager, request: Request, *, limit:
         if _score(outcome, metric):
             outcomes.append(outcome)
     if not outcomes:
-        known = sorted({name.split(",")[0] for name in results["results"][next(iter(samples))] if "," in name and "_stderr" not in name})
-        raise UserError(request.label, f"has no metric {row.metric}", f"choose from {', '.join(known)}")
+        raise UserError(request.label, "no document was scored", "check its data")
     return outcomes
 
 

@@ -23,7 +23,7 @@ class Row:
         metric, filter: the headline number among those lm-eval computes.
         measure: how the answer is scored, in the words ``configs/baselines.yaml`` uses, so that the two compare.
         chance: score of guessing, as a share.
-        documents: how many the whole benchmark has; fewer make a sample of it.
+        documents: how many the whole benchmark has (of each length); fewer make a sample of it. None: as many as its data set.
         baseline: key of the published figures in ``configs/baselines.yaml``.
         aggregate: macro is the plain mean over leaves (MMLU's definition), micro weighs them by documents.
         also: further metrics shown beside the headline.
@@ -84,8 +84,8 @@ ROWS: dict[str, Row] = {
         ),
         Row("humaneval", (OWN,), 0, "pass@1", "pass@1", 0.0, 164, "humaneval", runs_code=True),
         Row("mbpp", (OWN,), 3, "pass@1", "pass@1", 0.0, 500, "mbpp", runs_code=True),
-        Row("niah_single_1", ("ruler",), 0, None, "string match", 0.0, lengths=True),
-        Row("niah_multikey_2", ("ruler",), 0, None, "string match", 0.0, lengths=True),
-        Row("ruler_vt", ("ruler",), 0, None, "string match", 0.0, lengths=True),
+        Row("niah_single_1", ("ruler",), 0, None, "string match", 0.0, 500, lengths=True),
+        Row("niah_multikey_2", ("ruler",), 0, None, "string match", 0.0, 500, lengths=True),
+        Row("ruler_vt", ("ruler",), 0, None, "string match", 0.0, 500, lengths=True),
     )
 }

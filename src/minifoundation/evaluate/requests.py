@@ -108,6 +108,9 @@ def _request(entry: str, where: str) -> Request:
     first, *changes = entry.split()
     name, colon, shots = first.partition(":")
     row = _usual(name)
+    if name in SUITES:
+        remedy = f"give --tasks {name} alone, with --limit for fewer documents, or copy its lines from {SUITES[name]}"
+        raise UserError(where, f"{entry!r}: {name} is a suite, not a task", remedy)
     if colon and not shots.isdigit():
         raise UserError(where, f"{first!r} does not end in a number of shots", f"write {name}:5, or {name} alone")
     request = Request(row, int(shots) if colon else row.shots)

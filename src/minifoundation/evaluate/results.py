@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +244,8 @@ def _done(path: Path, rows: Iterable[dict[str, Any]], requests: Sequence[Request
         if request is None or row["not_run"]:
             continue
         outcome = restored(row)
-        outcome.request = request
+        documents = request.row.documents or outcome.request.row.documents  # of a task without a row here it was counted
+        outcome.request = replace(request, row=replace(request.row, documents=documents))
         outcome.items = read_items(path, row["label"])
         done.setdefault(row["request"], []).append(outcome)
     return done

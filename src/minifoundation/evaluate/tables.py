@@ -28,7 +28,7 @@ def table(outcomes: Sequence[Outcome], baselines: Baselines) -> str:
         cells.append(f"{outcome.n} of {outcome.request.row.documents}" if outcome.is_sample else str(outcome.n))
         cells.append(f"{outcome.truncated} of {outcome.requests}" if outcome.truncated else "0")
         for model in shown:
-            best = next((one for one in baselines.of(outcome) if one.model == model), None)
+            best = baselines.nearest(outcome, model)
             cells.append(f"{best.score:.1f} {best.mark(outcome)}" if best else "")
         lines.append(cells)
     legend = "; ".join(f"{mark} {meaning}" for mark, meaning in MARKS.items())

@@ -31,7 +31,7 @@ class VllmModel(VLLM):
     """
 
     def __init__(self, source: Source, *, dtype: str, rows: int | None) -> None:
-        config = AutoConfig.from_pretrained(source.folder)
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
         # Not its own "auto": that rounds weights stored in float32.
         stored = torch.float32 if default_device(None) == "cpu" else config.dtype
         self.dtype = str(DTYPES.get(dtype, stored) or "auto").removeprefix("torch.")
@@ -39,7 +39,7 @@ class VllmModel(VLLM):
             pretrained=str(source.folder),
             dtype=self.dtype,
             batch_size=rows or "auto",
-            max_model_len=resolve_max_length(config, AutoTokenizer.from_pretrained(source.folder)),
+            max_model_len=resolve_max_length(config, AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)),
         )
         self.source = source
         self.rows = rows

@@ -52,7 +52,7 @@ def tokenizer_differences(tokenizer: Tokenizer, folder: Path, texts: Iterable[st
     """
     from transformers import AutoTokenizer
 
-    exported = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **settings)
+    exported = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **settings)
     differences = []
     if len(exported) != tokenizer.vocab_size:
         differences.append(f"the vocabulary has {counted(len(exported), 'entry', 'entries')}, not {tokenizer.vocab_size:,}")

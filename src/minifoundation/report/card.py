@@ -35,7 +35,7 @@ DATASETS = {
 """The hub's name of each benchmark's data; a score without one is left out of the index."""
 
 
-def card(content: Content, *, license: str) -> str:
+def card(content: Content, *, license: str | None) -> str:
     """Return the text of ``README.md``: YAML metadata between dashes, then Markdown."""
     parts = [f"# {content.name}", _summary(content)]
     if content.settings is not None:
@@ -48,6 +48,8 @@ def card(content: Content, *, license: str) -> str:
         parts += ["## Benchmarks", score, table(main.outcomes, content.baselines)]
         if not main.facts["complete"]:
             parts.append("**This evaluation was stopped before its end: tasks are missing.**")
+        if content.apart:
+            parts.append(f"**{content.apart}**")
         if main.is_sample:
             parts.append("**Where n is smaller than the benchmark, not all documents were read: such a score compares with nothing.**")
         if content.contamination is not None:
@@ -64,11 +66,11 @@ def card(content: Content, *, license: str) -> str:
 
 LIMITS = (
     "A base model: it continues text, it was not trained to follow instructions or to refuse. It repeats what its training text says, "
-    "errors and prejudices included. Scores near chance are no knowledge; a figure marked ≠ was measured another way and does not compare."
+    "errors and prejudices included. Scores near chance are no knowledge; a figure marked ≠ does not compare."
 )
 
 
-def _metadata(content: Content, license: str) -> str:
+def _metadata(content: Content, license: str | None) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [

@@ -72,7 +72,7 @@ def lines(evaluation: Evaluation, baselines: Baselines, columns: Sequence[str], 
     found = {row["benchmark"]: row for row in (contamination or {}).get("benchmarks", ())}
     made = []
     for outcome in evaluation.outcomes:
-        best = [next((one for one in baselines.of(outcome) if one.model == model), None) for model in columns]
+        best = [baselines.nearest(outcome, model) for model in columns]
         figures = tuple((f"{one.score:.1f}", one.mark(outcome)) if one else None for one in best)
         row, items = found.get(outcome.request.row.name), read_items(evaluation.folder, outcome.label)
         aggregate = outcome.request.row.aggregate
@@ -91,7 +91,7 @@ def points(evaluation: Evaluation, baselines: Baselines, columns: Sequence[str],
         error = None if outcome.stderr is None else 100 * outcome.stderr
         made.append(Point(ours, outcome.label, 100 * outcome.score, not outcome.is_sample, error, None if not chance else 100 * chance))
         for model in columns:
-            one = next((figure for figure in baselines.of(outcome) if figure.model == model), None)
+            one = baselines.nearest(outcome, model)
             if one is not None:
                 made.append(Point(model, outcome.label, one.score, one.mark(outcome) == "="))
     return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from minifoundation import __version__
 from minifoundation.config import RunConfig, changed
 from minifoundation.errors import UserError
 from minifoundation.evaluate.baselines import Baselines
+from minifoundation.evaluate.mirror import sha256
 from minifoundation.evaluate.tables import again, computed
 from minifoundation.model.size import n_parameters
 from minifoundation.report import evaluations, plots
@@ -92,6 +93,21 @@ class Content:
             f"Training here began from the weights of {self.imported_from}, which came from elsewhere: what those had been trained on, "
             "and on how many tokens, is not known here and in none of the figures."
         )
+
+    @property
+    def apart(self) -> str:
+        """What is to be said where the scores are those of another model than the last run's, else nothing."""
+        if self.main is None or self.settings is None:
+            return ""
+        model, tokens = self.main.facts["model"], self.main.tokens
+        theirs = [model["parameters"], model["max_length"], self.tokens if tokens is None else tokens]
+        ours = [self.parameters, self.settings.model.max_seq_len, self.tokens]
+        if theirs[:2] == ours[:2] and abs(theirs[2] - self.tokens) <= 0.01 * self.tokens:
+            return ""
+        said = [
+            f"{count:,} parameters, {context:,} tokens of context and {read:,} training tokens" for count, context, read in (theirs, ours)
+        ]
+        return f"These scores are of another model than the training described here made: of {said[0]}, and not of {said[1]}."
 
     @property
     def hours(self) -> float:
@@ -180,19 +196,19 @@ def _percent(share: float | None, digits: int = 1) -> str:
     return "" if share is None else f"{100 * share:.{digits}f}"
 
 
-def read_parity(folders: Sequence[Path]) -> dict[str, Any] | None:
-    """Return what is shown of the first ``parity.json`` in ``folders`` or beside them.
+def read_parity(evaluation: Evaluation) -> dict[str, Any] | None:
+    """Return what is shown of the ``parity.json`` that lay in the evaluated folder; None without, or where another lies there now.
 
     Raises:
-        UserError: it is another's, or damaged.
+        UserError: it is no proof, or damaged.
     """
-    for folder in folders:
-        for path in (folder / "parity.json", folder.parent / "parity.json"):
-            if path.is_file():
-                try:
-                    return _Proof.model_validate_json(path.read_text(encoding="utf-8")).model_dump()
-                except ValueError:
-                    raise UserError(str(path), "is not a proof written by export_hf", "export again, or remove the file") from None
+    model = evaluation.facts["model"]
+    for path in (Path(model["path"]) / "parity.json", evaluation.folder.parent / "parity.json"):
+        if path.is_file() and sha256(path) == model["sha256"].get(path.name):
+            try:
+                return _Proof.model_validate_json(path.read_text(encoding="utf-8")).model_dump()
+            except ValueError:
+                raise UserError(str(path), "is not a proof written by export_hf", "export again, or remove the file") from None
     return None
 
 

@@ -109,7 +109,7 @@ def read_run(folder: Path) -> Run:
     """
     remedy = "give the out_dir of a pretrain or longft run"
     if not (folder / "config.yaml").is_file() or not (folder / "metrics.csv").is_file():
-        inside = sorted(path.parent for path in folder.glob("*/metrics.csv"))
+        inside = [path.parent for path in sorted(folder.glob("*/metrics.csv"), key=lambda path: path.stat().st_mtime)]  # as trained
         if inside:
             remedy = f"did you mean {','.join(map(str, inside))}?"
         raise UserError(
