@@ -155,6 +155,18 @@ def test_two_nodes_train_one_is_lost_and_comes_back(tmp_path: Path, alone: tuple
     weights_close(expected, run, 2e-6)
 
 
+def test_machines_of_three_and_of_one_train_the_weights_of_one(tmp_path: Path, alone: tuple[Path, list[str]]) -> None:
+    expected, options = alone
+    here = [*options, "--out_dir", f"{tmp_path}/run", "--batch_size", "2"]
+    port = free_port()
+    both = [started(node(port, number, size=size), here) for number, size in enumerate((3, 1))]
+    printed = "".join(one.communicate(timeout=280)[0] for one in both)
+    assert [one.returncode for one in both] == [0, 0], printed[-3000:]
+    assert "network  4 processes on 2 machines: " in printed  # whichever of them torchrun says is the first
+    torch.testing.assert_close(torch.tensor(losses(tmp_path / "run")), torch.tensor(losses(expected)), atol=1e-5, rtol=1e-5)
+    weights_close(expected, tmp_path / "run", 2e-6)
+
+
 def test_a_silent_process_is_named(tmp_path: Path) -> None:
     options = [*settings(tmp_path), *ALL, "--tokens", str(100_000 * STEP), "--batch_size", "2", "--train.rank_timeout", "4"]
     process = started(torchrun(2), [*options, "--out_dir", f"{tmp_path}/run"])

@@ -54,6 +54,24 @@ def test_what_is_chosen(memory_gib: int, world: World, train: dict[str, Any], ex
     assert chosen_split(run_config(**train), replace(H100, memory_bytes=memory_gib * GIB), world) == expected
 
 
+@pytest.mark.parametrize(
+    ("sizes", "memory_gib", "expected"),
+    [
+        ((4, 2), 80, Split("ddp", owners=2)),
+        ((4, 2), 14, Split("hsdp", 2, regathers=False)),
+        ((3, 2), 80, Split("ddp")),
+        ((3, 2), 14, Split("fsdp", 5, regathers=False)),
+    ],
+)
+def test_machines_with_different_numbers_of_processes_are_shared_in_equal_groups(
+    sizes: tuple[int, int], memory_gib: int, expected: Split
+) -> None:
+    here, there = (World(0, sum(sizes), 0, size, local_sizes=sizes) for size in sizes)
+    assert here.nodes == there.nodes == 2
+    for world in (here, there):
+        assert chosen_split(run_config(), replace(H100, memory_bytes=memory_gib * GIB), world) == expected
+
+
 def test_between_cpus_each_updates_everything() -> None:
     cpu = replace(H100, device=torch.device("cpu"))
     assert chosen_split(run_config(), cpu, NODE) == Split("ddp")

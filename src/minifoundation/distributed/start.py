@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -64,7 +65,8 @@ def join(*, with_gpu: bool = True) -> Iterator[World]:
     )
     words = dist.new_group(backend="gloo", timeout=WORDS) if device else dist.group.WORLD
     try:
-        yield World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), words, store)
+        alone = World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), words, store)
+        yield replace(alone, local_sizes=tuple(found for place, found in alone.of_all((local_rank, alone.local_size)) if place == 0))
     except (Stopped, Interrupted) as stop:
         stop.told = rank > 0
         _part()
