@@ -83,7 +83,12 @@ def test_between_cpus_each_updates_everything() -> None:
         (NODE, {"parallel": "none"}, "train.parallel: none, and there are 8 processes; start one, or take auto, ddp or fsdp"),
         (NODE, {"parallel": "fsdp", "precision": "fp8"}, "train.parallel: fsdp gathers weights in half precision, not in 8 bits; take ddp"),
         (NODE, {"parallel": "fsdp", "optimizer_states": "int8"}, "train.parallel: fsdp cannot split moments in int8; take ddp"),
-        (NODE, {"parallel": "hsdp"}, "train.parallel: hsdp with 1 nodes of 8 processes; it needs two of each; take fsdp"),
+        (
+            NODE,
+            {"parallel": "hsdp"},
+            "train.parallel: hsdp with 1 nodes of 8 processes; it needs two nodes, and equal groups of two or more",
+        ),
+        (World(0, 5, 0, 3, local_sizes=(3, 2)), {"parallel": "hsdp"}, "train.parallel: hsdp with 2 nodes of 2 and 3 processes; it needs"),
     ],
 )
 def test_what_cannot_be_had(world: World, train: dict[str, Any], message: str) -> None:

@@ -41,8 +41,11 @@ def chosen_split(config: RunConfig, machine: Machine, world: World) -> Split:
     if asked in ("fsdp", "hsdp") and train.optimizer_states == "int8":
         raise UserError("train.parallel", f"{asked} cannot split moments in int8", "take ddp, or train.optimizer_states fp32")
     if asked == "hsdp" and (world.nodes == 1 or world.neighbours == 1):
+        sizes = " and ".join(str(size) for size in sorted({*world.local_sizes} or {world.local_size}))
         raise UserError(
-            "train.parallel", f"hsdp with {world.nodes} nodes of {world.local_size} processes", "it needs two of each; take fsdp"
+            "train.parallel",
+            f"hsdp with {world.nodes} nodes of {sizes} processes",
+            "it needs two nodes, and equal groups of two or more on each; take fsdp",
         )
     whole = train.precision == "fp8" or train.optimizer_states == "int8"
     copies = Split("ddp", owners=owners(config, machine, world))
