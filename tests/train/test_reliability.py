@@ -427,6 +427,24 @@ def test_fewer_skips_than_there_were_already_have_the_run_go_back(settings: Make
     assert "going back to" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("step", [6, 12])
+def test_a_row_that_cannot_be_written_ends_the_run_after_the_last_step_too(
+    settings: Make, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    real = MetricsLog.write
+
+    def full(self: MetricsLog, row: Row) -> None:
+        if row["step"] == step:
+            raise OSError(28, "No space left on device", "metrics.csv")
+        real(self, row)
+
+    monkeypatch.setattr(MetricsLog, "write", full)
+    config = settings()
+    with pytest.raises(OSError, match="No space left"):
+        trained(config)
+    assert not (config.out_dir / "final.pth").exists()
+
+
 def test_a_row_that_was_made_up_for_and_cannot_be_written_is_as_any_other(
     settings: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

@@ -71,7 +71,9 @@ def _fit(training: Training, feed: Feed, report: _Report, stop: Stop, collect: C
             return "stopped"
         report.raise_fault()
         with feed.open() as steps:
-            return _train(training, feed, steps, report, stop, collect)
+            outcome = _train(training, feed, steps, report, stop, collect)
+        report.raise_fault()
+        return outcome
     except NoData as lack:
         training.watch.rest()  # writing may take its time
         report.catch_up()
