@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from minifoundation.distributed.world import World
+from minifoundation.distributed.world import World, mesh_of_groups
 from minifoundation.errors import Interrupted, Stopped, UserError
 from minifoundation.wording import counted, processes
 
@@ -85,6 +85,7 @@ def join(*, with_gpu: bool = True) -> Iterator[World]:
 
 
 def _part() -> None:
+    mesh_of_groups.cache_clear()  # groups that outlive this are taken down with Python
     dist.destroy_process_group()
 
 

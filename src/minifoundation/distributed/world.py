@@ -78,7 +78,7 @@ class World:
         It is made once: communicators take device memory that is not given back, and a trial of some rows or a run that goes back
         shares its model anew.
         """
-        return _groups(dist.group.WORLD, self.size // size, size, device_type)
+        return mesh_of_groups(dist.group.WORLD, self.size // size, size, device_type)
 
     def total(self, values: Tensor) -> Tensor:
         """Return the elementwise sum of ``values`` over all processes, on each of them."""
@@ -148,7 +148,8 @@ class World:
 
 
 @cache
-def _groups(_everyone: Any, groups: int, size: int, device_type: str) -> DeviceMesh:
+def mesh_of_groups(_everyone: Any, groups: int, size: int, device_type: str) -> DeviceMesh:
+    """Return the mesh of ``World.groups``; the same one until the processes part."""
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh(device_type, (groups, size), mesh_dim_names=("group", "member"))
