@@ -13,6 +13,7 @@ from minifoundation import config
 from minifoundation.config import REPOSITORY, RunConfig
 from minifoundation.distributed import Context, Split, World
 from minifoundation.errors import UserError
+from minifoundation.model.size import n_matmul_parameters, n_parameters
 from minifoundation.runtime import Machine
 from minifoundation.train.parallel import accumulated, as_asked, chosen_split
 from minifoundation.train.plan import plan, predicted_memory
@@ -148,6 +149,20 @@ def test_tokens_that_cannot_be_shared_evenly() -> None:
     )
     with pytest.raises(UserError, match=r"tokens_per_step is 524,288, and grad_accum 4 too; leave grad_accum out: it follows"):
         run_config(tokens_per_step=2**19, grad_accum=4)
+
+
+def test_copies_in_which_gradients_travel_take_memory_where_that_is_the_peak() -> None:
+    """Two bytes a parameter beside four, once all gradients are there: with few rows activations took less."""
+    for rows, more in ((1, True), (8, False)):
+        plain, copies = (
+            sum(predicted_memory(run_config(batch_size=rows, reduce_precision=sent), Split("ddp", owners=8)).values())
+            for sent in ("fp32", "bf16")
+        )
+        parameters = n_parameters(run_config().model)
+        always = (
+            4 * parameters + 2 * n_matmul_parameters(run_config().model) + parameters
+        )  # an eighth of the moments
+        assert (copies == always + 6 * parameters) is more and (copies > plain) is more
 
 
 def test_parts_take_less_memory_each() -> None:
