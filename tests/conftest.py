@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -48,6 +50,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         setattr(stub, function, called)
         monkeypatch.setitem(sys.modules, module, stub)
     return made
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Have signals as a terminal gives them: under nohup, or in the background of a script, some are ignored, also by what is started."""
+    meant: dict[signal.Signals, Any] = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in meant.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -188,6 +188,7 @@ run()
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("module", ["click", "minifoundation.commands.inspect"])
+@pytest.mark.usefixtures("signals")
 def test_a_signal_while_it_starts_is_one_line(number: int, module: str) -> None:
     """The imports take seconds, and an exception in them is a traceback, or is lost."""
     line = [sys.executable, "-c", struck(module, int(number)), "inspect", "--shards", "x"]

@@ -334,6 +334,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path / "gone.model")
 
 
+@pytest.mark.usefixtures("signals")
 def test_a_signal_does_not_wait_for_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Minutes, for the default sample."""
     rounds = 8_000_000  # inside a library, as the real one, and in the end all the same

@@ -24,7 +24,7 @@ PRETRAIN = "pretrain --config tiny.yaml --data text --tokens 10_240 --batch_size
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, signals: None) -> Path:
     (tmp_path / "tiny.yaml").write_text(TINY)
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "verse.txt").write_bytes((ROOT / "examples" / "shakespeare.txt").read_bytes()[:80_000])
@@ -34,10 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 def started(line: str, folder: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-    # Tests that were started under nohup, or in the background of a script, pass on that signals are ignored.
-    restored = "[signal.signal(s, signal.SIG_DFL) for s in (signal.SIGHUP, signal.SIGINT)]"
-    with_signals = f"import os, signal, sys; {restored}; os.execv(sys.argv[1], sys.argv[1:])"
-    command = [sys.executable, "-c", with_signals, sys.executable, "-m", "src.cli", *line.split()]
+    command = [sys.executable, "-m", "src.cli", *line.split()]
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
