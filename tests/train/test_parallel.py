@@ -159,9 +159,7 @@ def test_copies_in_which_gradients_travel_take_memory_where_that_is_the_peak() -
             for sent in ("fp32", "bf16")
         )
         parameters = n_parameters(run_config().model)
-        always = (
-            4 * parameters + 2 * n_matmul_parameters(run_config().model) + parameters
-        )  # an eighth of the moments
+        always = 4 * parameters + 2 * n_matmul_parameters(run_config().model) + parameters  # an eighth of the moments
         assert (copies == always + 6 * parameters) is more and (copies > plain) is more
 
 
