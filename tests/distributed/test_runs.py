@@ -217,14 +217,25 @@ def test_a_mistake_is_one_line_and_exit_code_2_on_all(tmp_path: Path, change: li
     assert not (tmp_path / "run" / "metrics.csv").exists()
 
 
+FAILING = "tests.distributed.failing"
+
+
 def test_a_checkpoint_that_cannot_be_written_beside_the_training_ends_all_in_one_line(tmp_path: Path) -> None:
     options = [*settings(tmp_path), *ALL, "--tokens", str(100_000 * STEP), "--batch_size", "2", "--train.save_every", "3"]
-    process = started(torchrun(2), [*options, "--out_dir", f"{tmp_path}/run"], module="tests.distributed.full_disk")
+    process = started(torchrun(2), [*options, "--out_dir", f"{tmp_path}/run"], module=FAILING, FAILS="disk")
     printed, _ = process.communicate(timeout=120)
     errors = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and errors[0].startswith("error: the disk: the disk is full; "), printed
     assert printed.count("exitcode  : 2 ") == 2 and "RuntimeError" not in printed
     assert [folder.name for folder in (tmp_path / "run").glob("step_*")] == ["step_00000003"]
+
+
+def test_processes_that_run_out_of_memory_together_say_it_once(tmp_path: Path) -> None:
+    options = [*settings(tmp_path), *ALL, "--tokens", str(100 * STEP), "--batch_size", "2"]
+    process = started(torchrun(2), [*options, "--out_dir", f"{tmp_path}/run"], module=FAILING, FAILS="memory")
+    printed, _ = process.communicate(timeout=120)
+    assert printed.count("error: train.batch_size: 2 rows of 32 tokens do not fit") == 1, printed
+    assert process.returncode != 0 and "Traceback" not in printed.split("failed (exitcode")[0]
 
 
 def test_processes_with_other_settings_are_told_by_the_first(tmp_path: Path) -> None:

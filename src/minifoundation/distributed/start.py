@@ -73,7 +73,7 @@ def join(*, with_gpu: bool = True) -> Iterator[World]:
         raise
     except (UserError, OSError) as error:
         told = getattr(error, "told", None)
-        error.told = bool(told)  # type: ignore[union-attr]
+        error.told = _told_by_another(store) if told is None else told  # type: ignore[union-attr]
         if told is not None:  # all of them leave, with their own exit code: torchrun ends the others as soon as one has left
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             dist.barrier(group=words)
@@ -82,6 +82,13 @@ def join(*, with_gpu: bool = True) -> Iterator[World]:
     # leave of them would be to wait for them; and taking groups down now and then aborts a process, whose exit code is then another.
     else:
         _part()
+
+
+def _told_by_another(store: Any) -> bool:
+    """Return whether another process has said what it alone ends by: that memory runs out, as a rule, they find together."""
+    with suppress(dist.DistError):  # the first process may hold the store itself, and be gone
+        return bool(store.add("told", 1) > 1)
+    return False
 
 
 def _part() -> None:
