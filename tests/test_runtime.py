@@ -25,7 +25,14 @@ OLD_GPU = Machine(torch.device("cuda", 0), "Tesla T4", 2**34, None)
         ("NVIDIA L40S", 362.0),
         ("NVIDIA L4", 121.0),
         ("NVIDIA GeForce RTX 4060", 60.5),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA H200 NVL", 835.0),
         ("Tesla T4", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GeForce RTX 4060 Ti", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
     ],
 )
 def test_peaks_by_name(name: str, tflops: float | None) -> None:

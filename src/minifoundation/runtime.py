@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import shutil
 import sys
 import time
@@ -23,6 +24,7 @@ PEAK_TFLOPS = {
     "H100 NVL": 835.0,
     "H100": 989.4,
     "H200": 989.4,
+    "H200 NVL": 835.0,
     "GH200": 989.4,
     "B200": 2250.0,
     "A100": 312.0,
@@ -33,7 +35,7 @@ PEAK_TFLOPS = {
     "RTX 4060": 60.5,
     "RTX 3090": 71.0,
 }
-"""Dense bf16 peak by part of the GPU's name, longest match first [NVIDIA's datasheets; GeForce: the whitepapers, fp32 accumulation]."""
+"""Dense bf16 peak by words of the GPU's name, longest match first [NVIDIA's datasheets; GeForce: the whitepapers, fp32 accumulation]."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,11 @@ def _keep_compiled_attention() -> None:
 
 def peak_flops(gpu_name: str) -> float | None:
     """Return the dense bf16 peak of a GPU in FLOP/s by its name, or None."""
+    if " MIG " in gpu_name:  # a part of one
+        return None
     for part in sorted(PEAK_TFLOPS, key=len, reverse=True):
-        if part in gpu_name:
+        whole = "$" if part.startswith("RTX") else r"\b"  # what else a GeForce is called tells another chip: Ti, D, Laptop GPU
+        if re.search(rf"\b{part}{whole}", gpu_name):
             return PEAK_TFLOPS[part] * 1e12
     return None
 

@@ -74,14 +74,17 @@ def pretended(rows_that_fit: dict[str, int], rates: dict[str, float]) -> Any:
     return tried
 
 
-def test_the_fastest_of_what_fits_is_recommended(yaml: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("step", "micro"), [({"grad_accum": 16}, "--grad_accum 2 "), ({"tokens_per_step": 1024}, "")])
+def test_the_fastest_of_what_fits_is_recommended(
+    yaml: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: dict[str, int], micro: str
+) -> None:
     """Where no recomputation leaves room for two rows, and some for eight at a higher rate."""
     monkeypatch.setattr(bench, "ON_A_CPU", {"train": {"seq_len": 64}})
     fitting = {"none": 2, "attention": 8, "full": 16}
     monkeypatch.setattr(bench, "trial", pretended(fitting, {"none": 100.0, "attention": 130.0, "full": 90.0}))
-    command(BenchOptions(config=yaml), {"train": {"grad_accum": 16}})
+    command(BenchOptions(config=yaml), {"train": step})
     said = capsys.readouterr().out
-    assert "recommended: --batch_size 8 --grad_accum 2 --model.checkpointing attention --model.attention auto" in said
+    assert f"recommended: --batch_size 8 {micro}--model.checkpointing attention --model.attention auto" in said
     for way, rows in (("none", "2 x 64 x 8"), ("attention", "8 x 64 x 2"), ("full", "16 x 64 x 1")):
         assert re.search(rf"^  {way} +{rows} ", said, re.MULTILINE)
 
@@ -104,6 +107,14 @@ def test_one_gpu_alone_is_measured(yaml: Path, capsys: pytest.CaptureFixture[str
         lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  1 ")]
         longest.append([int(line[3].replace(",", "")) for line in lines])
     assert all(2 * one < several for one, several in zip(*longest, strict=True))
+
+
+def test_several_processes_are_refused(yaml: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would all measure the first GPU at once."""
+    monkeypatch.setattr(bench, "trial", lambda *_: pytest.fail("measured"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["bench", "--config", str(yaml)]) == 2
+    assert capsys.readouterr().err.startswith("error: torchrun: 2 processes, and bench measures one GPU; start it without torchrun")
 
 
 def test_what_fits_is_told_without_measuring(yaml: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

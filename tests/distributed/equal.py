@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 
 from minifoundation import config, runtime
 from minifoundation.checkpoint import Checkpoint, Saver, load_checkpoint
@@ -115,6 +116,7 @@ def same_training(world: World, folder: Path) -> None:
     nats = held_out_loss(alone.model, held_out, World(), torch.device("cpu"))
     for split in (Split("ddp"), Split("ddp", owners=world.size), Split("fsdp", world.size)):
         both = Trained(world, split, settings())
+        groups = process_groups()
         torch.testing.assert_close(torch.tensor(list(both.steps(0, STEPS))), torch.tensor(expected), atol=1e-5, rtol=1e-5)
         found = both.checkpoint().in_host_memory(kept=True)
         close(told.tensors(), found.tensors(), 2e-5)
@@ -134,6 +136,11 @@ def same_training(world: World, folder: Path) -> None:
             close(state.tensors(), resumed.checkpoint().in_host_memory(kept=True).tensors(), 0.0)
             rest = list(resumed.steps(STEPS // 2, STEPS))
             torch.testing.assert_close(torch.tensor([*first, *rest]), torch.tensor(expected), atol=1e-5, rtol=1e-5)
+        assert process_groups() == groups, "what is shared anew, after a trial or going back, has no groups of its own"
+
+
+def process_groups() -> int:
+    return len(distributed_c10d._world.pg_map)
 
 
 def saved(of: Trained, world: World, folder: Path) -> Checkpoint:

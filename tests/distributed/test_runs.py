@@ -155,6 +155,18 @@ def test_two_nodes_train_one_is_lost_and_comes_back(tmp_path: Path, alone: tuple
     weights_close(expected, run, 2e-6)
 
 
+def test_machines_of_three_and_of_one_train_the_weights_of_one(tmp_path: Path, alone: tuple[Path, list[str]]) -> None:
+    expected, options = alone
+    here = [*options, "--out_dir", f"{tmp_path}/run", "--batch_size", "2"]
+    port = free_port()
+    both = [started(node(port, number, size=size), here) for number, size in enumerate((3, 1))]
+    printed = "".join(one.communicate(timeout=280)[0] for one in both)
+    assert [one.returncode for one in both] == [0, 0], printed[-3000:]
+    assert "network  4 processes on 2 machines: " in printed  # whichever of them torchrun says is the first
+    torch.testing.assert_close(torch.tensor(losses(tmp_path / "run")), torch.tensor(losses(expected)), atol=1e-5, rtol=1e-5)
+    weights_close(expected, tmp_path / "run", 2e-6)
+
+
 def test_a_silent_process_is_named(tmp_path: Path) -> None:
     options = [*settings(tmp_path), *ALL, "--tokens", str(100_000 * STEP), "--batch_size", "2", "--train.rank_timeout", "4"]
     process = started(torchrun(2), [*options, "--out_dir", f"{tmp_path}/run"])
@@ -203,6 +215,27 @@ def test_a_mistake_is_one_line_and_exit_code_2_on_all(tmp_path: Path, change: li
     ended = "exitcode  : -15" in printed or "exitcode  : 130" in printed  # before Python listens to signals, or after
     assert left == 2 or (left == 1 and before and ended), printed
     assert not (tmp_path / "run" / "metrics.csv").exists()
+
+
+FAILING = "tests.distributed.failing"
+
+
+def test_a_checkpoint_that_cannot_be_written_beside_the_training_ends_all_in_one_line(tmp_path: Path) -> None:
+    options = [*settings(tmp_path), *ALL, "--tokens", str(100_000 * STEP), "--batch_size", "2", "--train.save_every", "3"]
+    process = started(torchrun(2), [*options, "--out_dir", f"{tmp_path}/run"], module=FAILING, FAILS="disk")
+    printed, _ = process.communicate(timeout=120)
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith("error: the disk: the disk is full; "), printed
+    assert printed.count("exitcode  : 2 ") == 2 and "RuntimeError" not in printed
+    assert [folder.name for folder in (tmp_path / "run").glob("step_*")] == ["step_00000003"]
+
+
+def test_processes_that_run_out_of_memory_together_say_it_once(tmp_path: Path) -> None:
+    options = [*settings(tmp_path), *ALL, "--tokens", str(100 * STEP), "--batch_size", "2"]
+    process = started(torchrun(2), [*options, "--out_dir", f"{tmp_path}/run"], module=FAILING, FAILS="memory")
+    printed, _ = process.communicate(timeout=120)
+    assert printed.count("error: train.batch_size: 2 rows of 32 tokens do not fit") == 1, printed
+    assert process.returncode != 0 and "Traceback" not in printed.split("failed (exitcode")[0]
 
 
 def test_processes_with_other_settings_are_told_by_the_first(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from minifoundation.errors import UserError
 from minifoundation.train.metrics import COLUMNS, MetricsLog, bits_per_byte, model_flops_utilisation
 
 
@@ -51,6 +52,24 @@ def test_a_row_that_was_torn_is_dropped(tmp_path: Path) -> None:
     with MetricsLog(tmp_path, resumed_at=100, tensorboard=False) as log:
         log.write(row(101))
     assert [r["step"] for r in rows(tmp_path)] == ["100", "101"]
+
+
+def test_what_a_spreadsheet_has_written_is_gone_on_from_or_refused_in_one_line(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path, resumed_at=0, tensorboard=False) as log:
+        log.write(row(1))
+    path = tmp_path / "metrics.csv"
+    plain = path.read_text()
+    path.write_bytes(
+        b"\xef\xbb\xbf" + plain.replace("\n", "\r\n").encode() + b"2,\xff"
+    )  # a byte order mark, Windows' line ends, a torn row
+    with MetricsLog(tmp_path, resumed_at=1, tensorboard=False) as log:
+        log.write(row(2))
+    assert [r["step"] for r in rows(tmp_path)] == ["1", "2"] and rows(tmp_path)[0]["loss"] == "0.333333"
+    for spoiled in (plain.replace(",", ";").encode(), b"\xff\xfe", b"x" * 200_000):
+        path.write_bytes(spoiled)
+        with pytest.raises(UserError, match=r"metrics.csv: is no table of metrics; restore it, or move it away"):
+            MetricsLog(tmp_path, resumed_at=1, tensorboard=False)
+        assert path.read_bytes() == spoiled
 
 
 def test_a_new_run_begins_an_empty_file(tmp_path: Path) -> None:

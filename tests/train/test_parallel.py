@@ -13,6 +13,7 @@ from minifoundation import config
 from minifoundation.config import REPOSITORY, RunConfig
 from minifoundation.distributed import Context, Split, World
 from minifoundation.errors import UserError
+from minifoundation.model.size import n_matmul_parameters, n_parameters
 from minifoundation.runtime import Machine
 from minifoundation.train.parallel import accumulated, as_asked, chosen_split
 from minifoundation.train.plan import plan, predicted_memory
@@ -54,6 +55,24 @@ def test_what_is_chosen(memory_gib: int, world: World, train: dict[str, Any], ex
     assert chosen_split(run_config(**train), replace(H100, memory_bytes=memory_gib * GIB), world) == expected
 
 
+@pytest.mark.parametrize(
+    ("sizes", "memory_gib", "expected"),
+    [
+        ((4, 2), 80, Split("ddp", owners=2)),
+        ((4, 2), 14, Split("hsdp", 2, regathers=False)),
+        ((3, 2), 80, Split("ddp")),
+        ((3, 2), 14, Split("fsdp", 5, regathers=False)),
+    ],
+)
+def test_machines_with_different_numbers_of_processes_are_shared_in_equal_groups(
+    sizes: tuple[int, int], memory_gib: int, expected: Split
+) -> None:
+    here, there = (World(0, sum(sizes), 0, size, local_sizes=sizes) for size in sizes)
+    assert here.nodes == there.nodes == 2
+    for world in (here, there):
+        assert chosen_split(run_config(), replace(H100, memory_bytes=memory_gib * GIB), world) == expected
+
+
 def test_between_cpus_each_updates_everything() -> None:
     cpu = replace(H100, device=torch.device("cpu"))
     assert chosen_split(run_config(), cpu, NODE) == Split("ddp")
@@ -65,7 +84,12 @@ def test_between_cpus_each_updates_everything() -> None:
         (NODE, {"parallel": "none"}, "train.parallel: none, and there are 8 processes; start one, or take auto, ddp or fsdp"),
         (NODE, {"parallel": "fsdp", "precision": "fp8"}, "train.parallel: fsdp gathers weights in half precision, not in 8 bits; take ddp"),
         (NODE, {"parallel": "fsdp", "optimizer_states": "int8"}, "train.parallel: fsdp cannot split moments in int8; take ddp"),
-        (NODE, {"parallel": "hsdp"}, "train.parallel: hsdp with 1 nodes of 8 processes; it needs two of each; take fsdp"),
+        (
+            NODE,
+            {"parallel": "hsdp"},
+            "train.parallel: hsdp with 1 nodes of 8 processes; it needs two nodes, and equal groups of two or more",
+        ),
+        (World(0, 5, 0, 3, local_sizes=(3, 2)), {"parallel": "hsdp"}, "train.parallel: hsdp with 2 nodes of 2 and 3 processes; it needs"),
     ],
 )
 def test_what_cannot_be_had(world: World, train: dict[str, Any], message: str) -> None:
@@ -125,6 +149,18 @@ def test_tokens_that_cannot_be_shared_evenly() -> None:
     )
     with pytest.raises(UserError, match=r"tokens_per_step is 524,288, and grad_accum 4 too; leave grad_accum out: it follows"):
         run_config(tokens_per_step=2**19, grad_accum=4)
+
+
+def test_copies_in_which_gradients_travel_take_memory_where_that_is_the_peak() -> None:
+    """Two bytes a parameter beside four, once all gradients are there: with few rows activations took less."""
+    for rows, more in ((1, True), (8, False)):
+        plain, copies = (
+            sum(predicted_memory(run_config(batch_size=rows, reduce_precision=sent), Split("ddp", owners=8)).values())
+            for sent in ("fp32", "bf16")
+        )
+        parameters = n_parameters(run_config().model)
+        always = 4 * parameters + 2 * n_matmul_parameters(run_config().model) + parameters  # an eighth of the moments
+        assert (copies == always + 6 * parameters) is more and (copies > plain) is more
 
 
 def test_parts_take_less_memory_each() -> None:

@@ -427,6 +427,24 @@ def test_fewer_skips_than_there_were_already_have_the_run_go_back(settings: Make
     assert "going back to" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("step", [6, 12])
+def test_a_row_that_cannot_be_written_ends_the_run_after_the_last_step_too(
+    settings: Make, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    real = MetricsLog.write
+
+    def full(self: MetricsLog, row: Row) -> None:
+        if row["step"] == step:
+            raise OSError(28, "No space left on device", "metrics.csv")
+        real(self, row)
+
+    monkeypatch.setattr(MetricsLog, "write", full)
+    config = settings()
+    with pytest.raises(OSError, match="No space left"):
+        trained(config)
+    assert not (config.out_dir / "final.pth").exists()
+
+
 def test_a_row_that_was_made_up_for_and_cannot_be_written_is_as_any_other(
     settings: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -688,14 +706,16 @@ def test_what_there_is_to_go_back_to(tmp_path: Path) -> None:
     bad = Bad(9, 11, 32, 44, "loss not finite")
     begun = tmp_path / "step_00000008.aside"  # of the run's own folder, under another name
     begun.mkdir()
+    (begun / "manifest.json").write_text(json.dumps({"step": 8}))
 
     def found(begun: Path | None) -> Path | None:
         return rollback.checkpoint_before(bad, tmp_path, begun, most=3, say=print)
 
     assert found(None) is None and found(begun) == begun and found(tmp_path / "removed") is None
-    (tmp_path / "rollbacks.json").write_text(json.dumps([{"to": 8, **vars(bad)}]))
-    assert found(begun) == begun
-    with pytest.raises(UserError, match=r"loss not finite, at once after going back to step 8, and there is no checkpoint from before"):
-        found(None)
     rollback.record_rollback(bad, begun, tmp_path)
-    assert [one["to"] for one in rollback.rollbacks(tmp_path)] == [8, 0]
+    assert [one["to"] for one in rollback.rollbacks(tmp_path)] == [8]
+    for again in (None, begun):  # whose weights are bad then
+        with pytest.raises(UserError, match=r"loss not finite, at once after going back to step 8, and there is no checkpoint from before"):
+            found(again)
+    (begun / "manifest.json").write_text(json.dumps({"step": 6}))
+    assert found(begun) == begun

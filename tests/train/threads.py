@@ -6,6 +6,9 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
 from minifoundation.distributed import World
 
 T = TypeVar("T")
@@ -23,6 +26,9 @@ class Thread(World):
         found = list(self.said)
         self.barrier.wait(10)
         return found
+
+    def least(self, values: Tensor) -> Tensor:
+        return torch.stack(self.of_all(values)).amin(0)
 
     def agreed(self, work: Callable[[], T]) -> T:
         """Return what ``work`` returns on the first one; it may not raise."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from minifoundation.train import capacity
 from minifoundation.train.ceilings import copy_bandwidth, matrix_products
 from minifoundation.train.finder import predicted_to_fit, with_batch_size
 from minifoundation.train.kernels import attention_kernel, milliseconds, usable_kernels
+from minifoundation.train.parallel import accumulated
 from minifoundation.train.plan import USABLE_MEMORY, micro_batch
 from minifoundation.train.trial import WARM_UP, Trial, trial
 
@@ -36,7 +38,14 @@ ON_A_CPU = {"model": {"n_layer": 2, "vocab_size": 4096}, "train": {"seq_len": 25
 
 
 def bench(options: BenchOptions, values: dict[str, Any]) -> None:
-    """Measure the model of ``options`` and ``values`` on this machine and print a table for each topic, or tell what fits other ones."""
+    """Measure the model of ``options`` and ``values`` on this machine and print a table for each topic, or tell what fits other ones.
+
+    Raises:
+        UserError: there are several processes, which would measure each other's load; nothing fits.
+    """
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        remedy = "start it without torchrun (benchmarks/scaling.py measures several GPUs)"
+        raise UserError("torchrun", f"{processes} processes, and bench measures one GPU", remedy)
     machine = runtime.machine()
     below: dict[str, Any] = {"data": {"source": "random tokens"}, "train": {"tokens": 10**12, "batch_size": "auto"}}
     if machine.is_cuda:
@@ -44,7 +53,7 @@ def bench(options: BenchOptions, values: dict[str, Any]) -> None:
     settings = layered(options, values, below=below)
     asked = config.build(RunConfig, settings, sources(options))
     if options.fit:
-        figures = _what_fits(asked, options.fit)
+        figures = _what_fits(accumulated(asked, World()), options.fit)
     elif asked.train.context_parallel > 1:
         remedy = "leave it out, or give --fit (benchmarks/scaling.py measures several GPUs)"
         raise UserError("train.context_parallel", f"{asked.train.context_parallel}, and bench measures one GPU", remedy)
@@ -55,7 +64,7 @@ def bench(options: BenchOptions, values: dict[str, Any]) -> None:
             asked = config.build(RunConfig, config.merged(settings, _less(asked)), sources(options))
             sizes = f"n_layer {asked.model.n_layer}, vocab_size {asked.model.vocab_size:,}, one row of {asked.train.seq_len} tokens"
             click.echo(f"on a CPU: a part of it ({sizes}); all figures are of that model")
-        figures = _measured(asked, machine, options.steps)
+        figures = _measured(accumulated(asked, World()), machine, options.steps)
     if options.json_out is not None:
         options.json_out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(options.json_out, json.dumps(figures, indent=1).encode())
@@ -176,7 +185,8 @@ def _settings(tried: dict[str, tuple[RunConfig, Trial]]) -> dict[str, Any]:
     parts = run.train.grad_accum
     if parts == 1:
         parts = max(1, round(STEP_TOKENS / found.tokens_per_step))
-    flags = f"--batch_size {run.train.batch_size} --grad_accum {parts} --model.checkpointing {way} --model.attention {found.kernel}"
+    micro = "" if run.train.tokens_per_step else f"--grad_accum {parts} "  # it follows, there
+    flags = f"--batch_size {run.train.batch_size} {micro}--model.checkpointing {way} --model.attention {found.kernel}"
     click.echo(f"recommended: {flags}")
     return {"recommended": flags, "tried": {way: _split(run) | found.figures() for way, (run, found) in tried.items()}}
 

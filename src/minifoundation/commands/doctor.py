@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import platform
@@ -26,7 +25,7 @@ from minifoundation.lock import holder
 from minifoundation.model.attention import resolve
 from minifoundation.packages import installed
 from minifoundation.runtime import Machine
-from minifoundation.train.metrics import METRICS
+from minifoundation.train.metrics import METRICS, table
 from minifoundation.train.provenance import RUN, driver_version
 from minifoundation.train.rollback import rollbacks
 from minifoundation.wording import counted
@@ -171,12 +170,14 @@ def _settings(folder: Path) -> Iterator[Finding]:
 
 def _metrics(path: Path, saved: int) -> Iterator[Finding]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = table(path)
         steps = [int(row["step"]) for row in rows]
         bad = [row["step"] for row in rows if not math.isfinite(float(row["loss"])) and not row["skipped"]]
     except FileNotFoundError:
         yield Finding("note", f"{METRICS}: not there yet")
+        return
+    except UserError as error:
+        yield Finding("wrong", f"{METRICS}: {error.problem}; {error.remedy}")
         return
     except (OSError, ValueError, KeyError, TypeError):
         yield Finding("wrong", f"{METRICS}: a row is damaged; --resume auto cuts it back to its checkpoint")

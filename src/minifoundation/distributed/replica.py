@@ -78,12 +78,9 @@ class Replica(nn.Module):
         self.parts: dict[nn.Parameter, nn.Parameter] = {weight: weight for weight in weights}
         """What of each weight this process updates."""
         if owners > 1:
-            from torch.distributed.device_mesh import init_device_mesh
-
-            nodes = world.size // owners
-            mesh = init_device_mesh(device.type, (nodes, owners), mesh_dim_names=("node", "owner"))
-            self._mesh = mesh["owner"]
-            self._near, self._far = self._mesh.get_group(), mesh["node"].get_group() if nodes > 1 else None
+            mesh = world.groups(owners, device.type)
+            self._mesh = mesh["member"]
+            self._near, self._far = self._mesh.get_group(), mesh["group"].get_group() if world.size > owners else None
             self._place = self._mesh.get_local_rank()
             self.parts = {weight: nn.Parameter(self._part(weight.detach())) for weight in weights}
         self._units: list[list[nn.Parameter]] = []

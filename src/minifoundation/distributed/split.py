@@ -68,11 +68,7 @@ def spread(
             from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
             device = next(model.parameters()).device.type
-            nodes = world.size // split.shards
-            if split.parallel == "fsdp":
-                mesh = init_device_mesh(device, (world.size,), mesh_dim_names=("shard",))
-            else:
-                mesh = init_device_mesh(device, (nodes, split.shards), mesh_dim_names=("replicate", "shard"))
+            mesh = init_device_mesh(device, (world.size,)) if split.parallel == "fsdp" else world.groups(split.shards, device)
             # What a block by hand returns is a view, and nothing writes to it.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
             policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduced, cast_forward_inputs=False)

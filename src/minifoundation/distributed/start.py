@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from minifoundation.distributed.world import World
+from minifoundation.distributed.world import World, mesh_of_groups
 from minifoundation.errors import Interrupted, Stopped, UserError
 from minifoundation.wording import counted, processes
 
@@ -64,14 +65,15 @@ def join(*, with_gpu: bool = True) -> Iterator[World]:
     )
     words = dist.new_group(backend="gloo", timeout=WORDS) if device else dist.group.WORLD
     try:
-        yield World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), words, store)
+        alone = World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), words, store)
+        yield replace(alone, local_sizes=tuple(found for place, found in alone.of_all((local_rank, alone.local_size)) if place == 0))
     except (Stopped, Interrupted) as stop:
         stop.told = rank > 0
         _part()
         raise
     except (UserError, OSError) as error:
         told = getattr(error, "told", None)
-        error.told = bool(told)  # type: ignore[union-attr]
+        error.told = _told_by_another(store) if told is None else told  # type: ignore[union-attr]
         if told is not None:  # all of them leave, with their own exit code: torchrun ends the others as soon as one has left
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             dist.barrier(group=words)
@@ -82,7 +84,15 @@ def join(*, with_gpu: bool = True) -> Iterator[World]:
         _part()
 
 
+def _told_by_another(store: Any) -> bool:
+    """Return whether another process has said what it alone ends by: that memory runs out, as a rule, they find together."""
+    with suppress(dist.DistError):  # the first process may hold the store itself, and be gone
+        return bool(store.add("told", 1) > 1)
+    return False
+
+
 def _part() -> None:
+    mesh_of_groups.cache_clear()  # groups that outlive this are taken down with Python
     dist.destroy_process_group()
 
 

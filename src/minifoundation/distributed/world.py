@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
@@ -13,6 +15,8 @@ from torch import Tensor
 from minifoundation.errors import UserError
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from minifoundation.distributed.context import Context
 
 T = TypeVar("T")
@@ -37,6 +41,8 @@ class World:
     """torchrun's table of keys and values; None for one process."""
     context: Context | None = field(default=None, repr=False, compare=False)
     """The processes that read a row together with this one; None: each has rows of its own."""
+    local_sizes: tuple[int, ...] = ()
+    """The processes on each machine; empty: as many as on this one."""
 
     @property
     def is_first(self) -> bool:
@@ -59,7 +65,20 @@ class World:
 
     @property
     def nodes(self) -> int:
-        return self.size // self.local_size
+        return len(self.local_sizes) or self.size // self.local_size
+
+    @property
+    def neighbours(self) -> int:
+        """Processes in the largest groups of equal size that lie on one machine each: all of a machine, where each has as many."""
+        return math.gcd(self.local_size, *self.local_sizes)
+
+    def groups(self, size: int, device_type: str) -> DeviceMesh:
+        """Return the processes as a mesh of groups of ``size`` neighbours, with the dimensions "group" and "member".
+
+        It is made once: communicators take device memory that is not given back, and a trial of some rows or a run that goes back
+        shares its model anew.
+        """
+        return mesh_of_groups(dist.group.WORLD, self.size // size, size, device_type)
 
     def total(self, values: Tensor) -> Tensor:
         """Return the elementwise sum of ``values`` over all processes, on each of them."""
@@ -126,3 +145,11 @@ class World:
         """Return ``error``, which all processes raise now and the first one prints."""
         error.told = not self.is_first  # type: ignore[attr-defined]
         return error
+
+
+@cache
+def mesh_of_groups(_everyone: Any, groups: int, size: int, device_type: str) -> DeviceMesh:
+    """Return the mesh of ``World.groups``; the same one until the processes part."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device_type, (groups, size), mesh_dim_names=("group", "member"))

@@ -68,12 +68,13 @@ def memory_bytes(
     shards: int = 1,
     optimizer_shards: int = 1,
     regathers: bool = True,
+    sent: int = 0,
 ) -> dict[str, int]:
     """Return the predicted peak of allocated device memory by what it holds, in bytes; the sum is the prediction.
 
-    The largest of three moments of the last micro-batch: its loss and the backward of its last block, when all saved activations exist
-    (and gradients, if a micro-batch went before); and the backward of its first block, when all gradients exist. Blocks are taken as
-    by hand in half precision and as compiled in fp32, the loss as Triton's. Against measurements: docs/numerics.md.
+    The largest of four moments of the last micro-batch: its loss and the backward of its last block, when all saved activations exist
+    (and gradients, if a micro-batch went before); the backward of its first block, when all gradients exist; and when they are sent.
+    Blocks are taken as by hand in half precision and as compiled in fp32, the loss as Triton's. Against measurements: docs/numerics.md.
 
     Args:
         grad_accum: micro-batches in a step.
@@ -85,6 +86,7 @@ def memory_bytes(
         shards: parts that weights and gradients are in, on as many devices.
         optimizer_shards: parts that moments and averages are in.
         regathers: gathered weights of a block are given up after its forward.
+        sent: bytes a parameter of the copies in which gradients travel, where they travel all at once.
     """
     parameters, N, V, D = n_parameters(config), batch_size * seq_len // context, config.vocab_size, config.d_model
     item = 4 if precision == "fp32" else 2
@@ -144,7 +146,8 @@ def memory_bytes(
     }
     first = kept if kind in ("attention", "offload") and item == 2 else of_block
     at_first_block = {**always, "gradients": max(gradients, earlier_gradients), "activations": first, "block_workspace": at_work}
-    return max(at_loss, at_last_block, at_first_block, key=lambda parts: sum(parts.values()))
+    at_sending = {**always, "gradients": max(gradients, earlier_gradients) + sent * parameters}
+    return max(at_loss, at_last_block, at_first_block, at_sending, key=lambda parts: sum(parts.values()))
 
 
 def _checkpointed(config: ModelConfig, kind: str, tokens: int, item: int) -> tuple[int, int, int]:

@@ -108,7 +108,12 @@ class Feed:
             if not going_on:
                 raise NoData(None, everywhere=True)
             if not working:
-                raise NoData(fault or UserError("data", "another process cannot continue", "see its message"), everywhere=True)
+                try:
+                    with self._training.world.together():
+                        if fault is not None:
+                            raise fault
+                except (UserError, OSError) as error:
+                    raise NoData(error, everywhere=True) from None
             self._training.watch.rest()  # all wait alike
             if time.perf_counter() - began > SILENT_SECONDS:
                 self._bar.set_postfix_str("waiting for data")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from minifoundation.checkpoint import step_folder
 from minifoundation.data.batch import Batch
+from minifoundation.errors import UserError
 from minifoundation.model.size import flops_per_token
 from minifoundation.runtime import Moment, collector_held, compiled_graphs
 from minifoundation.train.feed import Feed, NoData
@@ -67,12 +69,16 @@ def _fit(training: Training, feed: Feed, report: _Report, stop: Stop, collect: C
         if not _made_up(training, feed, report, stop):
             _save_here(training)
             return "stopped"
+        report.raise_fault()
         with feed.open() as steps:
-            return _train(training, feed, steps, report, stop, collect)
+            outcome = _train(training, feed, steps, report, stop, collect)
+        report.raise_fault()
+        return outcome
     except NoData as lack:
         training.watch.rest()  # writing may take its time
         report.catch_up()
         if lack.everywhere or training.world.size == 1:  # else the others are in a step, and cannot save with this one
+            report.raise_fault()
             _save_here(training)
         if lack.error is not None:
             raise lack.error from None
@@ -84,8 +90,8 @@ def _save_here(training: Training) -> None:
     here = step_folder(training.config.out_dir, training.progress.step)
     if not training.world.agreed(here.exists):
         training.save()
-    training.saver.finish()
-    training.world.wait()
+    with training.world.together():
+        training.saver.finish()
 
 
 def _made_up(training: Training, feed: Feed, report: _Report, stop: Stop) -> bool:
@@ -144,7 +150,7 @@ def _train(
         started = time.perf_counter()
         micro = next(steps)
         waited = time.perf_counter() - started
-        saver.check()
+        report.attempt(saver.check)
         rate = learning_rate(progress.step, plan.steps, config)
         torch.manual_seed(_dropout_seed(config.seed, progress.step, world.rank))
         graphs = compiled_graphs()
@@ -158,7 +164,7 @@ def _train(
             grad_clip=config.grad_clip,
             tokens=plan.tokens_per_step,
             world=world,
-            stop=stop.asked,
+            stop=stop.asked or report.fault is not None,
             guard=training.guard,
             hold=saver.hold,
             scales=scales,
@@ -182,12 +188,14 @@ def _train(
         last = progress.step == plan.steps
         evaluating = any(_due(training, progress.step))
         saving = not last and progress.step % config.save_every == 0
-        told = stop.asked if world.size == 1 else known is not None and known.stats.read().stop  # the same on every process
+        alone = stop.asked or report.fault is not None
+        told = alone if world.size == 1 else known is not None and known.stats.read().stop  # the same on every process
         stopping = told and not last
         if evaluating or saving or stopping or not machine.is_cuda:
             figures = report.read(now)
             if evaluating or saving or stopping:
                 training.watch.rest()
+                report.raise_fault()
             if evaluating:
                 progress.due = figures
                 if _evaluated(training, feed, stop, figures):
@@ -199,8 +207,8 @@ def _train(
             if saving or stopping:
                 training.save()
             if stopping:
-                saver.finish()
-                world.wait()  # so that none leaves while the first one writes
+                with world.together():  # so that none leaves while the first one writes
+                    saver.finish()
             if evaluating or saving:
                 collect()
             report.resume_clock()
@@ -231,6 +239,21 @@ class _Report:
         self.before = Moment(training.machine)
         self.pending: _Pending | None = None
         """The step whose figures are still to be read and written."""
+        self.fault: UserError | OSError | None = None
+        """What this process could not write; all of them stop for it, at the same step."""
+
+    def attempt(self, write: Callable[[], None]) -> None:
+        """Do what raises the fault of a file, and keep that until ``raise_fault``: the other processes may be in a step."""
+        try:
+            write()
+        except (UserError, OSError) as error:
+            self.fault = self.fault or error
+
+    def raise_fault(self) -> None:
+        """Raise what a process could not write, on every process, all of which call this."""
+        with self.training.world.together():
+            if self.fault is not None:
+                raise self.fault
 
     def resume_clock(self) -> None:
         """Leave the time of an evaluation or a save out of the next figures."""
@@ -315,4 +338,4 @@ class _Report:
         try:
             self.log.write(row)
         except OSError as error:
-            self.training.saver.failed(error)
+            self.attempt(partial(self.training.saver.failed, error))

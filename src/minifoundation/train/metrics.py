@@ -112,8 +112,23 @@ class MetricsLog:
 def _rows_until(path: Path, step: int) -> list[dict[str, str]]:
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        # A row that a full disk or a power cut has torn lacks its last columns, and its step may be the beginning of a longer number.
-        whole = [row for row in csv.DictReader(file) if None not in row.values()]
+    # A row that a full disk or a power cut has torn lacks its last columns, and its step may be the beginning of a longer number.
+    whole = [row for row in table(path) if None not in row.values()]
     rows = [row for row in whole if row["step"].isdigit() and int(row["step"]) <= step]
     return [{name: row.get(name) or "" for name in dict.fromkeys([*COLUMNS, *filter(None, row)])} for row in rows]
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a ``metrics.csv`` by column, torn ones among them; bytes that are no text are replaced.
+
+    Raises:
+        UserError: its first line does not name the columns.
+    """
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        rows = csv.DictReader(file)
+        try:
+            if "step" in (rows.fieldnames or COLUMNS):
+                return list(rows)
+        except csv.Error:
+            pass
+    raise UserError(str(path), "is no table of metrics", "restore it, or move it away: a resumed run then begins another one")

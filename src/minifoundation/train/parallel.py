@@ -40,16 +40,19 @@ def chosen_split(config: RunConfig, machine: Machine, world: World) -> Split:
         raise UserError("train.parallel", f"{asked} gathers weights in half precision, not in 8 bits", "take ddp, or train.precision bf16")
     if asked in ("fsdp", "hsdp") and train.optimizer_states == "int8":
         raise UserError("train.parallel", f"{asked} cannot split moments in int8", "take ddp, or train.optimizer_states fp32")
-    if asked == "hsdp" and (world.nodes == 1 or world.local_size == 1):
+    if asked == "hsdp" and (world.nodes == 1 or world.neighbours == 1):
+        sizes = " and ".join(str(size) for size in sorted({*world.local_sizes} or {world.local_size}))
         raise UserError(
-            "train.parallel", f"hsdp with {world.nodes} nodes of {world.local_size} processes", "it needs two of each; take fsdp"
+            "train.parallel",
+            f"hsdp with {world.nodes} nodes of {sizes} processes",
+            "it needs two nodes, and equal groups of two or more on each; take fsdp",
         )
     whole = train.precision == "fp8" or train.optimizer_states == "int8"
     copies = Split("ddp", owners=owners(config, machine, world))
     if asked == "ddp" or (asked == "auto" and (whole or _fits(config, machine, copies))):
         return copies
-    within_a_node = world.nodes > 1 and world.local_size > 1
-    in_a_node = Split("hsdp", world.local_size)
+    within_a_node = world.nodes > 1 and world.neighbours > 1
+    in_a_node = Split("hsdp", world.neighbours)
     chosen = (
         in_a_node if asked == "hsdp" or (asked == "auto" and within_a_node and _fits(config, machine, in_a_node)) else Split("fsdp", size)
     )
@@ -62,7 +65,7 @@ def owners(config: RunConfig, machine: Machine, world: World) -> int:
 
     Between CPUs it does not: gloo scatters sums by sending all of them.
     """
-    size = world.local_size
+    size = world.neighbours
     divisible = world.size % size == 0 and rows_divisor(config.model) % size == 0
     return size if divisible and machine.is_cuda and config.train.optimizer_states != "int8" else 1
 

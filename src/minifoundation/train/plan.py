@@ -106,6 +106,7 @@ def predicted_memory(config: RunConfig, split: Split = ALONE) -> dict[str, int]:
         shards=split.shards,
         optimizer_shards=split.optimizer_shards,
         regathers=split.regathers,
+        sent=2 if split.parallel == "ddp" and train.reduce_precision == "bf16" else 0,
     )
 
 

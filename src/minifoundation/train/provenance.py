@@ -55,7 +55,7 @@ def _program(world: World) -> list[str]:
     before = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv[1:])]
     module = before[before.index("-m") + 1 :] if "-m" in before else []
     if world.size > 1 and module:
-        nodes = ["--nnodes", str(world.size // world.local_size)] if world.size > world.local_size else []
+        nodes = ["--nnodes", str(world.nodes)] if world.nodes > 1 else []
         return ["torchrun", *nodes, "--nproc_per_node", str(world.local_size), "-m", *module]
     if module:
         return [before[0], "-m", *module]

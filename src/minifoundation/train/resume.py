@@ -151,13 +151,14 @@ def refuse_another_run(checkpoint: Checkpoint, config: RunConfig, allowed: tuple
         UserError: one differs that may not, or the checkpoint cannot be gone on from.
     """
     told = []
+    follows = (*FOLLOWS, *(["train.grad_accum"] if checkpoint.config.train.tokens_per_step or config.train.tokens_per_step else ()))
     for name in dotted_names(RunConfig):
         before, now = map(attrgetter(name), (checkpoint.config, config))
         if before == now:
             continue
         fixed = name in FIXED or (name == "train.tokens" and config.data.min_tokens is not None)
         if _may_change(name) or (name in allowed and not fixed):
-            if name not in FOLLOWS:
+            if name not in follows:
                 told.append(f"{name} {now} instead of {before}")
             continue
         remedy = f"set it to {before}, or start another run with --out_dir"

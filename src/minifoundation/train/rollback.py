@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from minifoundation.checkpoint import UNDONE, latest_good, set_aside, step_folders, step_of, write_whole
+from minifoundation.checkpoint import MANIFEST, UNDONE, latest_good, set_aside, step_folders, step_of, write_whole
 from minifoundation.errors import UserError
 from minifoundation.train.printer import Say
 from minifoundation.wording import counted
@@ -78,10 +78,12 @@ def checkpoint_before(bad: Bad, out_dir: Path, begun: Path | None, *, most: int,
             "or, when the text is at fault, look at these samples",
         )
     at_once = bool(before) and before[-1]["to"] >= bad.first_step - 1
-    own = latest_good(out_dir, say, before=before[-1]["to"] if at_once else bad.first_step)
+    earlier_than = before[-1]["to"] if at_once else bad.first_step
+    own = latest_good(out_dir, say, before=earlier_than)
     if own is not None:
         return own
-    if begun is not None and begun.exists() and begun.resolve() not in [folder.resolve() for folder in step_folders(out_dir)]:
+    elsewhere = begun is not None and begun.exists() and begun.resolve() not in [folder.resolve() for folder in step_folders(out_dir)]
+    if begun is not None and elsewhere and _step_in(begun) < earlier_than:
         return begun
     if at_once and before[-1]["to"] > 0:  # a run of days does not begin anew by itself
         raise UserError(
@@ -98,9 +100,13 @@ def record_rollback(bad: Bad, folder: Path | None, out_dir: Path) -> None:
     In this order: a run that is killed in between comes to the same steps again and goes back then. The other way round it would go on
     from a later checkpoint.
     """
-    own = step_folders(out_dir)
-    step = step_of(folder) if folder in own else 0
-    for later in own:
+    step = 0 if folder is None else _step_in(folder)
+    for later in step_folders(out_dir):
         if step_of(later) > step:
             set_aside(later, UNDONE)
     write_whole(out_dir / ROLLBACKS, json.dumps([*rollbacks(out_dir), {"to": step, **asdict(bad)}], indent=1).encode())
+
+
+def _step_in(folder: Path) -> int:
+    """Return the step of a good checkpoint, under whatever name it lies."""
+    return int(json.loads((folder / MANIFEST).read_bytes())["step"])

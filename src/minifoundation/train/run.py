@@ -261,7 +261,8 @@ def _train(phase: Phase, stop: Stop, *, resumed: Checkpoint | None, again: bool)
                 f"{stop.reason}: stopped at step {progress.step:,} of {planned.steps:,} and saved {out_dir}; "
                 f"continue with: {typed(world, resume='auto')}"
             )
-        saver.finish()
+        with world.together():
+            saver.finish()
         path = out_dir / FINAL
         checkpoint = training.checkpoint(with_optimizer=False)
         if planned.split.optimizer_shards > 1:
