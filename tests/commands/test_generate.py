@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import GenerationMixin
 
 from minifoundation.commands.export_hf import export_hf
 from minifoundation.commands.generate import generate
@@ -43,6 +45,15 @@ def test_a_folder_with_damaged_weights_is_one_line(final: Callable[..., Path], t
         generate(GenerateOptions(model=tmp_path / "hf", prompt=PROMPT))
 
 
+def test_a_model_that_a_gpu_cannot_hold_is_one_line(final: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **_options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(GenerationMixin, "generate", full)
+    with pytest.raises(UserError, match=r"^--model: .*final\.pth in float32 .* memory of the GPU; run it on the CPU: put CUDA"):
+        generate(GenerateOptions(model=final(), prompt=PROMPT))
+
+
 def test_the_seed_decides_and_greedy_needs_none(final: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     ckpt = final()
     assert printed(capsys, ckpt, seed=1) == printed(capsys, ckpt, seed=1)
@@ -51,7 +62,6 @@ def test_the_seed_decides_and_greedy_needs_none(final: Callable[..., Path], caps
 
 
 def test_greedy_is_the_best_token_of_our_own_model(final: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import torch
     from transformers import AutoTokenizer
 
     from minifoundation.checkpoint import load_checkpoint

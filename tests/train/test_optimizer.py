@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from minifoundation.config import ModelConfig, TrainConfig
+from minifoundation.distributed import World
 from minifoundation.errors import UserError
 from minifoundation.model.transformer import Transformer
 from minifoundation.train.optimizer import adamw, clip, decayed, set_learning_rate
@@ -64,8 +65,25 @@ def test_clipping_inside_the_fused_step_is_clipping_before_it(largest: float | N
         optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, eps=1e-2, fused=fused)  # a large eps, so that the scale shows
         for step in (1, 2):
             layer.weight.grad, layer.bias.grad = torch.arange(6.0).view(2, 3) * step, torch.ones(2)
-            norm = clip(optimizer, largest)
+            norm = clip(optimizer, largest, World())
             assert float(norm) == pytest.approx(math.sqrt(55 * step**2 + 2))
             optimizer.step()
         weights.append(layer.weight.detach())
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
+def test_machines_that_sum_in_other_orders_clip_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As two that each hold all rows: NCCL may add up their squares differently, and the weights would drift apart."""
+    asked = []
+
+    def least(_world: World, values: torch.Tensor) -> torch.Tensor:
+        asked.append(float(values))
+        return values.sub_(1.0)
+
+    monkeypatch.setattr(World, "least", least)
+    layer = nn.Linear(2, 1, bias=False)
+    layer.weight.grad = torch.tensor([[3.0, 4.0]])
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    assert float(clip(optimizer, 1.0, World(size=4, local_size=4))) == 5 and not asked
+    assert float(clip(optimizer, 1.0, World(size=4, local_size=2))) == 4 and asked == [5]
+    assert float(optimizer.grad_scale) == pytest.approx(4)  # type: ignore[attr-defined]

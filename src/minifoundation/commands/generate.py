@@ -19,7 +19,7 @@ def generate(options: GenerateOptions) -> None:
     """Print the prompt and its continuation, which ends at the end-of-text token, at ``max_new_tokens`` or at the end of the context.
 
     Raises:
-        UserError: no such model, or a prompt that fills the context.
+        UserError: no such model, a prompt that fills the context, or too little memory.
     """
     from transformers import TextStreamer
 
@@ -43,14 +43,18 @@ def generate(options: GenerateOptions) -> None:
         # Rows of the embedding beyond the tokenizer's pieces are padding: a barely trained model could choose one.
         unused = list(range(len(tokenizer), model.config.vocab_size))
         torch.manual_seed(options.seed)
-        model.to(device).eval().generate(
-            input_ids=prompt.input_ids,
-            attention_mask=prompt.attention_mask,
-            max_new_tokens=min(options.max_new_tokens, context - length),
-            suppress_tokens=unused or None,
-            streamer=TextStreamer(tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-            **sampling,
-        )
+        try:
+            model.to(device).eval().generate(
+                input_ids=prompt.input_ids,
+                attention_mask=prompt.attention_mask,
+                max_new_tokens=min(options.max_new_tokens, context - length),
+                suppress_tokens=unused or None,
+                streamer=TextStreamer(tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+                **sampling,
+            )
+        except torch.OutOfMemoryError:
+            problem = f"{options.model} in float32 and its context do not fit the memory of the GPU"
+            raise UserError("--model", problem, "run it on the CPU: put CUDA_VISIBLE_DEVICES= before the command") from None
 
 
 def _from_checkpoint(path: Path) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from minifoundation.config import TrainConfig
-from minifoundation.distributed import is_split, local, part_of, whole
+from minifoundation.distributed import World, is_split, local, part_of, whole
 from minifoundation.errors import UserError
 
 
@@ -50,10 +50,12 @@ def adamw(weights: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.opt
     return optimizer
 
 
-def clip(optimizer: torch.optim.Optimizer, largest: float | None) -> Tensor:
+def clip(optimizer: torch.optim.Optimizer, largest: float | None, world: World) -> Tensor:
     """Return the norm of the gradients, and see to it that the next step of ``optimizer`` uses them scaled down to norm ``largest``."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = whole(nn.utils.get_total_norm(gradients))
+    if world.nodes > 1:  # each machine may have summed it by itself, and in an order of its own: its weights would go their own way
+        norm = world.least(norm.detach().clone())
     if largest is None:
         return norm
     if optimizer.defaults.get("fused"):

@@ -108,7 +108,7 @@ def train_step(
     total = world.total(torch.cat([mine, mine.new_full((1,), float(stop))]))
     mean = total[:2] / tokens
     scaler.unscale_(optimizer)
-    grad_norm = clip(optimizer, grad_clip).detach()
+    grad_norm = clip(optimizer, grad_clip, world).detach()
     if hold is not None:
         hold()
     guard = guard or Guard(None, 1, mean.device)
