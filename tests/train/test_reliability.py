@@ -711,7 +711,9 @@ def test_what_there_is_to_go_back_to(tmp_path: Path) -> None:
     def found(begun: Path | None) -> Path | None:
         return rollback.checkpoint_before(bad, tmp_path, begun, most=3, say=print)
 
-    assert found(None) is None and found(begun) == begun and found(tmp_path / "removed") is None
+    imported = tmp_path / "imported.pth"
+    imported.touch()
+    assert found(None) is None and found(begun) == begun and found(tmp_path / "removed") is None and found(imported) == imported
     rollback.record_rollback(bad, begun, tmp_path)
     assert [one["to"] for one in rollback.rollbacks(tmp_path)] == [8]
     for again in (None, begun):  # whose weights are bad then

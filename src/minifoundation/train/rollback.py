@@ -107,6 +107,6 @@ def record_rollback(bad: Bad, folder: Path | None, out_dir: Path) -> None:
     write_whole(out_dir / ROLLBACKS, json.dumps([*rollbacks(out_dir), {"to": step, **asdict(bad)}], indent=1).encode())
 
 
-def _step_in(folder: Path) -> int:
-    """Return the step of a good checkpoint, under whatever name it lies."""
-    return int(json.loads((folder / MANIFEST).read_bytes())["step"])
+def _step_in(place: Path) -> int:
+    """Return the step of a good checkpoint to go on from, under whatever name it lies; a ``final.pth`` is one at step 0 alone."""
+    return 0 if place.is_file() else int(json.loads((place / MANIFEST).read_bytes())["step"])
