@@ -138,11 +138,8 @@ def refuse_gone(source: str, config: DataConfig, tokenizer: Tokenizer) -> None:
     Raises:
         UserError: it says how much the shards hold.
     """
-    manifest = _Preparation(source, config, tokenizer, None).recorded()
-    if manifest is not None and not is_remote(source) and is_gone(source):
-        folder = shards_folder(source, config, tokenizer)
-        problem = f"{source} is no longer there, and is needed for other shards than those of {manifest.train_tokens:,} tokens in {folder}"
-        raise UserError("data.source", problem, "put it back, or ask for no more --tokens than that")
+    if not is_remote(source) and is_gone(source):
+        _Preparation(source, config, tokenizer, None).corpus()
 
 
 def tokenizer_for(tokenizer: TokenizerConfig, data: DataConfig, out: Path) -> Tokenizer:
@@ -237,8 +234,11 @@ class _Preparation:
         Raises:
             UserError: it is not there, or has changed since.
         """
-        refuse_gone(self.source, self.config, self.tokenizer)
         manifest = self.recorded()
+        if manifest is not None and not is_remote(self.source) and is_gone(self.source):
+            there = f"those of {manifest.train_tokens:,} tokens in {self.folder}"
+            problem = f"{self.source} is no longer there, and is needed for other shards than {there}"
+            raise UserError("data.source", problem, "put it back, or ask for no more --tokens than that")
         corpus = find_corpus(self.source, self.config, known=manifest.source if manifest else None)
         if manifest is not None and manifest.source != corpus.id:
             raise self._changed(manifest.source, corpus.id)
