@@ -52,6 +52,6 @@ def test_folders_beside_which_a_program_starts_are_no_kernel_libraries(tmp_path:
         (tmp_path / name).mkdir()
     program = "from minifoundation.model.kernels import flash4, gated, language; "
     program += "print(language.INSTALLED, gated.INSTALLED, flash4.INSTALLED)"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.split() == [str(installed(module)) for module in used.values()]
