@@ -104,6 +104,9 @@ def test_every_setting_is_an_option_of_its_commands() -> None:
         ("pretrain --model.lr 2", "error: --model.lr: no such option; did you mean --lr?"),
         ("pretrain -config a.yaml", "error: -config: no such option; did you mean --config?"),
         ("pretrain --epochs 3", "error: --epochs: no such option; did you mean --tokens?"),
+        ("pretrain --train.lerning_rate 3", "error: --train.lerning_rate: no such option; did you mean --lr?"),
+        ("pretrain --min_lrs 3", "error: --min_lrs: no such option; did you mean --train.min_lr?"),
+        ("pretrain --dtype bf16", "error: --dtype: no such option; did you mean --train.precision?"),
         (
             "--config a.yaml pretrain",
             "error: --config: no such option here; a command comes first: minifoundation COMMAND --config ...; "

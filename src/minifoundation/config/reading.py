@@ -85,7 +85,7 @@ ELSEWHERE = {
     **dict.fromkeys(("num_attention_heads", "num_heads", "n_heads"), "n_head"),
     **dict.fromkeys(("num_key_value_heads", "n_kv_heads"), "n_kv_head"),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "hidden_dim"), "d_ff"),
-    **dict.fromkeys(("mixed_precision", "fp16"), "precision"),
+    **dict.fromkeys(("mixed_precision", "fp16", "dtype"), "precision"),
     **dict.fromkeys(("num_workers", "num_proc"), "workers"),
     **dict.fromkeys(("save_steps", "save_interval"), "save_every"),
     **dict.fromkeys(("eval_steps", "eval_interval"), "eval_every"),
@@ -94,18 +94,21 @@ ELSEWHERE = {
     **dict.fromkeys(("checkpoint", "ckpt_path"), "ckpt"),
 }
 """What the Trainer of transformers, nanoGPT and others call a setting, and its last part here."""
+MISSPELT = 0.85
+"""How alike two names are, of 1, if one is the other misspelt."""
 
 
 def nearest(name: str, known: list[str]) -> str | None:
-    """Return the known dotted name most like ``name``: the same last part in another section first, then what others call so."""
-    leaf = name.rsplit(".", 1)[-1]
-    if leaf in ELSEWHERE and leaf not in {other.rsplit(".", 1)[-1] for other in known}:
-        meant = ELSEWHERE[leaf]
-        if same := [other for other in known if other.rsplit(".", 1)[-1] == meant]:
-            return same[0]
+    """Return the known dotted name most like ``name``: the same last part in another section, or what others call so, or a misspelt one."""
+    leaf, leaves = name.rsplit(".", 1)[-1], [other.rsplit(".", 1)[-1] for other in known]
+    if leaf not in leaves:
+        theirs = [] if get_close_matches(leaf, leaves, n=1, cutoff=MISSPELT) else get_close_matches(leaf, ELSEWHERE, n=1, cutoff=MISSPELT)
+        meant = ELSEWHERE.get(leaf) or (ELSEWHERE[theirs[0]] if theirs else None)
+        if meant in leaves:
+            return known[leaves.index(meant)]
     same_leaf = [other for other in known if other.rsplit(".", 1)[-1] == leaf]
     close = same_leaf or get_close_matches(name, known, n=1, cutoff=0.6)
-    close = close or [k for k in known if k.rsplit(".", 1)[-1] in get_close_matches(leaf, [k.rsplit(".", 1)[-1] for k in known], n=1)]
+    close = close or [k for k in known if k.rsplit(".", 1)[-1] in get_close_matches(leaf, leaves, n=1)]
     return close[0] if close else None
 
 
