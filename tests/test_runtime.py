@@ -24,7 +24,7 @@ OLD_GPU = Machine(torch.device("cuda", 0), "Tesla T4", 2**34, None)
         ("NVIDIA H200", 989.4),
         ("NVIDIA L40S", 362.0),
         ("NVIDIA L4", 121.0),
-        ("NVIDIA GeForce RTX 4060", 60.5),
+        ("NVIDIA GeForce RTX 4060", 30.2),
         ("NVIDIA GH200 480GB", 989.4),
         ("NVIDIA H200 NVL", 835.0),
         ("Tesla T4", None),
@@ -37,6 +37,12 @@ OLD_GPU = Machine(torch.device("cuda", 0), "Tesla T4", 2**34, None)
 )
 def test_peaks_by_name(name: str, tflops: float | None) -> None:
     assert runtime.peak_flops(name) == (None if tflops is None else tflops * 1e12)
+
+
+@pytest.mark.parametrize(("name", "cores", "gigahertz"), [("RTX 4090", 512, 2.520), ("RTX 4060", 96, 2.460), ("RTX 3090", 328, 1.695)])
+def test_peaks_of_geforce_sum_in_fp32(name: str, cores: int, gigahertz: float) -> None:
+    """A tensor core of these does 64 multiply-adds a clock when it sums in fp32, half of what it does in fp16."""
+    assert runtime.peak_flops(f"NVIDIA GeForce {name}") == pytest.approx(cores * 128 * gigahertz * 1e9, rel=0.005)
 
 
 def test_bf16_without_bf16_arithmetic_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

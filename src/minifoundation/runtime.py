@@ -32,7 +32,7 @@ PEAK_TFLOPS = {
     "L40S": 362.0,
     "L4": 121.0,
     "RTX 4090": 165.2,
-    "RTX 4060": 60.5,
+    "RTX 4060": 30.2,
     "RTX 3090": 71.0,
 }
 """Dense bf16 peak by words of the GPU's name, longest match first [NVIDIA's datasheets; GeForce: the whitepapers, fp32 accumulation]."""
