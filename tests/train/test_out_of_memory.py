@@ -43,6 +43,13 @@ def test_one_row_that_does_not_fit_is_recomputed() -> None:
     assert needed < plan(run, 1).memory_total
 
 
+@pytest.mark.parametrize(("device", "offloaded"), [("cuda", True), ("cpu", False)])
+def test_activations_are_offloaded_where_they_can_be(device: str, offloaded: bool) -> None:
+    run = made(train={"seq_len": 65_536}, model={"rope": {"scaling": "yarn", "factor": 16}, "n_layer": 48})
+    machine = Machine(torch.device(device), "a machine", 32 * GIB, None)
+    assert (remedy(run, machine, World())[0]["model.checkpointing"] == "offload") == offloaded
+
+
 def test_where_nothing_fits_the_least_is_proposed() -> None:
     options, needed = remedy(made(train={"batch_size": 4}), replace(H100, memory_bytes=GIB), World())
     assert (

@@ -80,19 +80,19 @@ def remedy(config: RunConfig, machine: Machine, world: World, split: Split = ALO
     usable = min(USABLE_MEMORY * machine.memory_bytes, 0.9 * plan(config, world.size, split).memory_total)
     tried = [
         (options, plan(_changed(config, options), world.size, split).memory_total)
-        for options in _changes(config, int8=not (split.optimizer_shards > 1 or moments))
+        for options in _changes(config, int8=not (split.optimizer_shards > 1 or moments), offload=machine.is_cuda)
     ]
     return next(((options, needed) for options, needed in tried if needed <= usable), min(tried, key=lambda one: one[1]))
 
 
-def _changes(config: RunConfig, *, int8: bool) -> list[dict[str, Any]]:
+def _changes(config: RunConfig, *, int8: bool, offload: bool) -> list[dict[str, Any]]:
     train, model = config.train, config.model
     rows, micro = train.batch_size, train.grad_accum
     assert isinstance(rows, int)
     splits = [{"batch_size": rows // part, "grad_accum": micro * part} for part in range(2, rows + 1) if rows % part == 0]
     one_row = splits[-1] if splits else {}
     smaller = {"train.loss_chunk": max(1, train.loss_chunk // 4)}
-    by_hand = train.precision != "fp32" and not model.dropout  # elsewhere nothing can be offloaded
+    by_hand = offload and train.precision != "fp32" and not model.dropout  # elsewhere nothing can be offloaded
     order = ("none", "attention", *(("offload",) if by_hand else ()), "full")
     rest = order[order.index(model.checkpointing) + 1 :]
     recomputed = [{**one_row, "model.checkpointing": kind} for kind in rest]
