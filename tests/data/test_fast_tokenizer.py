@@ -161,6 +161,18 @@ def no_z(tokenizer: dict[str, Any]) -> None:
     model["merges"] = [pair for pair in model["merges"] if "z" not in "".join(pair)]
 
 
+def no_byte(tokenizer: dict[str, Any]) -> None:
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["extra piece"] = vocabulary.pop(max(vocabulary, key=vocabulary.get))
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-1]
+
+
+def eos_for_bytes(tokenizer: dict[str, Any]) -> None:
+    model = tokenizer["model"]
+    model["vocab"]["spare"] = model["vocab"].pop("\u0107")  # byte 7
+    model["unk_token"] = EOS
+
+
 def gap(tokenizer: dict[str, Any]) -> None:
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary[max(vocabulary, key=vocabulary.get)] = 900
@@ -213,6 +225,8 @@ def spelled_eos(tokenizer: dict[str, Any]) -> None:
         (ordinary_eos, r"its eos_token '<\|endoftext\|>' is not marked special"),
         (stripping, "its token '<tool>' swallows the spaces beside it"),
         (no_z, "it has no tokens for z"),
+        (no_byte, "it has a piece with ' ', which stands for no byte"),
+        (eos_for_bytes, "bytes that it has no tokens for become its eos_token"),
         (gap, "its ids have gaps"),
         (eos_before, "its bos_token is its eos_token"),
         (eos_after, r"it puts the ids \[1\] around a text"),

@@ -189,6 +189,10 @@ class FastTokenizer(Tokenizer):
                 yield f"its model is {self._json['model']['type']}, not BPE"
             if any(part.get("add_prefix_space") for part in self.pre_tokenizers):
                 yield "it puts a space before every text (add_prefix_space)"
+            if foreign := next((c for piece in vocabulary if piece not in added for c in piece if c not in BYTES), None):
+                yield f"it has a piece with {foreign!r}, which stands for no byte"
+            if self.missing and self._json["model"].get("unk_token") == eos:
+                yield "bytes that it has no tokens for become its eos_token"
             if lost := [chr(byte) for byte in range(0x20, 0x7F) if CHARACTERS[byte] not in vocabulary]:
                 yield f"it has no tokens for {''.join(lost)}"
         elif [part["type"] for part in _parts(self._json["decoder"])] == ["ByteFallback", "Fuse"]:
