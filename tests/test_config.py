@@ -383,6 +383,9 @@ def test_a_base_that_leads_back_to_itself_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("base: a.yaml\n")
     with pytest.raises(UserError, match=r"b\.yaml: its base a\.yaml leads back to it; name another file as base"):
         config.read_yaml(tmp_path / "a.yaml")
+    (tmp_path / "c.yaml").write_text(f"base: ../{tmp_path.name}/c.yaml\n")
+    with pytest.raises(UserError, match=r"c\.yaml: its base \.\./\w+/c\.yaml leads back to it; name another file as base"):
+        config.read_yaml(tmp_path / "c.yaml")
 
 
 @pytest.mark.parametrize(

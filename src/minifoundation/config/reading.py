@@ -157,7 +157,7 @@ def read_yaml(path: Path, *, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base is None:
         return values
     below = path.parent / str(base)
-    if below in (*above, path):
+    if below.resolve() in [file.resolve() for file in (*above, path)]:
         raise UserError(str(path), f"its base {base} leads back to it", "name another file as base, or leave it out")
     return merged(read_yaml(below, above=(*above, path)), values)
 
