@@ -330,7 +330,7 @@ class TrainConfig(Settings):
     z_loss: float = setting(1e-4, ge=0, help="weight of log(Z)^2 in the loss; 0: off [PaLM, arXiv:2204.02311: 1e-4]")
     loss_chunk: int = setting(8192, ge=1, help="tokens whose logits the loss holds at once")
     ema: float | None = setting(None, gt=0, lt=1, help="decay of an exponential moving average of the weights; none: off")
-    seed: int = setting(1234, ge=0, flag="seed", help="seed of the weights, the order of samples and dropout")
+    seed: int = setting(1234, ge=0, lt=2**63, flag="seed", help="seed of the weights, the order of samples and dropout")
     log_every: int = setting(1, ge=1, help="steps between lines of metrics.csv")
     eval_every: int = setting(250, ge=1, help="steps between evaluations on the held-out split")
     eval_tokens: int = setting(262_144, ge=1, help="held-out tokens read in each evaluation")
