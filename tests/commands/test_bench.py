@@ -58,6 +58,14 @@ def test_a_model_that_is_smaller_than_a_cpu_can_do_is_measured_as_it_is(tmp_path
     assert "on a CPU: a part of it (n_layer 1, vocab_size 128, one row of 64 tokens)" in said and "a step of 1 x 64 x 1" in said
 
 
+def test_what_the_machine_cannot_do_is_replaced_as_in_training(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--seq_len", "64", "--model.vocab_size", "128", "--train.precision", "fp8", "--model.checkpointing", "offload"]
+    assert cli.main(["bench", "--config", str(yaml), *small]) == 0
+    said = capsys.readouterr().out
+    assert "train.precision: fp8 cannot run here: CPU has no 8-bit products; using bf16" in said
+    assert "a step of 1 x 64 x 1, checkpointing attention" in said
+
+
 def pretended(rows_that_fit: dict[str, int], rates: dict[str, float]) -> Any:
     """Return a ``trial`` on a GPU with room for so many rows, whose tokens/s depend on checkpointing."""
     real = trial

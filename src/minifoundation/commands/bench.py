@@ -21,6 +21,7 @@ from minifoundation.errors import UserError
 from minifoundation.runtime import Machine
 from minifoundation.train import capacity
 from minifoundation.train.ceilings import copy_bandwidth, matrix_products
+from minifoundation.train.fallbacks import supported
 from minifoundation.train.finder import predicted_to_fit, with_batch_size
 from minifoundation.train.kernels import attention_kernel, milliseconds, usable_kernels
 from minifoundation.train.parallel import accumulated
@@ -84,6 +85,7 @@ def _less(asked: RunConfig) -> dict[str, Any]:
 def _measured(asked: RunConfig, machine: Machine, steps: int) -> dict[str, Any]:
     """Print every table and return its figures."""
     figures: dict[str, Any] = {"machine": machine.name, "torch": torch.__version__}
+    asked = supported(asked, machine, click.echo)
     expected = with_batch_size(asked, machine)
     figures["ceilings"] = _ceilings(expected, machine)
     kernel, line = attention_kernel(expected, machine, World(), None)
