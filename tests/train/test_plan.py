@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from minifoundation import config
 from minifoundation.config import REPOSITORY, RunConfig
-from minifoundation.distributed import Split
+from minifoundation.distributed import Split, World
+from minifoundation.errors import UserError
 from minifoundation.runtime import Machine
+from minifoundation.train.parallel import accumulated
 from minifoundation.train.plan import describe, plan
 
 H100 = Machine(torch.device("cpu"), "NVIDIA H100 80GB HBM3", 80 * 2**30, 989.4e12)
@@ -25,6 +28,22 @@ def test_the_mission_line_by_hand() -> None:
     assert (planned.tokens_per_step, planned.steps, planned.warmup_steps) == (131_072, 1525, 77)
     assert planned.tokens == 1525 * 131_072 <= 200_000_000
     assert planned.parameters == 493_929_984
+
+
+@pytest.mark.parametrize(
+    ("train", "lower"),
+    [
+        ({"grad_accum": 2}, "--grad_accum"),
+        ({"batch_size": 2}, "--batch_size"),
+        ({}, "--seq_len"),
+        ({"tokens_per_step": 8192}, "--train.tokens_per_step"),
+    ],
+)
+def test_too_few_tokens_for_a_step_name_what_makes_it_smaller(train: dict[str, Any], lower: str) -> None:
+    run = accumulated(run_config(**{"batch_size": 1, "grad_accum": 1, "tokens": 100} | train), World())
+    with pytest.raises(UserError) as caught:
+        plan(run, 1)
+    assert caught.value.remedy == f"raise --tokens or lower {lower}"
 
 
 def test_processes_share_a_step() -> None:

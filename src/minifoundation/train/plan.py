@@ -63,12 +63,12 @@ def plan(config: RunConfig, world_size: int, split: Split = ALONE) -> Plan:
     tokens = samples * train.seq_len
     steps = train.tokens // tokens
     if steps == 0:
+        what = "grad_accum" if train.grad_accum > 1 else "batch_size" if train.batch_size > 1 else "seq_len"
         raise UserError(
             "train.tokens",
             f"{train.tokens:,} is less than one step of {tokens:,} (batch_size {train.batch_size} x grad_accum {train.grad_accum} "
             f"x seq_len {train.seq_len} x {sharers(config, world_size)})",
-            "raise --tokens or lower "
-            + ("--grad_accum" if train.grad_accum > 1 else "--batch_size" if train.batch_size > 1 else "--seq_len"),
+            f"raise --tokens or lower --{what if train.tokens_per_step is None else 'train.tokens_per_step'}",
         )
     alone = predicted_memory(config)  # a checkpoint holds all parts
     final = alone["weights"] + alone["ema"]
