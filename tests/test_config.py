@@ -398,8 +398,10 @@ def test_a_base_that_leads_back_to_itself_is_one_line(tmp_path: Path) -> None:
         ("train:\n  lr: 1\n  lr: 2", "'lr' stands there twice, the second time at line 3"),
         ("a: \x00", "not YAML"),
         ("[" * 5000, "not YAML"),
+        ("a: !!bool maybe", "not YAML"),
+        ("a: !!int", "not YAML"),
     ],
-    ids=["number", "object", "section twice", "setting twice", "NUL", "deep"],
+    ids=["number", "object", "section twice", "setting twice", "NUL", "deep", "no bool", "no int"],
 )
 def test_yaml_that_is_no_settings_is_one_line(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
@@ -416,9 +418,9 @@ def test_a_folder_with_a_comma_in_its_name_is_one_folder(tmp_path: Path, monkeyp
 
 def test_numbers_and_dates_in_yaml_are_what_is_written() -> None:
     """YAML 1.1 has octal numbers, numbers of base 60 and dates, which nobody means here."""
-    text = "a: 0100\nb: 04:00:00\nc: 2024-01-01\nd: 1_000\ne: 0x10\nf: 0\ng: -5\nh: 1e6\ni: 0.5\nj: 20:48"
+    text = "a: 0100\nb: 04:00:00\nc: 2024-01-01\nd: 1_000\ne: 0x10\nf: 0\ng: -5\nh: 1e6\ni: 0.5\nj: 20:48\nk: 4:00.5"
     expected = {"a": "0100", "b": "04:00:00", "c": "2024-01-01", "d": 1000, "e": 16, "f": 0, "g": -5, "h": "1e6", "i": 0.5, "j": "20:48"}
-    assert config.yaml_values(text, Path("a.yaml")) == expected
+    assert config.yaml_values(text, Path("a.yaml")) == expected | {"k": "4:00.5"}
     assert config.build(RunConfig, small(train={"tokens": "0100"}), "a.yaml").train.tokens == 100
 
 

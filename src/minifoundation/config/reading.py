@@ -198,14 +198,18 @@ def yaml_values(text: str, path: Path) -> dict[str, Any]:
             return str(node.value)
         return loader.construct_yaml_int(node)
 
+    def fraction(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
+        return str(node.value) if ":" in node.value else loader.construct_yaml_float(node)
+
     Once.add_constructor("tag:yaml.org,2002:timestamp", as_written)
     Once.add_constructor("tag:yaml.org,2002:int", number)
+    Once.add_constructor("tag:yaml.org,2002:float", fraction)
 
     try:
         values = yaml.load(text, Once)  # a SafeLoader
     except _Twice as twice:
         raise UserError(str(path), str(twice), "leave one of them out, or put both below one name") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, RecursionError) as error:
         place = getattr(error, "problem_mark", None)
         line = f" at line {place.line + 1}" if place else ""
         raise UserError(str(path), f"not YAML{line}", "indent with spaces, one 'name: value' a line") from None
