@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,8 +128,17 @@ def peak_flops(gpu_name: str) -> float | None:
     return None
 
 
-def _ram_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _ram_bytes(limits: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the memory of the machine, or what its container may take of it: beyond that the system kills.
+
+    Args:
+        limits: folder of the control group.
+    """
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in (limits / "memory.max", limits / "memory" / "memory.limit_in_bytes"):  # versions 2 and 1
+        with suppress(OSError, ValueError):  # "max" is no limit
+            most = min(most, int(limit.read_text()))
+    return most
 
 
 def compute_dtype(precision: str, where: Machine) -> torch.dtype:
