@@ -203,6 +203,7 @@ def test_none_is_off_only_where_a_setting_can_be_off() -> None:
             {"train": {"save_every": True}},
             "train.save_every: True is not a number (YAML reads yes, no, on and off as true and false); give a number",
         ),
+        ({"model": {"rope": {"factor": 1e308}}}, "model.rope.factor: 1e+308 is not valid; input should be less than or equal to 1000000"),
         ({"train": {"seed": 2**64}}, f"train.seed: {2**64} is not valid; input should be less than {2**63}"),
         ({"train": {"tokens": 10**23}}, "train.tokens: 100000000000000000000000 is not valid; input should be less than or equal to"),
         ({"model": {"n_layer": 10**30}}, f"model.n_layer: {10**30} is not valid; input should be less than or equal to 10000"),

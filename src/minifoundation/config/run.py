@@ -24,6 +24,7 @@ class RopeConfig(Settings):
     factor: float = setting(
         1.0,
         ge=1,
+        le=1_000_000,
         help="how many times longer the context becomes, relative to original_seq_len; with scaling none the frequencies do not change",
     )
     beta_fast: float = setting(32.0, gt=0, help="YaRN: frequencies with more rotations than this over the original length are not scaled")
