@@ -104,6 +104,11 @@ def test_rows_that_were_given_and_do_not_fit(yaml: Path, monkeypatch: pytest.Mon
     assert "error: train.batch_size: 4 rows of 64 tokens do not fit the memory of CPU" in capsys.readouterr().err
 
 
+def test_a_model_that_a_cpu_cannot_hold_is_refused(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--config", str(yaml), "--model.d_model", "65536", "--model.d_ff", "16777216"]) == 2
+    assert re.search(r"error: model: [\d.]+ GiB are predicted, and CPU has [\d.]+; take a smaller one, or --fit", capsys.readouterr().err)
+
+
 def test_one_gpu_alone_is_measured(yaml: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What fits several that read a row together is told: longer rows."""
     monkeypatch.setattr(bench, "trial", lambda *_: pytest.fail("measured"))

@@ -25,7 +25,7 @@ from minifoundation.train.fallbacks import supported
 from minifoundation.train.finder import predicted_to_fit, with_batch_size
 from minifoundation.train.kernels import attention_kernel, milliseconds, usable_kernels
 from minifoundation.train.parallel import accumulated
-from minifoundation.train.plan import USABLE_MEMORY, micro_batch
+from minifoundation.train.plan import USABLE_MEMORY, micro_batch, predicted_memory
 from minifoundation.train.trial import WARM_UP, Trial, trial
 
 CHECKPOINTING = ("none", "attention", "full")
@@ -87,6 +87,10 @@ def _measured(asked: RunConfig, machine: Machine, steps: int) -> dict[str, Any]:
     figures: dict[str, Any] = {"machine": machine.name, "torch": torch.__version__}
     asked = supported(asked, machine, click.echo)
     expected = with_batch_size(asked, machine)
+    needed = sum(predicted_memory(expected).values())
+    if needed > machine.memory_bytes and not machine.is_cuda:  # it would be killed without a word; a GPU says what does not fit
+        problem = f"{needed / 2**30:.1f} GiB are predicted, and {machine.name} has {machine.memory_bytes / 2**30:.1f}"
+        raise UserError("model", problem, "take a smaller one, or --fit, which tells what fits GPUs")
     figures["ceilings"] = _ceilings(expected, machine)
     kernel, line = attention_kernel(expected, machine, World(), None)
     figures["attention_ms"] = _attention(expected, machine)
