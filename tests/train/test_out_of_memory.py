@@ -58,6 +58,13 @@ def test_where_nothing_fits_the_least_is_proposed() -> None:
     assert needed > GIB
 
 
+@pytest.mark.parametrize("chunk", [16, 48, 8208])
+def test_what_is_proposed_in_8_bits_can_be_had(chunk: int) -> None:
+    options, _ = remedy(made(train={"precision": "fp8", "loss_chunk": chunk}), replace(H100, memory_bytes=GIB), World())
+    smaller = options["train.loss_chunk"]
+    assert smaller <= chunk and made(train={"precision": "fp8", "loss_chunk": smaller}).train.loss_chunk == smaller
+
+
 @pytest.mark.parametrize(
     ("split", "moments", "int8"),
     [

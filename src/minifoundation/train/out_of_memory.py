@@ -91,7 +91,7 @@ def _changes(config: RunConfig, *, int8: bool, offload: bool) -> list[dict[str, 
     assert isinstance(rows, int)
     splits = [{"batch_size": rows // part, "grad_accum": micro * part} for part in range(2, rows + 1) if rows % part == 0]
     one_row = splits[-1] if splits else {}
-    smaller = {"train.loss_chunk": max(1, train.loss_chunk // 4)}
+    smaller = {"train.loss_chunk": max(min(16, train.loss_chunk), train.loss_chunk // 64 * 16)}  # fp8 needs a multiple of 16
     by_hand = offload and train.precision != "fp32" and not model.dropout  # elsewhere nothing can be offloaded
     order = ("none", "attention", *(("offload",) if by_hand else ()), "full")
     rest = order[order.index(model.checkpointing) + 1 :]
