@@ -239,6 +239,8 @@ def test_bad_input(final: Callable[..., Path], tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"127.0.0.1:{port} cannot be listened on"):
             serve(final(), port=port)
+    with pytest.raises(UserError, match="--host: is empty; give an address"):
+        serve(final(), host="")
     if find_spec("vllm") is None:
         with pytest.raises(UserError, match="vllm is not installed"):
             serve(final(), engine="vllm")

@@ -54,6 +54,8 @@ def serve(options: ServeOptions) -> None:
     if engine == "vllm" and not installed("vllm"):
         raise UserError("--engine", "vllm is not installed", "pip install vllm, or leave --engine out")
     host = options.host.removeprefix("[").removesuffix("]")  # as in a URL
+    if not host:  # to a socket that means every address
+        raise UserError("--host", "is empty", "give an address of this machine (0.0.0.0: all of them), or leave it out")
     listening = _listening(host, options.port)
     with listening, _folder(options.model, engine) as folder, _started(engine, folder) as port:
         print(f"{engine} serves {folder.name}: http://{authority(host, options.port)} (a page), /v1/completions (OpenAI's); Ctrl-C ends it")
