@@ -86,6 +86,12 @@ def test_a_damaged_manifest_is_named(made: Path) -> None:
     mirror.read_dataset(made, "org/name", None)
 
 
+def test_a_folder_without_data_is_not_sealed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no data \(\.parquet, \.jsonl\); give the folder of a mirror"):
+        mirror.seal(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("content", ["{}", '{"format": 4, "step": 10, "files": {}}', '{"source": {"sha256": "ab"}}'])
 def test_the_manifest_of_something_else_is_never_written_over(made: Path, content: str) -> None:
     """Token shards and checkpoints have one of the same name, and are lost without it."""

@@ -51,7 +51,7 @@ def seal(data_dir: Path, written: Sequence[Path] | None = None) -> int:
         written: where there is a manifest already, only these are entered, since by what it says of the others damage is seen.
 
     Raises:
-        UserError: there is the manifest of something else; or, with ``written``, a damaged one.
+        UserError: there is no data, or the manifest of something else; or, with ``written``, a damaged one.
     """
     known = None
     try:
@@ -61,6 +61,8 @@ def seal(data_dir: Path, written: Sequence[Path] | None = None) -> int:
             raise
     if written is None or known is None:
         known, written = {}, files(data_dir)
+    if not written:
+        raise UserError(str(data_dir), f"holds no data ({', '.join(SUFFIXES)})", "give the folder of a mirror")
     hashes = dict(sorted((known | {str(path.relative_to(data_dir)): sha256(path) for path in written}).items()))
     part = data_dir / f"{MANIFEST}.part"
     part.write_text(json.dumps({"format": 1, "sha256": hashes}, indent=1) + "\n", encoding="utf-8")
