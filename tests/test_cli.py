@@ -163,6 +163,7 @@ def test_a_terminal_that_lacks_a_character_loses_nothing_else() -> None:
             "error: outputs/x: the disk is full; free some space and run the same command again (a training run with --resume auto)\n",
         ),
         (OSError(errno.EACCES, "Permission denied", "/x"), 2, "error: /x: permission denied; check the path and its permissions\n"),
+        (OSError(errno.EISDIR, "Is a directory", "/x.part", None, "/x"), 2, "error: /x: is a directory; give the path of a file\n"),
         (OSError(errno.EEXIST, "File exists", "/x"), 2, "error: /x: file exists; it is a file and a folder is needed: give another path\n"),
     ],
 )

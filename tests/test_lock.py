@@ -50,6 +50,18 @@ def test_nobody_holds_a_folder_without_a_lock(tmp_path: Path) -> None:
     assert holder(tmp_path) is None
 
 
+def test_a_full_disk_is_named_and_nothing_stays_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "write", full)
+        with pytest.raises(OSError, match="No space") as failed, held(tmp_path / "a" / "b"):
+            pass
+    assert failed.value.filename == str(tmp_path / "a" / "b" / LOCK)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_made_for_nothing_is_removed_with_those_above_it(tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()

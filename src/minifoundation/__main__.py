@@ -9,6 +9,10 @@ import sys
 from types import FrameType
 from typing import NoReturn
 
+COMMANDS = f"{__file__.removesuffix('__main__.py')}commands/"
+AGAIN_SECONDS = 0.1
+"""Until a signal that came in an import is looked at again."""
+
 
 class Interrupt:
     """A handler for the signals that end a program: what is begun is cleared away, as after Ctrl-C. A second one ends it at once."""
@@ -16,22 +20,30 @@ class Interrupt:
     def __init__(self) -> None:
         self._come = False
 
-    def __call__(self, _number: int, frame: FrameType | None) -> None:
-        # An import has nothing to clear away, and may turn an exception into another or drop it.
-        if self._come or _is_importing(frame):
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        again = number == signal.SIGALRM
+        importing, begun = _where(frame)
+        # An import may turn an exception into another or drop it. Before a command has begun nothing is to be cleared away; later it waits.
+        if (self._come and not again) or (importing and not begun):
             if int(os.environ.get("LOCAL_RANK", 0)) == 0:
                 os.write(2, b"stopped\n")
             os._exit(130)
         self._come = True
-        raise KeyboardInterrupt
+        if not importing:
+            raise KeyboardInterrupt
+        signal.signal(signal.SIGALRM, self)
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
 
 
-def _is_importing(frame: FrameType | None) -> bool:
+def _where(frame: FrameType | None) -> tuple[bool, bool]:
+    """Return whether something is being imported, and whether a function of a command is at work."""
+    importing = begun = False
     while frame is not None:
-        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-            return True
+        code = frame.f_code
+        importing |= code.co_filename == "<frozen importlib._bootstrap>"
+        begun |= code.co_filename.startswith(COMMANDS) and code.co_name != "<module>"
         frame = frame.f_back
-    return False
+    return importing, begun
 
 
 def run() -> NoReturn:

@@ -332,7 +332,8 @@ def main(arguments: list[str] | None = None) -> int:
                 errno.ENOTDIR: "a part of this path is a file: give a folder",
                 errno.EISDIR: "give the path of a file",
             }.get(error.errno or 0, "check the path and its permissions")
-            _say(f"error: {error.filename}: {error.strerror.lower()}; {remedy}", error)
+            place = error.filename2 or error.filename  # of a rename, where the new name is: the old one is of our making
+            _say(f"error: {place}: {error.strerror.lower()}; {remedy}", error)
         else:
             raise
         return 2

@@ -31,7 +31,7 @@ def held(folder: Path, suffices: Callable[[], bool] | None = None) -> Iterator[b
         UserError: another process holds it, which is named; the file system has no locks.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
-    while (lock := _locked(folder)) is None:
+    while (lock := _locked(folder, made)) is None:
         if suffices is None:
             remedy = "wait until it is done, then run the same command again"
             raise UserError(str(folder), f"is being written by another process ({_owner(folder)})", remedy)
@@ -43,14 +43,19 @@ def held(folder: Path, suffices: Callable[[], bool] | None = None) -> Iterator[b
         try:
             yield True
         finally:
-            with suppress(OSError):  # the folder was moved, or others have begun to use one above it
-                if made and [path.name for path in folder.iterdir()] == [LOCK]:
-                    (folder / LOCK).unlink()
-                    for place in made:
-                        place.rmdir()
+            _remove(folder, made)
 
 
-def _locked(folder: Path) -> IO[str] | None:
+def _remove(folder: Path, made: list[Path]) -> None:
+    """Remove the folders that were ``made`` where nothing but the lock has come into them."""
+    with suppress(OSError):  # the folder was moved, or others have begun to use one above it
+        if made and [path.name for path in folder.iterdir()] == [LOCK]:
+            (folder / LOCK).unlink()
+            for place in made:
+                place.rmdir()
+
+
+def _locked(folder: Path, made: list[Path]) -> IO[str] | None:
     """Return the lock of ``folder``, held until it is closed; None while another process holds it."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,9 +69,13 @@ def _locked(folder: Path) -> IO[str] | None:
                 remedy = "give a folder on a file system that has locks (Lustre has them when mounted with -o flock)"
                 raise UserError(str(folder), f"cannot be locked ({str(error.strerror).lower()})", remedy) from None
             if _lies_there(lock, folder / LOCK):  # else its last holder has removed it with the folder
-                lock.truncate(0)
-                lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
-                lock.flush()
+                try:
+                    lock.truncate(0)
+                    os.write(lock.fileno(), f"pid {os.getpid()} on {socket.gethostname()}".encode())  # no buffer that closing would write
+                except OSError as error:
+                    error.filename = str(folder / LOCK)
+                    _remove(folder, made)
+                    raise
                 closed.pop_all()
                 return lock
 

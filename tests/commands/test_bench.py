@@ -66,6 +66,18 @@ def test_what_the_machine_cannot_do_is_replaced_as_in_training(yaml: Path, capsy
     assert "a step of 1 x 64 x 1, checkpointing attention" in said
 
 
+def test_a_place_for_the_figures_that_cannot_be_written_shows_before_they_are_measured(
+    yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "_measured", None)
+    for path, message in (
+        (tmp_path, f"error: --json: {tmp_path} is a folder; give the path of a file\n"),
+        (yaml / "x", f"error: {yaml}: file exists; it is a file and a folder is needed: give another path\n"),
+    ):
+        assert cli.main(["bench", "--config", str(yaml), "--json", str(path)]) == 2
+        assert capsys.readouterr().err == message
+
+
 def pretended(rows_that_fit: dict[str, int], rates: dict[str, float]) -> Any:
     """Return a ``trial`` on a GPU with room for so many rows, whose tokens/s depend on checkpointing."""
     real = trial

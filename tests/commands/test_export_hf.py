@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from minifoundation.config import ExportOptions
 from minifoundation.errors import UserError
 from minifoundation.export import tokenizer as hf_tokenizer
 from minifoundation.export import weights
+from tests.test_cli import struck
 
 FILES = {"config.json", "generation_config.json", "model.safetensors", "parity.json", "tokenizer.json"}
 FILES |= {"tokenizer_config.json", "special_tokens_map.json"}
@@ -203,3 +207,20 @@ def test_two_exports_to_one_folder_do_not_mix(tmp_path: Path) -> None:
     with pytest.raises(KeyError), folder_written_whole(tmp_path / "deep" / "er"):
         raise KeyError
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_signal_while_a_package_is_imported_leaves_nothing(final: Callable[..., Path], tmp_path: Path) -> None:
+    line = [
+        sys.executable,
+        "-c",
+        struck("transformers", signal.SIGINT),
+        "export_hf",
+        "--ckpt",
+        str(final()),
+        "--out_dir",
+        str(tmp_path / "hf"),
+    ]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "") and done.stderr.endswith("stopped\n")
+    assert list(tmp_path.glob("hf*")) == []

@@ -59,6 +59,7 @@ def test_the_seed_decides_and_greedy_needs_none(final: Callable[..., Path], caps
     assert printed(capsys, ckpt, seed=1) == printed(capsys, ckpt, seed=1)
     assert printed(capsys, ckpt, seed=1) != printed(capsys, ckpt, seed=2)
     assert printed(capsys, ckpt, seed=1, temperature=0) == printed(capsys, ckpt, seed=2, temperature=0)
+    assert printed(capsys, ckpt, temperature=1e-40) == printed(capsys, ckpt, temperature=0)
 
 
 def test_greedy_is_the_best_token_of_our_own_model(final: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

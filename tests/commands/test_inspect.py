@@ -49,8 +49,13 @@ def test_samples_are_the_text(made: tuple[DataConfig, Tokenizer, Shards], capsys
     texts = set(all_documents(str(config.source), config))
     for _, text in survey.samples(shards, tokenizer, 5):
         assert text.startswith("<s>") and text.endswith("</s>") and text[3:-4] in texts
+    documents = sum(shard.documents for shard in shards.train)
+    everywhere = [place for place, _ in survey.samples(shards, tokenizer, 1000 * documents)]
+    assert len(everywhere) == len(set(everywhere)) == documents
+    assert len(list(survey.samples(shards, tokenizer, len(shards.train) - 1))) == len(shards.train) - 1
     plot = tmp_path / "lengths.png"
-    line = ["inspect", "--shards", str(shards.folder), "--tokenizer", str(tokenizer.path), "--samples", "2", "--plot", str(plot)]
+    above = str(shards.folder.parent)  # data.shards_dir of one source
+    line = ["inspect", "--shards", above, "--tokenizer", str(tokenizer.path), "--samples", "2", "--plot", str(plot)]
     assert cli.main(line) == 0
     assert len(re.findall(r"^--- train-\d+\.bin, document \d+, \d+ tokens$", capsys.readouterr().out, re.MULTILINE)) == 2
     assert plot.read_bytes().startswith(b"\x89PNG")

@@ -239,9 +239,35 @@ def test_bad_input(final: Callable[..., Path], tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"127.0.0.1:{port} cannot be listened on"):
             serve(final(), port=port)
+    with pytest.raises(UserError, match="--host: is empty; give an address"):
+        serve(final(), host="")
     if find_spec("vllm") is None:
         with pytest.raises(UserError, match="vllm is not installed"):
             serve(final(), engine="vllm")
+
+
+def test_a_temperature_is_sampled_with_and_the_folder_stays_as_it_is(final: Callable[..., Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from minifoundation.commands.export_hf import export_hf
+    from minifoundation.config import ExportOptions
+
+    ckpt, hf = final(), tmp_path / "my model"
+    export_hf(ExportOptions(ckpt=ckpt, out_dir=hf))
+    before = {file.name: file.read_bytes() for file in hf.iterdir()}
+    for model in (ckpt, hf):
+        with command._folder(model, "transformers") as folder:
+            settings = AutoModelForCausalLM.from_pretrained(folder).generation_config
+            assert (settings.do_sample, settings.top_k, settings.eos_token_id) == (True, 0, 2)
+            assert folder.name == ("run" if model is ckpt else "my model")
+    (hf / "generation_config.json").unlink()
+    with command._folder(hf, "transformers") as folder:
+        assert AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id == 2
+    (hf / "generation_config.json").write_bytes(before["generation_config.json"])
+    assert before == {file.name: file.read_bytes() for file in hf.iterdir()}
+    (hf / "generation_config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"generation_config\.json in .*my model is damaged"), command._folder(hf, "transformers"):
+        pass
 
 
 @pytest.mark.slow
@@ -262,12 +288,14 @@ def test_a_checkpoint_is_served_until_it_is_told_to_stop(how: signal.Signals, fi
         assert f"http://127.0.0.1:{port}" in server.stdout.readline()
         asked = {"model": "run", "prompt": "To be", "max_tokens": 8, "temperature": 0}
         answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=asked, timeout=60).json()
+        sampled = [httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=asked | {"temperature": 1}, timeout=60).json() for _ in "ab"]
         server.send_signal(how)
         assert server.wait(30) == 0
     finally:
         server.kill()
         server.communicate()
     assert answer["usage"]["completion_tokens"] == 8
+    assert len({one["choices"][0]["text"] for one in (answer, *sampled)}) == 3, "not greedy"
     export_hf(ExportOptions(ckpt=ckpt, out_dir=tmp_path / "hf"))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -79,6 +79,24 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, suffix: str, conten
 
 
 def test_a_damaged_manifest_is_named(made: Path) -> None:
-    (made / "manifest.json").write_text("{}")
-    with pytest.raises(UserError, match=r"manifest\.json: is not a manifest of a mirror; write it again"):
+    (made / "manifest.json").write_text('{"sha256": {')
+    with pytest.raises(UserError, match=r"manifest\.json: is damaged: not JSON; write it again with eval-data check --seal"):
         mirror.read_dataset(made, "org/name", None)
+    mirror.seal(made)
+    mirror.read_dataset(made, "org/name", None)
+
+
+def test_a_folder_without_data_is_not_sealed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no data \(\.parquet, \.jsonl\); give the folder of a mirror"):
+        mirror.seal(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["{}", '{"format": 4, "step": 10, "files": {}}', '{"source": {"sha256": "ab"}}'])
+def test_the_manifest_of_something_else_is_never_written_over(made: Path, content: str) -> None:
+    """Token shards and checkpoints have one of the same name, and are lost without it."""
+    (made / "manifest.json").write_text(content)
+    for call in (mirror.read_manifest, mirror.seal):
+        with pytest.raises(UserError, match=r"manifest\.json: is not a manifest of a mirror; give the folder of a mirror"):
+            call(made)
+    assert (made / "manifest.json").read_text() == content

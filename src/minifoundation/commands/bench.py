@@ -42,8 +42,12 @@ def bench(options: BenchOptions, values: dict[str, Any]) -> None:
     """Measure the model of ``options`` and ``values`` on this machine and print a table for each topic, or tell what fits other ones.
 
     Raises:
-        UserError: there are several processes, which would measure each other's load; nothing fits.
+        UserError: there are several processes, which would measure each other's load; nothing fits; no file can be written at ``json_out``.
     """
+    if options.json_out is not None:  # a mistake in it should not show after the measurement
+        if options.json_out.is_dir():
+            raise UserError("--json", f"{options.json_out} is a folder", "give the path of a file")
+        options.json_out.parent.mkdir(parents=True, exist_ok=True)
     if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
         remedy = "start it without torchrun (benchmarks/scaling.py measures several GPUs)"
         raise UserError("torchrun", f"{processes} processes, and bench measures one GPU", remedy)
@@ -67,7 +71,6 @@ def bench(options: BenchOptions, values: dict[str, Any]) -> None:
             click.echo(f"on a CPU: a part of it ({sizes}); all figures are of that model")
         figures = _measured(accumulated(asked, World()), machine, options.steps)
     if options.json_out is not None:
-        options.json_out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(options.json_out, json.dumps(figures, indent=1).encode())
         click.echo(f"\nwrote {options.json_out}")
 

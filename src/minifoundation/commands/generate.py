@@ -14,6 +14,9 @@ from minifoundation.errors import UserError
 from minifoundation.evaluate.folder import is_checkpoint, loaded
 from minifoundation.export.verify import quiet_transformers
 
+GREEDY = 1e-6
+"""A temperature up to this is none: divided by much less, logits are no float32 any more."""
+
 
 def generate(options: GenerateOptions) -> None:
     """Print the prompt and its continuation, which ends at the end-of-text token, at ``max_new_tokens`` or at the end of the context.
@@ -38,7 +41,7 @@ def generate(options: GenerateOptions) -> None:
         if length >= context:
             raise UserError("--prompt", f"{length:,} tokens as the model reads it, but the context is {context:,}", "shorten the prompt")
         sampling: dict[str, Any] = {"do_sample": False}
-        if options.temperature > 0:
+        if options.temperature > GREEDY:
             sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
         # Rows of the embedding beyond the tokenizer's pieces are padding: a barely trained model could choose one.
         unused = list(range(len(tokenizer), model.config.vocab_size))

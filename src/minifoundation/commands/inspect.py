@@ -32,14 +32,14 @@ def inspect(options: InspectOptions) -> None:
     if options.shards is not None:
         opened = [Shards.open(folder) for folder in survey.folders(options.shards)]
         for shards in opened:
-            _shards(options, shards)
+            _shards(options, shards, alone=len(opened) == 1)
         if len(opened) > 1:
             _shares(opened)
     if options.checkpoint is not None:
         _checkpoint(options.checkpoint)
 
 
-def _shards(options: InspectOptions, shards: Shards) -> None:
+def _shards(options: InspectOptions, shards: Shards, *, alone: bool) -> None:
     manifest = shards.manifest
     splits = {"train": survey.split(shards.train, manifest.eos), "held out": survey.split(shards.held_out, manifest.eos)}
     end = "the whole corpus" if shards.complete else "more can follow"
@@ -64,7 +64,7 @@ def _shards(options: InspectOptions, shards: Shards) -> None:
             click.echo(f"\n--- {place}\n{text if len(text) <= SHOWN else text[: SHOWN // 2] + ' [...] ' + text[-SHOWN // 2 :]}")
     if options.plot is not None and splits["train"].tokens:
         plot = options.plot
-        if shards.folder != options.shards:  # one of several
+        if not alone:
             plot = plot.with_name(f"{plot.stem}-{shards.folder.name}{plot.suffix}")
         _plot(splits["train"].lengths, plot)
         click.echo(f"  plot      {plot}")

@@ -5,6 +5,7 @@ The engine is a process of its own that listens on this machine alone; in front 
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from urllib.request import urlopen
 from minifoundation.config import ServeOptions
 from minifoundation.errors import UserError
 from minifoundation.evaluate.folder import check_folder, is_checkpoint
+from minifoundation.hf_folder import AGAIN, read_config
 from minifoundation.packages import installed
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 PAGE = Path(__file__).with_name("serve.html")
 NEEDED = ("transformers", "fastapi", "uvicorn", "openai", "httpx")
 HERE = "127.0.0.1"
+TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 PASSED_ON = ("content-type", "x-request-id")
 """Headers of the engine's answers that the proxy passes on."""
 
@@ -51,8 +54,10 @@ def serve(options: ServeOptions) -> None:
     if engine == "vllm" and not installed("vllm"):
         raise UserError("--engine", "vllm is not installed", "pip install vllm, or leave --engine out")
     host = options.host.removeprefix("[").removesuffix("]")  # as in a URL
+    if not host:  # to a socket that means every address
+        raise UserError("--host", "is empty", "give an address of this machine (0.0.0.0: all of them), or leave it out")
     listening = _listening(host, options.port)
-    with listening, _folder(options.model) as folder, _started(engine, folder) as port:
+    with listening, _folder(options.model, engine) as folder, _started(engine, folder) as port:
         print(f"{engine} serves {folder.name}: http://{authority(host, options.port)} (a page), /v1/completions (OpenAI's); Ctrl-C ends it")
         server = uvicorn.Server(uvicorn.Config(app(f"http://{HERE}:{port}", folder.name), log_level="warning"))
         with suppress(KeyboardInterrupt):  # uvicorn raises the signal again when it has ended
@@ -80,11 +85,20 @@ def authority(host: str, port: int) -> str:
 
 
 @contextmanager
-def _folder(model: Path) -> Iterator[Path]:
-    """Give the model as a folder of Hugging Face: itself, or a temporary one of a checkpoint, as it would be exported."""
+def _folder(model: Path, engine: Engine) -> Iterator[Path]:
+    """Give the model as a folder of Hugging Face: itself, one of links to its files, or one of a checkpoint, as it would be exported."""
     if not is_checkpoint(model):
         check_folder(model, "--model")
-        yield model.resolve()
+        if engine == "vllm":
+            yield model.resolve()
+            return
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name) / model.resolve().name
+            folder.mkdir()
+            for file in model.resolve().iterdir():
+                (folder / file.name).symlink_to(file)
+            _let_sample(folder)
+            yield folder
         return
     import torch
 
@@ -99,7 +113,27 @@ def _folder(model: Path) -> Iterator[Path]:
         folder = Path(name) / (model.resolve().parent.name or model.stem)
         write_tokenizer(tokenizer, folder, max_seq_len=config.max_seq_len)
         write_model(config, checkpoint.model, folder, torch.bfloat16, tokenizer.special)
+        _let_sample(folder)
         yield folder
+
+
+def _let_sample(folder: Path) -> None:
+    """Have requests with a temperature sampled: transformers' server does that only where the model's own settings say so.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    path = folder / "generation_config.json"
+    settings: Any = {name: value for name, value in read_config(folder).items() if name in TOKEN_IDS}
+    if path.is_file():
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            settings = None
+        if not isinstance(settings, dict):
+            raise UserError("--model", f"{path.name} in {path.resolve().parent} is damaged: not a JSON object", AGAIN)
+        path.unlink()  # it can be a link to the user's file
+    path.write_text(json.dumps({"top_k": 0, **settings, "do_sample": True}), encoding="utf-8")
 
 
 @contextmanager

@@ -62,21 +62,24 @@ def check_tokenizer(shards: Shards, tokenizer: Tokenizer) -> None:
 
 
 def samples(shards: Shards, tokenizer: Tokenizer, count: int) -> Iterator[tuple[str, str]]:
-    """Yield (place, text) of ``count`` documents spread over the training shards, bos and eos spelled out; none where there is no shard.
+    """Yield (place, text) of ``count`` documents spread over the training shards, bos and eos spelled out; none twice.
 
     Raises:
         UserError: the shards were made with another tokenizer.
     """
     check_tokenizer(shards, tokenizer)
-    for number in range(count if shards.train else 0):
-        shard = shards.train[number * len(shards.train) // count]
+    names, number = tokenizer.special_tokens, 0
+    for place, shard in enumerate(shards.train, start=1):
+        first, number = number, -(-place * count // len(shards.train))
+        if first == number:
+            continue
         tokens = shard.tokens()
         starts = np.append(starts_of(shard, shards.manifest.eos), shard.n_tokens)
-        which = number % (len(starts) - 1)
-        ids = tokens[starts[which] : starts[which + 1]].tolist()
-        names = tokenizer.special_tokens
-        text = (names["bos_token"] if tokenizer.prefix else "") + tokenizer.decode(ids) + names["eos_token"]
-        yield f"{shard.path.name}, document {which}, {len(ids):,} tokens", text
+        documents = len(starts) - 1
+        for which in (one % documents for one in range(first, min(number, first + documents))):
+            ids = tokens[starts[which] : starts[which + 1]].tolist()
+            text = (names["bos_token"] if tokenizer.prefix else "") + tokenizer.decode(ids) + names["eos_token"]
+            yield f"{shard.path.name}, document {which}, {len(ids):,} tokens", text
 
 
 def texts(shards: Sequence[Shard], tokenizer: Tokenizer, most_bytes: int) -> list[str]:

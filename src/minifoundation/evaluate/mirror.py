@@ -16,6 +16,7 @@ from minifoundation.errors import UserError
 
 MANIFEST = "manifest.json"
 SUFFIXES = (".parquet", ".jsonl")
+SEAL = "write it again with eval-data check --seal"
 PULL = "pull it again with eval-data pull, or accept it with eval-data check --seal"
 
 
@@ -28,15 +29,18 @@ def read_manifest(data_dir: Path) -> dict[str, str] | None:
     """Return the sha256 of every file of a mirror by its relative path, None where there is no manifest.
 
     Raises:
-        UserError: the manifest is damaged.
+        UserError: the manifest is damaged, or that of something else.
     """
     path = data_dir / MANIFEST
     try:
-        hashes: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["sha256"]
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(str(path), "is not a manifest of a mirror", "write it again with eval-data check --seal") from None
+    except ValueError:
+        raise UserError(str(path), "is damaged: not JSON", SEAL) from None
+    hashes = content.get("sha256") if isinstance(content, dict) else None
+    if not isinstance(hashes, dict):
+        raise UserError(str(path), "is not a manifest of a mirror", "give the folder of a mirror, or move the file away")
     return hashes
 
 
@@ -45,10 +49,21 @@ def seal(data_dir: Path, written: Sequence[Path] | None = None) -> int:
 
     Args:
         written: where there is a manifest already, only these are entered, since by what it says of the others damage is seen.
+
+    Raises:
+        UserError: there is no data, or the manifest of something else; or, with ``written``, a damaged one.
     """
-    known = read_manifest(data_dir) if written is not None else None
-    there = files(data_dir) if written is None or known is None else written
-    hashes = dict(sorted(((known or {}) | {str(path.relative_to(data_dir)): sha256(path) for path in there}).items()))
+    known = None
+    try:
+        known = read_manifest(data_dir)
+    except UserError as error:
+        if written is not None or error.remedy != SEAL:
+            raise
+    if written is None or known is None:
+        known, written = {}, files(data_dir)
+    if not written:
+        raise UserError(str(data_dir), f"holds no data ({', '.join(SUFFIXES)})", "give the folder of a mirror")
+    hashes = dict(sorted((known | {str(path.relative_to(data_dir)): sha256(path) for path in written}).items()))
     part = data_dir / f"{MANIFEST}.part"
     part.write_text(json.dumps({"format": 1, "sha256": hashes}, indent=1) + "\n", encoding="utf-8")
     part.replace(data_dir / MANIFEST)
