@@ -111,4 +111,5 @@ class _ChunkedLoss(torch.autograd.Function):
         d_hidden, d_head, dtype = ctx.gradients
         ctx.gradients = None  # scaled in place below, so good for one backward only
         # d_total carries the loss scale: it multiplies here, where an overflow becomes inf and the scaler skips the step.
-        return d_hidden.mul_(d_total), d_head.mul_(d_total).to(dtype), None, None, None, None, None, None
+        # As a row of one number, since a GPU rounds a number of no dimension to the dtype of what it multiplies.
+        return d_hidden.mul_(d_total.view(1)), d_head.mul_(d_total).to(dtype), None, None, None, None, None, None
