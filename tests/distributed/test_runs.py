@@ -26,7 +26,7 @@ ALL = ["--train.tokens_per_step", str(STEP), "--train.ema", "0.9", "--train.loss
 def weights_close(one: Path, other: Path, tolerance: float) -> None:
     """Fail unless weights differ by at most ``tolerance`` in the root mean square of each tensor, and none by more than 20 times that.
 
-    Where a gradient is little more than rounding, Adam makes its direction a whole step: on some processors single weights are further apart.
+    Where a gradient is little more than rounding, Adam makes a whole step of it: on some processors single weights are further apart.
     """
     first, second = (load_checkpoint(out_dir / "final.pth") for out_dir in (one, other))
     for section in ("model", "ema"):
