@@ -24,6 +24,7 @@ from minifoundation.train.ceilings import copy_bandwidth, matrix_products
 from minifoundation.train.fallbacks import supported
 from minifoundation.train.finder import predicted_to_fit, with_batch_size
 from minifoundation.train.kernels import attention_kernel, milliseconds, usable_kernels
+from minifoundation.train.out_of_memory import is_out_of_memory
 from minifoundation.train.parallel import accumulated
 from minifoundation.train.plan import USABLE_MEMORY, micro_batch, predicted_memory
 from minifoundation.train.trial import WARM_UP, Trial, trial
@@ -125,7 +126,9 @@ def _largest(asked: RunConfig, machine: Machine, *, steps: int, warm_up: int, pr
         torch.compiler.reset()  # it compiles a limited number of shapes, and then runs without
         try:
             found.append(trial(one, machine, steps=steps, warm_up=warm_up, profiled=profiled))
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return False
         return True
 

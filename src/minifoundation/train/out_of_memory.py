@@ -16,7 +16,8 @@ GIB = 2**30
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether ``error`` says that memory has run out, on a GPU or on the CPU."""
-    return "out of memory" in str(error) or "DefaultCPUAllocator" in str(error)
+    signs = ("out of memory", "DefaultCPUAllocator", "STATUS_ALLOC_FAILED")  # torch, torch on the CPU; cuBLAS and cuDNN for their own
+    return any(sign in str(error) for sign in signs)
 
 
 def too_large(
