@@ -23,9 +23,24 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: it is absent or damaged.
     """
     path = folder / CONFIG
-    content = _json(path)
+    content = read_object(path)
     if not isinstance(content.get("model_type"), str):
         raise UserError(str(path), "is not a model configuration (no model_type)", AGAIN)
+    return content
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of such a folder.
+
+    Raises:
+        UserError: it is absent or damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(str(path), "is damaged: not a JSON object", AGAIN)
     return content
 
 
@@ -47,7 +62,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _named(index: Path) -> list[str]:
     """Return the files that an index of weights names."""
-    names = _json(index).get("weight_map")
+    names = read_object(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise UserError(str(index), "names no files of weights", AGAIN)
     for name in names.values():
@@ -71,13 +86,3 @@ def _refuse_damaged(file: Path) -> None:
             if stream.read(len(POINTER)) == POINTER:
                 raise UserError(str(file), "is a pointer of Git LFS, not the weights", f"run git lfs pull in {file.parent}") from None
         raise UserError(str(file), f"is damaged ({error})", AGAIN) from None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(str(path), "is damaged: not a JSON object", AGAIN)
-    return content

@@ -21,20 +21,16 @@ pytestmark = pytest.mark.slow
 STEP = 8 * 32
 """Tokens of a step."""
 ALL = ["--train.tokens_per_step", str(STEP), "--train.ema", "0.9", "--train.loss_chunk", "24", "--train.grad_clip", "0.3", "--lr", "1e-3"]
+ALL += ["--train.eps", "1e-6"]  # with less, Adam makes whole steps of gradients that are little more than rounding
 
 
 def weights_close(one: Path, other: Path, tolerance: float) -> None:
-    """Fail unless weights differ by at most ``tolerance`` in the root mean square of each tensor, and none by more than 20 times that.
-
-    Where a gradient is little more than rounding, Adam makes a whole step of it: on some processors single weights are further apart.
-    """
     first, second = (load_checkpoint(out_dir / "final.pth") for out_dir in (one, other))
     for section in ("model", "ema"):
         values = getattr(first, section)
         assert values
         for name, value in values.items():
-            apart = (getattr(second, section)[name] - value).abs()
-            assert apart.square().mean().sqrt() <= tolerance and apart.max() <= 20 * tolerance, name
+            torch.testing.assert_close(getattr(second, section)[name], value, atol=tolerance, rtol=0, msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +50,7 @@ def test_several_processes_train_the_weights_of_one(tmp_path: Path, alone: tuple
     assert f"parallel {'ddp' if parallel == 'auto' else parallel}, {size} processes" in printed
     assert f"network  {size} processes on 1 machine: " in printed
     torch.testing.assert_close(torch.tensor(losses(tmp_path / "run")), torch.tensor(losses(expected)), atol=1e-5, rtol=1e-5)
-    weights_close(expected, tmp_path / "run", 1e-6)
+    weights_close(expected, tmp_path / "run", 2e-6)
     one, many = (load_checkpoint(out_dir / "final.pth") for out_dir in (expected, tmp_path / "run"))
     assert one.ledger == many.ledger, "the same samples were read"
     assert one.progress["held_out_bits_per_byte"] == pytest.approx(many.progress["held_out_bits_per_byte"], abs=1e-5)
@@ -74,7 +70,7 @@ def test_two_go_on_as_one_and_again_as_two(tmp_path: Path, alone: tuple[Path, li
     printed = train(torchrun(2), [*here, "--train.parallel", parallel], module=module)
     assert "continuing from" in printed and ("the optimizer in 2 parts" in printed) == (module != "src.cli")
     torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(losses(expected)), atol=1e-5, rtol=1e-5)
-    weights_close(expected, run, 1e-6)
+    weights_close(expected, run, 2e-6)
     assert load_checkpoint(run / "final.pth").ledger == load_checkpoint(expected / "final.pth").ledger
 
 
@@ -157,7 +153,7 @@ def test_two_nodes_train_one_is_lost_and_comes_back(tmp_path: Path, alone: tuple
     printed += other  # torchrun says which node is the first
     assert "2 machines" in printed and "parallel hsdp, 4 processes: the model in 2 parts" in printed
     torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(losses(expected)), atol=1e-5, rtol=1e-5)
-    weights_close(expected, run, 1e-6)
+    weights_close(expected, run, 2e-6)
 
 
 def test_machines_of_three_and_of_one_train_the_weights_of_one(tmp_path: Path, alone: tuple[Path, list[str]]) -> None:
@@ -169,7 +165,7 @@ def test_machines_of_three_and_of_one_train_the_weights_of_one(tmp_path: Path, a
     assert [one.returncode for one in both] == [0, 0], printed[-3000:]
     assert "network  4 processes on 2 machines: " in printed  # whichever of them torchrun says is the first
     torch.testing.assert_close(torch.tensor(losses(tmp_path / "run")), torch.tensor(losses(expected)), atol=1e-5, rtol=1e-5)
-    weights_close(expected, tmp_path / "run", 1e-6)
+    weights_close(expected, tmp_path / "run", 2e-6)
 
 
 def test_a_silent_process_is_named(tmp_path: Path) -> None:

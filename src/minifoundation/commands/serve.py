@@ -22,7 +22,7 @@ from urllib.request import urlopen
 from minifoundation.config import ServeOptions
 from minifoundation.errors import UserError
 from minifoundation.evaluate.folder import check_folder, is_checkpoint
-from minifoundation.hf_folder import AGAIN, read_config
+from minifoundation.hf_folder import read_config, read_object
 from minifoundation.packages import installed
 
 if TYPE_CHECKING:
@@ -124,15 +124,10 @@ def _let_sample(folder: Path) -> None:
         UserError: they are damaged.
     """
     path = folder / "generation_config.json"
-    settings: Any = {name: value for name, value in read_config(folder).items() if name in TOKEN_IDS}
+    settings = {name: value for name, value in read_config(folder).items() if name in TOKEN_IDS}
     if path.is_file():
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            settings = None
-        if not isinstance(settings, dict):
-            raise UserError("--model", f"{path.name} in {path.resolve().parent} is damaged: not a JSON object", AGAIN)
-        path.unlink()  # it can be a link to the user's file
+        settings = read_object(path.resolve())  # it can be a link to the user's file
+        path.unlink()
     path.write_text(json.dumps({"top_k": 0, **settings, "do_sample": True}), encoding="utf-8")
 
 
