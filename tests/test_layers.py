@@ -11,7 +11,7 @@ PACKAGE = "minifoundation"
 ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 
 LAYERS = (
-    {"errors", "wording", "packages"},
+    {"errors", "wording", "packages", "container"},
     {"config", "distributed", "lock", "hf_folder"},
     {"model", "data", "evaluate", "runtime", "checkpoint"},
     {"train", "export", "report"},

@@ -45,16 +45,6 @@ def test_peaks_of_geforce_sum_in_fp32(name: str, cores: int, gigahertz: float) -
     assert runtime.peak_flops(f"NVIDIA GeForce {name}") == pytest.approx(cores * 128 * gigahertz * 1e9, rel=0.005)
 
 
-@pytest.mark.parametrize("name", ["memory.max", "memory/memory.limit_in_bytes"])
-def test_memory_is_what_a_container_may_take(name: str, tmp_path: Path) -> None:
-    whole = runtime._ram_bytes(tmp_path)
-    limit = tmp_path / name
-    limit.parent.mkdir(exist_ok=True)
-    for text, expected in (("max\n", whole), (f"{2**63 - 4096}\n", whole), ("1000000\n", 1_000_000)):
-        limit.write_text(text)
-        assert runtime._ram_bytes(tmp_path) == expected
-
-
 def test_bf16_without_bf16_arithmetic_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     with pytest.raises(UserError, match=r"--bf16: Tesla T4 has no bf16 arithmetic; use --amp alone"):

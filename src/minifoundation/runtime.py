@@ -9,12 +9,13 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from minifoundation.container import memory_bytes
 from minifoundation.errors import UserError
 from minifoundation.packages import installed
 from minifoundation.wording import counted
@@ -100,7 +101,7 @@ def machine(local_rank: int = 0) -> Machine:
         _keep_compiled_attention()
         properties = torch.cuda.get_device_properties(local_rank)
         return Machine(torch.device("cuda", local_rank), properties.name, properties.total_memory, peak_flops(properties.name))
-    return Machine(torch.device("cpu"), f"CPU, {counted(torch.get_num_threads(), 'thread')}", _ram_bytes(), None)
+    return Machine(torch.device("cpu"), f"CPU, {counted(torch.get_num_threads(), 'thread')}", memory_bytes(), None)
 
 
 def _keep_compiled_attention() -> None:
@@ -126,19 +127,6 @@ def peak_flops(gpu_name: str) -> float | None:
         if re.search(rf"\b{part}{whole}", gpu_name):
             return PEAK_TFLOPS[part] * 1e12
     return None
-
-
-def _ram_bytes(limits: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the memory of the machine, or what its container may take of it: beyond that the system kills.
-
-    Args:
-        limits: folder of the control group.
-    """
-    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in (limits / "memory.max", limits / "memory" / "memory.limit_in_bytes"):  # versions 2 and 1
-        with suppress(OSError, ValueError):  # "max" is no limit
-            most = min(most, int(limit.read_text()))
-    return most
 
 
 def compute_dtype(precision: str, where: Machine) -> torch.dtype:

@@ -179,27 +179,6 @@ def test_without_the_memory_for_a_copy_training_waits(tmp_path: Path, monkeypatc
     assert len(said) == 1 and said[0].startswith("warning: train.async_save: too little host memory")
 
 
-@pytest.mark.parametrize(
-    ("folder", "most", "used", "reclaimable"),
-    [
-        (".", "memory.max", "memory.current", "inactive_file"),
-        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ],
-    ids=["v2", "v1"],
-)
-def test_a_container_has_the_memory_of_its_limit(tmp_path: Path, folder: str, most: str, used: str, reclaimable: str) -> None:
-    plain = saver.free_memory_bytes(tmp_path)
-    assert plain > 100_000
-    group = tmp_path / folder
-    group.mkdir(exist_ok=True)
-    (group / used).write_text("70000\n")
-    (group / "memory.stat").write_text(f"anon 50000\n{reclaimable} 15000\n")
-    (group / most).write_text("max\n")
-    assert saver.free_memory_bytes(tmp_path) > 100_000
-    (group / most).write_text("90000\n")
-    assert saver.free_memory_bytes(tmp_path) == 90_000 - 70_000 + 15_000
-
-
 @pytest.mark.parametrize("moment", range(6))
 def test_a_folder_that_goes_while_it_is_written_to_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
     out_dir, real, seen = tmp_path / "run", os.fsync, list[int]()

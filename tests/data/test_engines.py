@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minifoundation.data import engines
-from minifoundation.data.engines import ATTEMPTS, Engine, cluster, cores, in_process, local
+from minifoundation.data.engines import ATTEMPTS, Engine, cluster, in_process, local
 from minifoundation.errors import UserError
 from tests.data.tasks import PIECE, Noted, alive
 
@@ -167,33 +166,3 @@ def test_the_local_engine_is_left_to_prepare(tmp_path: Path) -> None:
         cluster("slurm", tmp_path, slurm="cpu"),
     ):
         pass
-
-
-def test_cores_are_those_this_process_may_use() -> None:
-    code = (
-        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from minifoundation.data.engines import cores; print(cores())"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
-    assert cores() >= 1
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({"cpu.max": "max 100000\n"}, 64),
-        ({"cpu.max": "250000 100000\n"}, 3),
-        ({"cpu.max": "6400000 50000\n"}, 64),
-        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
-        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 64),
-        ({}, 64),
-    ],
-)
-def test_a_container_has_the_cores_of_its_share(
-    files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(engines, "CGROUP", tmp_path)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
-    assert cores() == expected

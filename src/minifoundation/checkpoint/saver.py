@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from types import TracebackType
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from minifoundation.checkpoint.folder import Checkpoint, first_of_a_row, prune, write_step
 from minifoundation.checkpoint.tensors import HostCopy, Layout, raw
+from minifoundation.container import free_memory_bytes
 from minifoundation.errors import UserError
 
 SPARE = 0.5
@@ -217,23 +216,3 @@ def _reason(error: BaseException) -> str:
 def size(n_bytes: int) -> str:
     """Return a number of bytes for a person."""
     return f"{n_bytes / 2**30:,.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:,.1f} MiB"
-
-
-def free_memory_bytes(limits: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return how much host memory can be had without swapping and within the limit of a container; all of it where nothing tells.
-
-    Args:
-        limits: folder of the control group.
-    """
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        told = dict(line.split(":") for line in meminfo.read_text(encoding="ascii").splitlines())
-        free = int(told["MemAvailable"].split()[0]) * 1024
-    v2, v1 = ("memory.max", "memory.current", "inactive_file"), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    for folder, (most, used, reclaimable) in ((limits, v2), (limits / "memory", v1)):
-        with suppress(OSError, ValueError):  # "max" is no limit
-            left = int((folder / most).read_text()) - int((folder / used).read_text())
-            kinds = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            free = min(free, max(0, left + int(kinds.get(reclaimable, 0))))  # what it holds of files is given back first
-    return free

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from minifoundation.config import ContaminationOptions
+from minifoundation.container import cores
 from minifoundation.data import survey
-from minifoundation.data.engines import cores
 from minifoundation.data.ledger import Entry
 from minifoundation.data.samples import Order
 from minifoundation.data.shards import Shard, Shards

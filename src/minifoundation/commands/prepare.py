@@ -86,7 +86,7 @@ def _together(options: PrepareOptions, chosen: PrepareConfig) -> None:
     Raises:
         UserError: another engine is asked for, or not all see the folder of the shards; as ``_make``, on every process.
     """
-    from minifoundation.data.engines import cores
+    from minifoundation.container import cores
     from minifoundation.data.ranks import Helper, Leader
     from minifoundation.distributed import join, leave
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 import queue
@@ -13,7 +12,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Literal, Protocol
@@ -29,10 +28,6 @@ ATTEMPTS = 3
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 """For a worker's environment: starting the threads of a BLAS that it never uses takes numpy longer than all the rest of its import."""
-
-
-CGROUP = Path("/sys/fs/cgroup")
-"""Where the kernel shows a process its container's limits."""
 
 
 class Engine(Protocol):
@@ -78,23 +73,6 @@ def cluster(
             engine = slurm_engine(_options(slurm or ""), folder, workers)
     with closing(engine):
         yield engine
-
-
-def cores() -> int:
-    """Return how many cores this process may use: those it is bound to, or fewer where its container has a share of their time."""
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(bound, math.ceil(_quota(CGROUP) or bound))
-
-
-def _quota(cgroup: Path) -> float | None:
-    """Return the cores' worth of time that a container may take, None without a limit (or for one that is not a container)."""
-    with suppress(OSError, ValueError):
-        quota, period = (cgroup / "cpu.max").read_text().split()
-        return int(quota) / int(period)  # "max" is no number
-    with suppress(OSError, ValueError):  # version 1
-        quota, period = ((cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        return int(quota) / int(period) if int(quota) > 0 else None
-    return None
 
 
 def in_process() -> Engine:

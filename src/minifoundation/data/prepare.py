@@ -22,9 +22,10 @@ from typing import Any
 from tqdm import tqdm
 
 from minifoundation.config import DataConfig, TokenizerConfig
+from minifoundation.container import cores
 from minifoundation.data.assemble import blocks, manifests
 from minifoundation.data.encode import BLOCK_BYTES, WORK, Encoding, filtered, is_held_out
-from minifoundation.data.engines import Engine, cores, in_process, local
+from minifoundation.data.engines import Engine, in_process, local
 from minifoundation.data.pieces import pieces
 from minifoundation.data.rows import all_documents
 from minifoundation.data.shards import PART, Manifest, Shards, intact, manifest_of, read_manifest, write_manifest

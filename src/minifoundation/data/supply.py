@@ -17,7 +17,8 @@ from types import TracebackType
 from typing import Self
 
 from minifoundation.config import DataConfig
-from minifoundation.data.engines import Engine, cores, local
+from minifoundation.container import cores
+from minifoundation.data.engines import Engine, local
 from minifoundation.data.prepare import prepare_shards, shards_folder
 from minifoundation.data.samples import samples_from
 from minifoundation.data.shards import MANIFEST, Shards
