@@ -208,7 +208,7 @@ def measured(row: Row, name: str, batch_size: int, grad_accum: int, precision: s
         shown = found.figures()
         return {
             name: shown[name]
-            for name in ("tokens_per_second", "ms_per_step", "ms_spread", "mfu", "peak_gib", "first_step_seconds", "kernel")
+            for name in ("tokens_per_second", "ms_per_step", "ms_spread", "mfu", "peak_gib", "first_step_seconds", "kernel", "swiglu")
         }
     weights, expected = _our_weights(run.model, run.train.seq_len, machine)
     theirs, loss = build(

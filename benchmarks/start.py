@@ -47,6 +47,7 @@ def child(folder: Path, began: float, arguments: list[str]) -> None:
         began: when the process was started, in seconds since the epoch.
     """
     phases: dict[str, float] = {}
+    kernels: list[str] = []
     last = began
 
     def mark(phase: str) -> None:
@@ -63,6 +64,8 @@ def child(folder: Path, began: float, arguments: list[str]) -> None:
             mark("set-up")
             result = function(*args, **kwargs)
             mark(phase)
+            if name == "chosen_kernels":
+                kernels.extend(result[1])
             return result
 
         setattr(module, name, called)
@@ -112,20 +115,20 @@ def child(folder: Path, began: float, arguments: list[str]) -> None:
     try:
         cli.main(["pretrain", *arguments])
     except FirstStepDone:
-        (folder / FIGURES).write_text(json.dumps(phases), encoding="utf-8")
+        (folder / FIGURES).write_text(json.dumps([phases, kernels]), encoding="utf-8")
 
 
-def start(folder: Path, arguments: list[str]) -> dict[str, float]:
-    """Return the seconds of each phase of one start; its compile caches are in ``folder``."""
+def start(folder: Path, arguments: list[str]) -> tuple[dict[str, float], list[str]]:
+    """Return the seconds of each phase of one start, and what it said of kernels; its compile caches are in ``folder``."""
     caches = {variable: str(folder / name) for variable, name in CACHES.items()}
     program = "import sys, benchmarks.start as this; this.child(this.Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])"
     command = [sys.executable, "-c", program, str(folder), repr(time.time()), *arguments]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **caches}, capture_output=True, text=True, check=False)
     if not (folder / FIGURES).exists():
         raise SystemExit(f"pretrain did not come to its first step:\n{done.stderr[-2000:]}")
-    phases: dict[str, float] = json.loads((folder / FIGURES).read_text(encoding="utf-8"))
+    phases, kernels = json.loads((folder / FIGURES).read_text(encoding="utf-8"))
     (folder / FIGURES).unlink()
-    return phases
+    return phases, kernels
 
 
 def main() -> None:
@@ -148,14 +151,17 @@ def main() -> None:
         start(folder, [*settings, "--out_dir", str(folder / "preparing")])  # makes the shards
         for cache in CACHES.values():
             shutil.rmtree(folder / cache, ignore_errors=True)
-        starts = {way: start(folder, [*settings, "--out_dir", str(folder / way)]) for way in ("cold", "warm")}
+        starts, said = {}, {}
+        for way in ("cold", "warm"):
+            starts[way], said[way] = start(folder, [*settings, "--out_dir", str(folder / way)])
+    print("\n".join(said["cold"]))
     print(f"{'':<30}{'cold':>8}{'warm':>8}")
     for phase in dict.fromkeys(phase for phases in starts.values() for phase in phases):
         print(f"{phase:<30}" + "".join(f"{starts[way].get(phase, 0.0):>8.2f}" for way in starts))
     beyond = {way: round(sum(s for phase, s in phases.items() if phase not in NOT_OURS), 2) for way, phases in starts.items()}
     print(f"{'without ' + ' and '.join(NOT_OURS):<30}" + "".join(f"{seconds:>8.2f}" for seconds in beyond.values()))
     rounded = {way: {phase: round(seconds, 3) for phase, seconds in phases.items()} for way, phases in starts.items()}
-    finish("start", {"seconds_beyond_torch_and_cuda": beyond}, results=rounded, quick=options.quick)
+    finish("start", {"seconds_beyond_torch_and_cuda": beyond}, results={**rounded, "kernels": said["cold"]}, quick=options.quick)
 
 
 def _tokenizer(folder: Path, corpus: Path) -> Path:

@@ -109,21 +109,25 @@ def test_swiglu_is_in_the_products_where_quack_works(settings: Make, monkeypatch
     half = settings(train={"precision": "bf16"})
     monkeypatch.setattr(runtime, "compute_dtype", lambda *_: torch.bfloat16)  # this GPU is none
     monkeypatch.setattr(gated, "obstacle", lambda *_: None)
+    monkeypatch.setattr(gated, "fault", lambda *_: None)
     assert swiglu_kernel(half, GPU) == ("quack", "swiglu: in the products beside it, by QuACK")
     assert swiglu_kernel(half, GPU, "own") == ("own", None), "a resumed run repeats what it began with"
     assert swiglu_kernel(settings(train={"precision": "bf16"}, model={"swiglu": "own"}), GPU) == ("own", None)
     assert swiglu_kernel(settings(train={"precision": "fp8"}), GPU) == ("own", None)
-    monkeypatch.setattr(gated, "obstacle", lambda *_: "fails here (TypeError: of a version)")
-    assert swiglu_kernel(half, GPU) == ("own", None), "auto takes what works, without a word"
+    named = settings(train={"precision": "bf16"}, model={"swiglu": "quack"})
+    monkeypatch.setattr(gated, "fault", lambda *_: "fails here (TypeError: of a version)")
     warning = "warning: model.swiglu: quack fails here (TypeError: of a version); using own"
-    assert swiglu_kernel(half, GPU, "quack") == ("own", warning)
-    assert swiglu_kernel(settings(train={"precision": "bf16"}, model={"swiglu": "quack"}), GPU) == ("own", warning)
+    assert swiglu_kernel(half, GPU) == ("own", warning), "it is installed and slower without, and nobody would know"
+    assert swiglu_kernel(half, GPU, "quack") == swiglu_kernel(named, GPU) == ("own", warning)
+    monkeypatch.setattr(gated, "obstacle", lambda *_: "needs the package quack-kernels")
+    assert swiglu_kernel(half, GPU) == ("own", None), "auto takes what is there, without a word"
+    warning = "warning: model.swiglu: quack needs the package quack-kernels; using own"
+    assert swiglu_kernel(half, GPU, "quack") == swiglu_kernel(named, GPU) == ("own", warning)
 
 
 def test_quack_is_for_hopper_and_later_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gated, "INSTALLED", True)
-    cuda = torch.device("cuda")
-    assert gated.obstacle(cuda, torch.bfloat16, (8, 0)) == "needs compute capability 9.x or 10.x, not 8.0"
-    assert gated.obstacle(cuda, torch.float32, (9, 0)) == "needs bf16 or fp16, not torch.float32"
+    assert gated.obstacle(torch.bfloat16, (8, 0)) == "needs compute capability 9.x or 10.x, not 8.0"
+    assert gated.obstacle(torch.float32, (9, 0)) == "needs bf16 or fp16, not torch.float32"
     monkeypatch.setattr(gated, "INSTALLED", False)
-    assert gated.obstacle(cuda, torch.bfloat16, (9, 0)) == "needs the package quack-kernels"
+    assert gated.obstacle(torch.bfloat16, (9, 0)) == "needs the package quack-kernels"

@@ -23,7 +23,7 @@ from minifoundation.train import capacity
 from minifoundation.train.ceilings import copy_bandwidth, matrix_products
 from minifoundation.train.fallbacks import supported
 from minifoundation.train.finder import predicted_to_fit, with_batch_size
-from minifoundation.train.kernels import attention_kernel, milliseconds, usable_kernels
+from minifoundation.train.kernels import attention_kernel, milliseconds, swiglu_kernel, usable_kernels
 from minifoundation.train.out_of_memory import is_out_of_memory
 from minifoundation.train.parallel import accumulated
 from minifoundation.train.plan import USABLE_MEMORY, micro_batch, predicted_memory
@@ -99,6 +99,8 @@ def _measured(asked: RunConfig, machine: Machine, steps: int) -> dict[str, Any]:
     kernel, line = attention_kernel(expected, machine, World(), None)
     figures["attention_ms"] = _attention(expected, machine)
     click.echo(line or f"attention: {kernel}")
+    swiglu, line = swiglu_kernel(expected, machine)
+    click.echo(line or f"swiglu: {swiglu}")
     warm_up, steps = (WARM_UP, steps) if machine.is_cuda else (1, 2)
     chosen, found = _largest(asked.replaced(model={"attention": kernel}), machine, steps=steps, warm_up=warm_up, profiled=True)
     figures["step"] = _split(chosen) | found.figures()

@@ -63,10 +63,11 @@ def swiglu_kernel(config: RunConfig, machine: Machine, recorded: str | None = No
     if asked == "own" or (asked == "auto" and recorded == "own"):
         return "own", None
     obstacle = _quack_obstacle(config, machine)
-    if obstacle is None:
+    fault = obstacle or gated.fault(machine.device, runtime.compute_dtype(config.train.precision, machine))
+    if fault is None:
         return "quack", "swiglu: in the products beside it, by QuACK"
-    if asked == "quack" or recorded == "quack":
-        return "own", f"warning: model.swiglu: quack {obstacle}; using own"
+    if obstacle is None or asked == "quack" or recorded == "quack":  # what is there and should work is not left out without a word
+        return "own", f"warning: model.swiglu: quack {fault}; using own"
     return "own", None
 
 
@@ -80,7 +81,7 @@ def _quack_obstacle(config: RunConfig, machine: Machine) -> str | None:
         return f"needs a CUDA GPU and this is {machine.device.type}"
     if model.d_model % 8 or model.d_ff % 8:
         return f"needs widths that are multiples of 8, not {model.d_model} and {model.d_ff}"
-    return gated.obstacle(machine.device, runtime.compute_dtype(precision, machine), machine.capability)
+    return gated.obstacle(runtime.compute_dtype(precision, machine), machine.capability)
 
 
 def transformer_for(

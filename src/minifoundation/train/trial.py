@@ -41,6 +41,7 @@ class Trial:
 
     kernel: str
     """Of attention."""
+    swiglu: str
     tokens_per_step: int
     seconds: list[float]
     """Of each step that counts, from the end of the one before, on the device's clock."""
@@ -65,6 +66,7 @@ class Trial:
         peak, predicted = self.peak_bytes / 2**30, sum(self.predicted.values()) / 2**30
         return {
             "kernel": self.kernel,
+            "swiglu": self.swiglu,
             "tokens_per_second": round(self.tokens_per_second),
             "ms_per_step": round(1e3 * statistics.median(self.seconds), 2),
             "ms_spread": [round(1e3 * min(self.seconds), 2), round(1e3 * max(self.seconds), 2)],
@@ -156,6 +158,7 @@ def trial(
     flops = flops_per_token(config.model, statistics.fmean(spans))
     return Trial(
         kernel=alone.transformer.kernel(machine.device, masked=config.data.mask_documents),
+        swiglu="quack" if alone.transformer.in_epilogue else "own",
         tokens_per_step=tokens,
         seconds=seconds,
         first_seconds=first_seconds,

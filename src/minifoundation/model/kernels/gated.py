@@ -48,14 +48,19 @@ def sum_with_product(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return result
 
 
-def obstacle(device: torch.device, dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
-    """Return why QuACK's products cannot be used on ``device``, or None; they are tried on a small case."""
+def obstacle(dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
+    """Return why QuACK's products are not for a GPU of ``capability``, or None; whether they work is what ``fault`` says."""
     if not INSTALLED:
         return "needs the package quack-kernels"
     if capability[0] not in (9, 10):
         return f"needs compute capability 9.x or 10.x, not {capability[0]}.{capability[1]}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"needs bf16 or fp16, not {dtype}"
+    return None
+
+
+def fault(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return how QuACK's products fail on ``device``, for which they are, or None: they are tried on a small case."""
     x, weight, down = (torch.randn(shape, device=device).to(dtype) for shape in ((256, 128), (512, 128), (128, 256)))
     try:
         gates, activated = product(x, weight)
