@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any, Self
 
 
@@ -31,6 +33,14 @@ class UserError(Exception):
     def __reduce__(self) -> tuple[type[Self], tuple[str, str, str], dict[str, Any]]:
         """Let it come back from a worker process: by default pickle would rebuild it from the one line."""
         return type(self), (self.where, self.problem, self.remedy), self.__dict__
+
+
+def refuse_unwritable(where: str, path: Path, folder: Path, remedy: str) -> None:
+    """Refuse ``path`` now if ``folder``, which is to be made if need be, cannot hold it: that should not show after hours of work."""
+    above = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        why = "may not be written to" if above.is_dir() else "is not a folder"
+        raise UserError(where, f"{path} cannot be written: {above} {why}", remedy)
 
 
 class Interrupted(Exception):

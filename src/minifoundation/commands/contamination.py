@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,7 +21,7 @@ from minifoundation.data.ledger import Entry
 from minifoundation.data.samples import Order
 from minifoundation.data.shards import Shard, Shards
 from minifoundation.data.tokenizer import Tokenizer
-from minifoundation.errors import UserError
+from minifoundation.errors import UserError, refuse_unwritable
 from minifoundation.evaluate.contamination import SIZES, findings, items_of, separated
 from minifoundation.evaluate.ngrams import Index, Item
 from minifoundation.evaluate.requests import read_tasks
@@ -43,10 +42,7 @@ def contamination(options: ContaminationOptions) -> None:
     out = options.out or place
     if out.is_dir():
         raise UserError("--out", f"{out} is a folder", f"give a file, such as {out / 'contamination.json'}")
-    above = next(folder for folder in out.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        why = "may not be written to" if above.is_dir() else "is not a folder"
-        raise UserError("--out", f"{out} cannot be written: {above} {why}", "give another file")
+    refuse_unwritable("--out", out, out.parent, "give another file")
     if options.data_dir is not None and not options.data_dir.is_dir():
         raise UserError("--data_dir", f"{options.data_dir}: no such folder", "give a mirror folder, or leave it out to read from the hub")
     for folder in options.evals:
