@@ -6,6 +6,13 @@ likewise, since a thread of the epilogue must hold both.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from subprocess import DEVNULL
+
 import torch
 from torch import Tensor
 
@@ -72,3 +79,29 @@ def fault(device: torch.device, dtype: torch.dtype) -> str | None:
     except Exception as error:  # versions of QuACK and CUTLASS that do not fit each other fail in many ways
         return f"fails here ({type(error).__name__}: {str(error).splitlines()[0][:80]})"
     return None if wrong < 1e-2 else f"computes something else here (error {wrong:.3g})"
+
+
+@contextmanager
+def compiled_beside(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Have another process compile what ``fault`` tries while the block runs, where QuACK's cache is empty: at a user's first start.
+
+    The block compiles FlashAttention 4 meanwhile. QuACK locks each kernel in its cache, so what is needed before it is done is waited for.
+    """
+    process = _compiling(device, dtype)
+    try:
+        yield
+    finally:
+        if process is not None:
+            process.kill()
+            process.wait()
+
+
+def _compiling(device: torch.device, dtype: torch.dtype) -> subprocess.Popen[bytes] | None:
+    program = f"import torch; from minifoundation.model.kernels import gated; gated.fault(torch.device({str(device)!r}), {dtype})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    try:
+        if any(load("quack.cache.jit").get_cache_path().glob("*/*.o")):
+            return None
+        return subprocess.Popen([sys.executable, "-c", program], env=environment, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)
+    except Exception:  # it only saves time; ``fault`` says what is wrong with QuACK
+        return None
