@@ -380,6 +380,14 @@ def test_a_slip_in_a_section_is_named_before_what_it_leaves_unset() -> None:
     assert str(refusal(slipped)) == "modle: unknown setting (in a.yaml); did you mean model?"
 
 
+def test_a_base_may_lie_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "b.yaml").write_text("train: {lr: 0.5, seed: 3}\n")
+    (tmp_path / "a.yaml").write_text("base: ~/b.yaml\ntrain: {seed: 4}\n")
+    assert config.read_yaml(tmp_path / "a.yaml") == {"train": {"lr": 0.5, "seed": 4}}
+
+
 def test_a_base_that_leads_back_to_itself_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("base: b.yaml\n")
     (tmp_path / "b.yaml").write_text("base: a.yaml\n")

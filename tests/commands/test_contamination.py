@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,17 @@ def test_a_mistake_shows_before_the_search(
     assert main([*line, "--data_dir", str(BUNDLED), *(option.replace("HERE", str(tmp_path)) for option in options)]) == 2
     (said,) = capsys.readouterr().err.strip().splitlines()
     assert said.startswith(f"error: {message.replace('HERE', str(tmp_path))}")
+
+
+def test_a_folder_without_permission_is_told_as_what_it_is(
+    tmp_path: Path, tokenizer_model: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shards(tmp_path / "shards", tokenizer_model, [WORDS[:500]])
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_model)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    line = ["contamination", "--shards", str(folder), "--tokenizer", str(tmp_path / "tokenizer.model"), "--tasks", "arc_easy"]
+    assert main([*line, "--data_dir", str(BUNDLED), "--out", str(tmp_path / "found.json")]) == 2
+    assert f"{tmp_path}/found.json cannot be written: {tmp_path} may not be written to; give" in capsys.readouterr().err
 
 
 def test_shards_of_another_tokenizer_are_refused(tmp_path: Path, tokenizer_model: bytes, capsys: pytest.CaptureFixture[str]) -> None:

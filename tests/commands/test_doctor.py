@@ -7,12 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from minifoundation import cli, config
+from minifoundation import cli, config, runtime
+from minifoundation.commands import doctor
 from minifoundation.config import RunConfig
 from minifoundation.data import hub
 from minifoundation.lock import held
+from minifoundation.model.kernels import gated
 from minifoundation.train.run import run
+from tests.pretended import Pretended
 from tests.train.conftest import EXAMPLE, TINY
 
 Capture = pytest.CaptureFixture[str]
@@ -41,6 +45,25 @@ def test_the_machine(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "unreachable", lambda: "https://huggingface.co does not answer (no route to host)")
     assert cli.main(["doctor"]) == 0
     assert "note   https://huggingface.co does not answer (no route to host): give --data a path" in capsys.readouterr().out
+
+
+def test_a_gpu_whose_quack_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hopper(Pretended):
+        @property
+        def capability(self) -> tuple[int, int]:
+            return 9, 0
+
+    def said() -> list[str]:
+        return [f"{kind} {text}" for kind, text in doctor._tried(Hopper(torch.device("cpu"), "H100", 2**36, None))]
+
+    monkeypatch.setattr(runtime, "compute_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(gated, "INSTALLED", False)
+    assert not any("SwiGLU" in line for line in said()), "a package that is not there is no fault"
+    monkeypatch.setattr(gated, "INSTALLED", True)
+    monkeypatch.setattr(gated, "fault", lambda *_: None)
+    assert "ok SwiGLU: in QuACK's products" in said()
+    monkeypatch.setattr(gated, "fault", lambda *_: "fails here (TypeError: of a version)")
+    assert "note SwiGLU is slower than it could be: QuACK fails here (TypeError: of a version)" in said()
 
 
 def test_a_whole_run(trained: Path, capsys: Capture) -> None:

@@ -328,6 +328,11 @@ def test_a_dry_run_names_what_is_not_there_and_counts_the_tokenizer_that_is(
     with pytest.raises(UserError, match=r"data\.source: .*nowhere' is neither a known corpus nor a path"):
         run(settings(data={"source": str(tmp_path / "nowhere")}), resume=None, dry_run=True)
     assert "nothing was started" in capsys.readouterr().out, "the plan is told first"
+    (tmp_path / "file").touch()
+    for there in (tmp_path / "file", tmp_path / "file" / "run"):
+        elsewhere = settings().model_copy(update={"out_dir": there})
+        with pytest.raises(UserError, match=f"out_dir: {there} cannot be written: .*/file is not a folder; give another folder"):
+            run(elsewhere, resume=None, dry_run=True)
     run(settings(data={"source": "fineweb"}), resume=None, dry_run=True)  # a plan needs no network
     assert "warning" not in capsys.readouterr().err
     run(settings(model={"n_layer": 10_000, "d_ff": 2**22}, data={"source": "fineweb"}), resume=None, dry_run=True)

@@ -44,6 +44,13 @@ def test_tiny_runs_have_positive_rates(schedule: str, steps: int) -> None:
     assert all(0 < rate <= 1e-3 for rate in rates)
 
 
+def test_a_share_is_what_its_decimals_say() -> None:
+    assert warmup_steps(config(warmup=0.07), 100) == 7, "0.07 * 100 is 7.000000000000001 in binary"
+    assert warmup_steps(config(warmup=0.07), 101) == 8
+    rates = [learning_rate(step, 100, config(schedule="wsd", warmup=0, decay=0.07)) for step in range(100)]
+    assert sum(rate < 1e-3 for rate in rates) == 7
+
+
 def test_warmup_can_be_off() -> None:
     assert warmup_steps(config(warmup=0), 100) == 0
     assert learning_rate(0, 100, config(warmup=0)) == pytest.approx(1e-3)

@@ -45,7 +45,8 @@ def contamination(options: ContaminationOptions) -> None:
         raise UserError("--out", f"{out} is a folder", f"give a file, such as {out / 'contamination.json'}")
     above = next(folder for folder in out.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError("--out", f"{out} cannot be written: {above} is not a folder", "give another file")
+        why = "may not be written to" if above.is_dir() else "is not a folder"
+        raise UserError("--out", f"{out} cannot be written: {above} {why}", "give another file")
     if options.data_dir is not None and not options.data_dir.is_dir():
         raise UserError("--data_dir", f"{options.data_dir}: no such folder", "give a mirror folder, or leave it out to read from the hub")
     for folder in options.evals:

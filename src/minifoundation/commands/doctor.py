@@ -23,6 +23,7 @@ from minifoundation.errors import UserError
 from minifoundation.evaluate.requests import read_tasks
 from minifoundation.lock import holder
 from minifoundation.model.attention import resolve
+from minifoundation.model.kernels import gated
 from minifoundation.packages import installed
 from minifoundation.runtime import Machine
 from minifoundation.train.metrics import METRICS, table
@@ -96,6 +97,11 @@ def _tried(where: Machine) -> Iterator[Finding]:
             )
     kernel, _ = resolve("auto", where.device.type, capability=where.capability)
     yield Finding("ok", f"attention kernel: {kernel if where.is_cuda else 'the one of torch for CPUs'}")
+    if where.is_cuda and gated.obstacle(torch.bfloat16, where.capability) is None:
+        fails = gated.fault(where.device, torch.bfloat16)
+        yield (
+            Finding("note", f"SwiGLU is slower than it could be: QuACK {fails}") if fails else Finding("ok", "SwiGLU: in QuACK's products")
+        )
 
 
 def _benchmarks() -> Iterator[Finding]:

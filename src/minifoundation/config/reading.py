@@ -156,7 +156,7 @@ def read_yaml(path: Path, *, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = values.pop("base", None)
     if base is None:
         return values
-    below = path.parent / str(base)
+    below = path.parent / Path(str(base)).expanduser()
     if below.resolve() in [file.resolve() for file in (*above, path)]:
         raise UserError(str(path), f"its base {base} leads back to it", "name another file as base, or leave it out")
     return merged(read_yaml(below, above=(*above, path)), values)

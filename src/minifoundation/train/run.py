@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -169,6 +170,10 @@ def _dry_run(config: RunConfig, planned: Plan, machine: Machine, world: World, s
     if planned.memory_total > machine.memory_bytes:
         say(f"warning: {machine.name} has less memory than that: a run is refused here")
     refuse_absent(config)
+    above = next(place for place in (config.out_dir.absolute(), *config.out_dir.absolute().parents) if place.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        why = "may not be written to" if above.is_dir() else "is not a folder"
+        raise UserError("out_dir", f"{config.out_dir} cannot be written: {above} {why}", "give another folder")
 
 
 def _going_on(config: RunConfig, resume: str | None) -> dict[str, str]:

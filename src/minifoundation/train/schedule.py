@@ -9,7 +9,12 @@ from minifoundation.config import TrainConfig
 
 def warmup_steps(config: TrainConfig, steps: int) -> int:
     """Return the number of steps with rising rate."""
-    return math.ceil(config.warmup * steps)
+    return _part(config.warmup, steps)
+
+
+def _part(share: float, steps: int) -> int:
+    """Return ``share`` of the steps, rounded up: 0.07 of 100 is 7, although in binary it is a little more."""
+    return math.ceil(round(share * steps, 6))
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
@@ -29,6 +34,6 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
             done = (step - rising) / max(1, steps - 1 - rising)
             return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
         case "wsd":
-            falling = max(1, math.ceil(config.decay * steps))
+            falling = max(1, _part(config.decay, steps))
             done = max(0.0, (step - (steps - 1 - falling)) / falling)
             return config.lr - (config.lr - floor) * done
