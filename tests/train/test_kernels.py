@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -17,7 +18,7 @@ from minifoundation.model.attention import Backend
 from minifoundation.model.kernels import gated
 from minifoundation.runtime import Machine
 from minifoundation.train import kernels
-from minifoundation.train.kernels import attention_kernel, milliseconds, swiglu_kernel
+from minifoundation.train.kernels import Kernels, attention_kernel, chosen_kernels, milliseconds, swiglu_kernel
 
 Make = Callable[..., RunConfig]
 
@@ -123,6 +124,33 @@ def test_swiglu_is_in_the_products_where_quack_works(settings: Make, monkeypatch
     assert swiglu_kernel(half, GPU) == ("own", None), "auto takes what is there, without a word"
     warning = "warning: model.swiglu: quack needs the package quack-kernels; using own"
     assert swiglu_kernel(half, GPU, "quack") == swiglu_kernel(named, GPU) == ("own", warning)
+
+
+def test_quack_is_compiled_beside_the_choice_of_attention_where_it_is_to_be_used(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    @contextmanager
+    def beside(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+        order.append(f"compiling for {device} in {dtype}")
+        yield
+        order.append("done")
+
+    def chosen(*_: object) -> tuple[Backend, None]:
+        order.append("attention")
+        return "flash4", None
+
+    monkeypatch.setattr(runtime, "compute_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(gated, "obstacle", lambda *_: None)
+    monkeypatch.setattr(gated, "fault", lambda *_: order.append("quack"))
+    monkeypatch.setattr(gated, "compiled_beside", beside)
+    monkeypatch.setattr(kernels, "attention_kernel", chosen)
+    half = settings(train={"precision": "bf16"})
+    assert chosen_kernels(half, GPU, World(), {})[0] == Kernels("flash4", "quack", "flash4")
+    assert order == ["compiling for cpu in torch.bfloat16", "attention", "quack", "done"]
+    for config, recorded in ((settings(train={"precision": "fp8"}), {}), (half, {"swiglu": "own"})):
+        order.clear()
+        assert chosen_kernels(config, GPU, World(), recorded)[0].swiglu == "own"
+        assert order == ["attention"], "nothing is compiled for what does not run"
 
 
 def test_quack_is_for_hopper_and_later_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:

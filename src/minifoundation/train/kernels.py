@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Literal, NamedTuple, TypedDict
 
@@ -47,20 +48,23 @@ def chosen_kernels(config: RunConfig, machine: Machine, world: World, recorded: 
     Args:
         recorded: those that the resumed checkpoint was trained with; empty for a run that begins.
     """
-    attention, of_attention = attention_kernel(config, machine, world, recorded.get("attention"))
-    rows, of_rows = attention, None
-    if config.data.mask_documents and config.data.min_tokens is not None:
-        whole = config.replaced(data={"mask_documents": False})
-        rows, line = attention_kernel(whole, machine, world, recorded.get("rows"))
-        of_rows = line and f"rows of one document: {line}"
-    swiglu, of_swiglu = swiglu_kernel(config, machine, recorded.get("swiglu"))
+    by_quack = world.local_rank == 0 and _wants_quack(config, recorded.get("swiglu")) and _quack_obstacle(config, machine) is None
+    dtype = runtime.compute_dtype(config.train.precision, machine)
+    with gated.compiled_beside(machine.device, dtype) if by_quack else nullcontext():
+        attention, of_attention = attention_kernel(config, machine, world, recorded.get("attention"))
+        rows, of_rows = attention, None
+        if config.data.mask_documents and config.data.min_tokens is not None:
+            whole = config.replaced(data={"mask_documents": False})
+            rows, line = attention_kernel(whole, machine, world, recorded.get("rows"))
+            of_rows = line and f"rows of one document: {line}"
+        swiglu, of_swiglu = swiglu_kernel(config, machine, recorded.get("swiglu"))
     return Kernels(attention, swiglu, rows), [line for line in (of_attention, of_rows, of_swiglu) if line]
 
 
 def swiglu_kernel(config: RunConfig, machine: Machine, recorded: str | None = None) -> tuple[Swiglu, str | None]:
     """Return where SwiGLU is computed, and a line that says why where there was a choice; arguments as of ``chosen_kernels``."""
     asked = config.model.swiglu
-    if asked == "own" or (asked == "auto" and recorded == "own"):
+    if not _wants_quack(config, recorded):
         return "own", None
     obstacle = _quack_obstacle(config, machine)
     fault = obstacle or gated.fault(machine.device, runtime.compute_dtype(config.train.precision, machine))
@@ -69,6 +73,11 @@ def swiglu_kernel(config: RunConfig, machine: Machine, recorded: str | None = No
     if obstacle is None or asked == "quack" or recorded == "quack":  # what is there and should work is not left out without a word
         return "own", f"warning: model.swiglu: quack {fault}; using own"
     return "own", None
+
+
+def _wants_quack(config: RunConfig, recorded: str | None) -> bool:
+    asked = config.model.swiglu
+    return asked == "quack" or (asked == "auto" and recorded != "own")
 
 
 def _quack_obstacle(config: RunConfig, machine: Machine) -> str | None:

@@ -1,6 +1,10 @@
-"""QuACK's products against float64; they run on a GPU alone."""
+"""QuACK's products against float64, on a GPU alone; and what is compiled beside."""
 
 from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +13,6 @@ from torch import Tensor
 
 from minifoundation.model.kernels import gated
 from tests.model.kernels.conftest import TOLERANCE, relative
-
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]  # CUTLASS warns about itself
 
 TOLERANCES = {**TOLERANCE, torch.float16: 1e-3}
 SHAPES = [(256, 128, 256), (1000, 256, 520), (37, 72, 136)]
@@ -21,6 +23,8 @@ def drawn(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, device="cuda").to(dtype)
 
 
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")  # CUTLASS warns about itself
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_products_are_swiglu_and_its_gradients(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -49,3 +53,68 @@ def swiglu(gates: Tensor) -> Tensor:
     up: Tensor
     gate, up = gates.unflatten(-1, (-1, 2)).unbind(-1)
     return F.silu(gate) * up
+
+
+CPU = torch.device("cpu")
+
+
+class Process:
+    """Stands for a process that goes on until it is killed."""
+
+    def __init__(self, command: list[str], **_: object) -> None:
+        self.program = command[-1]
+        self.ended: list[str] = []
+
+    def kill(self) -> None:
+        self.ended.append("killed")
+
+    def wait(self) -> None:
+        self.ended.append("and waited for")
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Process]:
+    """Give QuACK a cache in ``tmp_path``, and return the processes that are started from then on."""
+    processes: list[Process] = []
+
+    def start(command: list[str], **options: object) -> Process:
+        processes.append(Process(command, **options))
+        return processes[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(gated, "load", lambda _: SimpleNamespace(get_cache_path=lambda: tmp_path))
+    return processes
+
+
+def test_the_first_start_compiles_each_product_in_another_process(started: list[Process], monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[tuple[str, torch.dtype]] = []
+    for name in ("product", "gradients", "sum_with_product"):
+        monkeypatch.setattr(gated, name, lambda x, *_, name=name: compiled.append((name, x.dtype)))
+    with gated.compiled_beside(CPU, torch.bfloat16):
+        assert [process.ended for process in started] == [[], [], []]
+        for process in started:
+            exec(process.program, {})
+    assert compiled == [(name, torch.bfloat16) for name in ("product", "gradients", "sum_with_product")]
+
+
+def test_what_is_not_needed_any_more_does_not_go_on(started: list[Process]) -> None:
+    with pytest.raises(KeyboardInterrupt), gated.compiled_beside(CPU, torch.bfloat16):
+        raise KeyboardInterrupt
+    assert [process.ended for process in started] == [["killed", "and waited for"]] * 3
+
+
+def test_later_starts_find_the_cache(started: list[Process], tmp_path: Path) -> None:
+    (tmp_path / "version").mkdir()
+    (tmp_path / "version" / "kernel.o").touch()
+    with gated.compiled_beside(CPU, torch.bfloat16):
+        pass
+    assert started == []
+
+
+def test_a_quack_that_cannot_be_imported_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: str) -> None:
+        raise ImportError("no module named cutlass")
+
+    monkeypatch.setattr(gated, "load", broken)
+    with gated.compiled_beside(CPU, torch.bfloat16):
+        pass

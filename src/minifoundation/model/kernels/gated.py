@@ -6,6 +6,15 @@ likewise, since a thread of the epilogue must hold both.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from subprocess import DEVNULL
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,14 +70,52 @@ def obstacle(dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
 
 def fault(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return how QuACK's products fail on ``device``, for which they are, or None: they are tried on a small case."""
-    x, weight, down = (torch.randn(shape, device=device).to(dtype) for shape in ((256, 128), (512, 128), (128, 256)))
+    small = small_cases(device, dtype)
     try:
-        gates, activated = product(x, weight)
-        gradients(x, down, gates)
-        sum_with_product(x, activated, down)
+        (_, activated), *_ = [case() for case in small.values()]
+        x, weight = small["product"].args
         gate, up = (x.float() @ weight.float().T).unflatten(-1, (-1, 2)).unbind(-1)
         exact = torch.nn.functional.silu(gate) * up
         wrong = float((activated.float() - exact).norm() / exact.norm())
     except Exception as error:  # versions of QuACK and CUTLASS that do not fit each other fail in many ways
         return f"fails here ({type(error).__name__}: {str(error).splitlines()[0][:80]})"
     return None if wrong < 1e-2 else f"computes something else here (error {wrong:.3g})"
+
+
+def small_cases(device: torch.device, dtype: torch.dtype) -> dict[str, partial[Any]]:
+    """Return each kind of product with small operands."""
+    shapes = (256, 128), (512, 128), (128, 256), (256, 512), (256, 256)
+    x, weight, down, gates, activated = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
+    return {
+        "product": partial(product, x, weight),
+        "gradients": partial(gradients, x, down, gates),
+        "sum": partial(sum_with_product, x, activated, down),
+    }
+
+
+@contextmanager
+def compiled_beside(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """At a user's first start, when QuACK's cache is empty, have a process compile each kind of product while the block runs.
+
+    The block compiles FlashAttention 4 meanwhile. QuACK locks each kernel in its cache, so what is needed before it is done is waited for.
+    QuACK's own pool of processes takes longer to start than this takes.
+    """
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        processes.extend(_compiling(device, dtype))
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _compiling(device: torch.device, dtype: torch.dtype) -> Iterator[subprocess.Popen[bytes]]:
+    with suppress(Exception):  # it only saves time; ``fault`` says what is wrong with QuACK
+        if any(load("quack.cache.jit").get_cache_path().glob("*/*.o")):
+            return
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        for kind in ("product", "gradients", "sum"):
+            case = f"gated.small_cases(torch.device({str(device)!r}), {dtype})[{kind!r}]()"
+            command = [sys.executable, "-c", f"import torch; from minifoundation.model.kernels import gated; {case}"]
+            yield subprocess.Popen(command, env=environment, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)
