@@ -176,7 +176,7 @@ def work(rows: list[Row], steps: int) -> None:
                 found = {"failed": str(error).splitlines()[0]}
             machine.forget()
             peaks, ms_of_each = world.of_all(found.get("peak_gib")), world.of_all(ms)
-            found |= {"name": row.name(gpus), "device": machine.name, "gpus": gpus, "like": row.like(), **row._asdict()}
+            found = {"name": row.name(gpus), "device": machine.name, "gpus": gpus, "like": row.like(), **row._asdict(), **found}
             found |= {"peak_gib_of_each": peaks, "measuring_seconds": round(time.monotonic() - began, 1)}
             found |= {} if together else {"ms_of_each": ms_of_each}
             _print(found, first=world.is_first)
@@ -473,7 +473,7 @@ def on_paper(results: list[dict[str, Any]], node: int, network: float) -> list[d
         alone = known.get(row.get("like", ""))
         if row["gpus"] == 1 or alone is None or "ms_per_step" not in alone or "ms_per_step" not in row or row["model"] not in CONFIGS:
             continue
-        if row["tokens_per_step"] or row["precision"] != "bf16" or row["reduce"] != "fp32" or row["swiglu"] != "auto":
+        if row["tokens_per_step"] or row["precision"] != "bf16" or row["reduce"] != "fp32" or "SwiGLU" in row["name"]:
             continue
         if row.get("seq_len", 4096) != 4096 or row.get("sending", "as usual") != "as usual":
             continue
