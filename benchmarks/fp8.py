@@ -112,7 +112,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             below.plot(steps, gap, color=f"C{seed + 1}", linewidth=0.9, label=f"seed {seed}")
     above.set(ylabel="training loss, nats a token")
     above.legend()
-    below.set(ylabel="fp8 above bf16", xlabel="step", ylim=(-0.05, 0.05))
+    below.set(ylabel="fp8 above bf16", xlabel="step")
     below.axhline(0, color="grey", linewidth=0.5)
     below.legend()
     figure.savefig(path, dpi=130)
