@@ -32,7 +32,7 @@ from minifoundation.evaluate.contamination import SIZES, items_of
 from minifoundation.evaluate.ngrams import Index, Item
 from minifoundation.evaluate.requests import read_tasks
 from minifoundation.evaluate.scan import Scan
-from minifoundation.evaluate.vocabulary import Vocabulary
+from minifoundation.evaluate.vocabulary import Vocabulary, marks_never_spelled
 
 KINDS = ("verbatim", "capitals and other punctuation", "1 word in 20 replaced", "1 word in 10 replaced")
 LEAKS = 500
@@ -106,7 +106,8 @@ def main() -> None:
         sample = islice(texts, 200 if given.quick else 4000)
         train_tokenizer(chain(sample, leaks[:50]), TokenizerConfig(vocab_size=1024 if given.quick else 32_768), path)
         tokenizer = Tokenizer.load(path)
-    vocabulary = Vocabulary.of(tokenizer.surfaces, breaks=(BOS, EOS))
+    marks = marks_never_spelled(tokenizer.encode, tokenizer.surfaces)
+    vocabulary = Vocabulary.of(tokenizer.surfaces, breaks=(BOS, EOS), marks=marks)
     started = time.process_time()
     indexes = [Index(every, n, vocabulary.marks) for n in SIZES]
     index_seconds = time.process_time() - started

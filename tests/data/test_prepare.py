@@ -141,7 +141,7 @@ def test_a_tokenizer_is_trained_on_what_is_trained_on(data: DataConfig, tokenize
 def test_a_corpus_that_is_held_out_as_a_whole_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     text = next(f"text {n}" for n in range(100) if is_held_out(f"text {n}".encode(), 0.1))
     (tmp_path / "a.txt").write_text(text)
-    with pytest.raises(UserError, match=r"data.held_out: every document fell into the held-out split; lower it"):
+    with pytest.raises(UserError, match=rf"data.held_out: every document fell into the held-out split; lower it, and remove {tmp_path}/s/"):
         prepared(DataConfig(source=str(tmp_path), shards_dir=tmp_path / "s", held_out=0.1), tokenizer)
 
 
@@ -246,8 +246,10 @@ def test_shards_that_suffice_do_without_the_text(
         prepared(data, tokenizer)
     with pytest.raises(UserError, match=r"is neither a known corpus nor a path|holds no"):
         refuse_unusable(data, None)
-    own.mkdir()  # and now it has changed
-    with pytest.raises(UserError, match=r"holds no \.txt"):
+    own.mkdir()
+    assert prepared(data, tokenizer, 1) == some
+    (own / "other.jsonl").write_text('{"text": "and now it has changed"}')
+    with pytest.raises(UserError, match="has changed since"):
         prepared(data, tokenizer, 1)
 
 
@@ -412,6 +414,12 @@ def test_a_shard_is_not_made_again_from_another_corpus(data: DataConfig, tokeniz
             rebuilt_files(source, data, tokenizer, engine=in_process())
     assert not (folder / "train-00001.bin").exists()
     assert not list(folder.glob(".rebuild*"))
+    corpus = Path(source).rename(f"{source} elsewhere")
+    with pytest.raises(
+        UserError, match=f"{source} is no longer there, and damaged shards in {folder} are to be made of it again; put it back"
+    ):
+        rebuilt_files(source, data, tokenizer)
+    corpus.rename(source)
     (folder / ".rebuild-killed").mkdir()
     assert len(rebuilt_files(source, data, tokenizer)) == 1
     assert not list(folder.glob(".rebuild*"))
@@ -449,6 +457,14 @@ def test_the_tokenizer_of_a_mixture_sees_each_source_by_its_weight(tmp_path: Pat
     tokenizer_for(TokenizerConfig(vocab_size=512, sample_bytes=50_000), DataConfig(mix=mix, held_out=0), tmp_path / "out")
     letters = Counter("".join(seen))
     assert letters == {"a": 30_000, "b": 10_000, "c": 10_000}
+
+
+def test_short_lines_of_one_source_take_no_share_of_another(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "ab cd ef"}) for _ in range(10_000)))
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": "где это"}) for _ in range(10_000)))
+    mix = {str(tmp_path / "a.jsonl"): 0.95, str(tmp_path / "b.jsonl"): 0.05}
+    made = tokenizer_for(TokenizerConfig(vocab_size=512, sample_bytes=20_000), DataConfig(mix=mix, held_out=0), tmp_path / "out")
+    assert "г".encode() in made.surfaces
 
 
 def test_a_tokenizer_is_made_once_and_then_reused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

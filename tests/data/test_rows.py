@@ -136,6 +136,13 @@ def test_the_first_of_several_columns_that_a_row_has_is_its_text(tmp_path: Path)
     (tmp_path / "a.jsonl").write_text('{"text": "one", "content": "no"}\n{"content": "two"}\n{"text,content": "three"}\n{"body": "no"}\n')
     pq.write_table(pa.table({"id": [1, 2], "content": ["four", None]}), tmp_path / "b.parquet")
     assert read(tmp_path, text_column="text,content") == (["one", "two", "three", "four"], {"no column 'text,content'": 1, "null": 1})
+    assert read(tmp_path, text_column="text, content")[0] == ["one", "two", "four"]
+
+
+@pytest.mark.parametrize("column", ["", " ", "text,"])
+def test_a_column_without_a_name_is_refused(column: str) -> None:
+    with pytest.raises(ValueError, match="give the name of a column"):
+        DataConfig(source="x", text_column=column)
 
 
 def test_a_piece_in_which_no_line_begins_is_no_empty_document(tmp_path: Path) -> None:

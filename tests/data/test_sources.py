@@ -82,10 +82,16 @@ def test_a_tree_is_in_the_order_of_the_bytes_of_names_without_hidden_and_foreign
         ("b/[0-9]*.txt", ["10.txt", "2.txt"]),
         ("b/c/[1].jsonl", ["[1].jsonl"]),  # a file of that name, not the pattern
         ("*/?.txt", ["b/2.txt", "b/z.txt", "b/é.txt"]),
+        ("b/c/**", ["[1].jsonl"]),
     ],
 )
 def test_patterns_mean_the_files_that_match(tree: Path, pattern: str, wanted: list[str]) -> None:
     assert names(tree / pattern) == wanted
+
+
+def test_two_stars_stand_alone(tree: Path) -> None:
+    with pytest.raises(UserError, match=r"\*\*\.txt: \*\* beside other letters; write \*\* as a whole part of the path"):
+        names(tree / "b" / "**.txt")
 
 
 def test_a_file_that_a_pattern_matches_in_several_ways_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

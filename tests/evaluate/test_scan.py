@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from minifoundation.evaluate import scan as scan_module
 from minifoundation.evaluate.ngrams import BREAK, Index, Item
 from minifoundation.evaluate.scan import CHUNK, Scan, Sieve
-from minifoundation.evaluate.vocabulary import Vocabulary
+from minifoundation.evaluate.vocabulary import Vocabulary, marks_never_spelled
 from tests.evaluate.pieces import ENDS, PIECES, raw
 
 BYTES = Vocabulary.of([bytes([value]) for value in range(256)], breaks=(BREAK,))
@@ -78,7 +79,7 @@ def test_curly_quotes_and_dashes_separate_where_they_are_whole() -> None:
     items = [Item("b", "t", "0", (straight,)), Item("b", "t", "1", (curly,))]
     pieces = [*(bytes([value]) for value in range(256)), *(mark.encode() for mark in "\u2019\u2013\u2018\u00a0")]
     pieces += ["\u2019\u00a0I".encode()]  # a longer one with two of them
-    whole = Vocabulary.of(pieces, breaks=(BREAK,))
+    whole = Vocabulary.of(pieces, breaks=(BREAK,), marks=marks_never_spelled(longest_first(pieces), pieces))
     places = {piece: token for token, piece in enumerate(pieces)}
     before, after = ([places[letter.encode()] for letter in part] for part in curly.split("\u2019\u00a0I"))
     tokens = [*before, len(pieces) - 1, *after]
@@ -88,6 +89,34 @@ def test_curly_quotes_and_dashes_separate_where_they_are_whole() -> None:
         scan.read(text)
         assert index.coverage(scan.seen[5]).tolist() == expected
     assert BYTES.marks == () and len(whole.marks) == 4
+
+
+def test_a_mark_whose_bytes_a_vocabulary_merges_with_what_stands_before_it_is_a_letter() -> None:
+    """As in a byte-level BPE: the quote and the space are ids, but a space goes with the first bytes of a quote behind it."""
+    pieces = [*(bytes([value]) for value in range(256)), "\u2019".encode(), "\u00a0".encode(), b" \xe2\x80"]
+    encode = longest_first(pieces)
+    vocabulary = Vocabulary.of(pieces, breaks=(BREAK,), marks=marks_never_spelled(encode, pieces))
+    assert vocabulary.marks == ("\u00a0".encode(),)
+    text = "five of us \u2019 are here\u00a0now"
+    index = Index([Item("b", "t", "0", (text,))], 5, vocabulary.marks)
+    scan = Scan(vocabulary, [index])
+    scan.read(np.array([*encode(text), BREAK]))
+    assert index.coverage(scan.seen[5]).tolist() == [1.0]
+
+
+def longest_first(pieces: list[bytes]) -> Callable[[str], list[int]]:
+    """Return what takes the longest piece there is at each place."""
+    ids = {piece: token for token, piece in enumerate(pieces)}
+
+    def encode(text: str) -> list[int]:
+        left, tokens = text.encode(), []
+        while left:
+            size = next(size for size in range(min(8, len(left)), 0, -1) if left[:size] in ids)
+            tokens.append(ids[left[:size]])
+            left = left[size:]
+        return tokens
+
+    return encode
 
 
 def test_an_ngram_across_documents_or_fields_is_none() -> None:

@@ -27,7 +27,7 @@ from minifoundation.evaluate.ngrams import Index, Item
 from minifoundation.evaluate.requests import read_tasks
 from minifoundation.evaluate.results import read_items, read_results
 from minifoundation.evaluate.scan import Scan
-from minifoundation.evaluate.vocabulary import Vocabulary
+from minifoundation.evaluate.vocabulary import Vocabulary, marks_never_spelled
 from minifoundation.wording import counted, short_bytes
 
 Seen = dict[int, npt.NDArray[np.bool_]]
@@ -154,7 +154,8 @@ def _text(options: ContaminationOptions) -> tuple[list[Shard], Vocabulary, Path]
 
 
 def _vocabulary(tokenizer: Tokenizer) -> Vocabulary:
-    return Vocabulary.of(tokenizer.surfaces, breaks=(*tokenizer.prefix, tokenizer.special.eos))
+    marks = marks_never_spelled(tokenizer.encode, tokenizer.surfaces)
+    return Vocabulary.of(tokenizer.surfaces, breaks=(*tokenizer.prefix, tokenizer.special.eos), marks=marks)
 
 
 def _items(options: ContaminationOptions) -> tuple[list[Item], list[str]]:

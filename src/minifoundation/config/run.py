@@ -229,6 +229,13 @@ class DataConfig(Settings):
             raise ValueError("is empty; give a corpus, a path or an address")
         return value
 
+    @field_validator("text_column")
+    @classmethod
+    def _names_columns(cls, value: str) -> str:
+        if not all(part.strip() for part in value.split(",")):
+            raise ValueError(f"is {value!r}; give the name of a column, or several with commas between them")
+        return value
+
     @field_validator("min_tokens")
     @classmethod
     def _at_least_two(cls, value: int | str | None) -> int | str | None:
@@ -257,7 +264,7 @@ class DataConfig(Settings):
     @property
     def text_columns(self) -> tuple[str, ...]:
         """Columns to look for the text in, the first there is counts: ``text_column`` itself, which may have a comma, then its parts."""
-        return tuple(dict.fromkeys((self.text_column, *self.text_column.split(","))))
+        return tuple(dict.fromkeys((self.text_column, *(part.strip() for part in self.text_column.split(",")))))
 
     @property
     def weights(self) -> dict[str, float]:

@@ -81,7 +81,7 @@ def prepare_shards(
         preparation.corpus()
     shards = Shards.open(folder)
     if shards.train_tokens == 0:
-        raise UserError("data.held_out", "every document fell into the held-out split", "lower it")
+        raise UserError("data.held_out", "every document fell into the held-out split", f"lower it, and remove {folder}")
     return shards
 
 
@@ -280,6 +280,9 @@ class _Preparation:
         Raises:
             UserError: it is not.
         """
+        if not is_remote(self.source) and is_gone(self.source):
+            problem = f"{self.source} is no longer there, and damaged shards in {self.folder} are to be made of it again"
+            raise UserError("data.source", problem, "put it back, or remove that folder")
         corpus = self.corpus()
         manifest = manifest_of(self.folder)
         pair = manifest.pairs[number]

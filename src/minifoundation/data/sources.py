@@ -141,8 +141,11 @@ def path_of(source: str) -> Path:
 
 
 def is_gone(source: str) -> bool:
-    """Return whether nothing is (any more) where a corpus of this machine lay."""
-    return not _above_magic(path_of(source)).exists()
+    """Return whether no file is (any more) where a corpus of this machine lay."""
+    root = path_of(source)
+    if root.is_dir():
+        return next(_below(root), None) is None
+    return not root.exists() and not (glob.has_magic(source) and any(_matches(source)))
 
 
 def _local_files(source: str) -> tuple[File, ...]:
@@ -154,9 +157,7 @@ def _local_files(source: str) -> tuple[File, ...]:
     if root.is_dir():
         found = list(_below(root))
     elif glob.has_magic(source):
-        pattern, root = root, _above_magic(root)
-        matches = set(root.glob(str(pattern.relative_to(root))))  # where ** stands twice, Python 3.13 gives a file more than once
-        found = [path for path in matches if path.is_file() or path.is_symlink()]
+        found, root = list(_matches(source)), _above_magic(root)
     else:
         raise _unknown(source, root)
     if lost := [path for path in found if form_of(path.name) and not path.exists()]:
@@ -187,6 +188,24 @@ def _below(root: Path) -> Iterator[Path]:
                     yield path
                 else:  # where it is itself before where links lead to it
                     (linked if entry.is_symlink() else folders).append(path)
+
+
+def _matches(source: str) -> Iterator[Path]:
+    """Yield each file and each link that a pattern names.
+
+    Raises:
+        UserError: it is a pattern that versions of Python read differently.
+    """
+    pattern = path_of(source)
+    if any("**" in part and part != "**" for part in pattern.parts):
+        raise UserError("data.source", f"{source}: ** beside other letters", "write ** as a whole part of the path, as in data/**/*.txt")
+    root = _above_magic(pattern)
+    below = pattern.relative_to(root)
+    seen = set()
+    for path in root.glob(str(below / "*" if below.name == "**" else below)):
+        if path not in seen and (path.is_file() or path.is_symlink()):  # where ** stands twice, Python 3.13 gives a file more than once
+            seen.add(path)
+            yield path
 
 
 def _above_magic(pattern: Path) -> Path:

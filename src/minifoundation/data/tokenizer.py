@@ -308,13 +308,16 @@ class _Model:
 
 
 def _sample(texts: Iterable[str], limit: int) -> tuple[deque[str], int]:
-    """Return lines of ``texts`` cut like ``chunks`` (under the 4192 bytes above which SentencePiece drops a line) and their bytes."""
+    """Return lines of ``texts`` cut like ``chunks`` (under the 4192 bytes above which SentencePiece drops a line) and their bytes.
+
+    The ends of lines are not counted: texts of ``limit`` bytes in total are taken whole, so that every source has its share.
+    """
     sample: deque[str] = deque()
     size = 0
     for text in texts:
         for line in text.split("\n"):
             for part in chunks(line):
-                size += len(part.encode()) + 1
+                size += len(part.encode())
                 if size > limit and sample:
                     return sample, size
                 sample.append(part)

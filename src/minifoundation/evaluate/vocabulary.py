@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,21 @@ _OPENS, _BEGINS, _ENDS = 1, 2, 4
 """Of a run: a word begins with it whatever stands before; it begins with its token's first byte; it ends with its token's last one."""
 
 
+def marks_never_spelled(encode: Callable[[str], Sequence[int]], surfaces: Sequence[bytes]) -> tuple[bytes, ...]:
+    """Return those of ``MARKS`` of which no id holds a part, whatever stands beside them.
+
+    It is not enough that a mark is an id: a byte-level BPE may merge a space with the first bytes of the mark behind it.
+    """
+
+    def spelled(mark: bytes) -> bool:
+        character = mark.decode()
+        beside = ("", " ", "a", "1", ".", "\n", character)
+        texts = (f"{left}{character}{right}" for left in beside for right in beside)
+        return any(not surfaces[token].replace(mark, b"").isascii() for text in texts for token in encode(text))
+
+    return tuple(mark for mark in MARKS if not spelled(mark))
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """What each token id is to words: runs of letters, and whether something separates each from what stands before it.
@@ -41,7 +56,7 @@ class Vocabulary:
         hashes, lengths, sums, state: of each run, by its number.
         breaks: whether a document ends there.
         end: the number of a run that no token has, with which a document ends.
-        marks: those of ``MARKS`` that are the surface of some id, and so never spelled in bytes: they separate words.
+        marks: those of ``MARKS`` that separate words.
     """
 
     count: npt.NDArray[np.uint16]
@@ -54,9 +69,8 @@ class Vocabulary:
     marks: tuple[bytes, ...]
 
     @classmethod
-    def of(cls, surfaces: Sequence[bytes], *, breaks: Sequence[int]) -> Vocabulary:
-        """Return the vocabulary of ``surfaces``, the bytes of each id; the ids ``breaks`` end a document."""
-        marks = tuple(mark for mark in MARKS if mark in surfaces)
+    def of(cls, surfaces: Sequence[bytes], *, breaks: Sequence[int], marks: tuple[bytes, ...] = ()) -> Vocabulary:
+        """Return the vocabulary of ``surfaces``, the bytes of each id; the ids ``breaks`` end a document, ``marks`` a word."""
         texts = [b" " if token in breaks else spaced(surface, marks) for token, surface in enumerate(surfaces)]
         raw = np.frombuffer(b"".join(b" " + text for text in texts), np.uint8)  # the space parts the runs of two tokens
         size = np.array([len(text) for text in texts], np.int64)
