@@ -166,7 +166,40 @@ def test_scaling_by_name_counts_from_the_original_length(pretrained: Path) -> No
     assert cli.main([*again.split(), *quick]) == 0
     rope = load_checkpoint(pretrained / "second" / "final.pth").config.model.rope
     assert (rope.scaling, rope.factor, rope.theta) == ("theta", 8.0, 10_000.0), "not the YaRN of configs/longft.yaml"
-    assert extend(pretrained, "none", "--model.rope.scaling", "none", *quick) == 0
+
+
+def test_a_base_of_its_own_stays_one(pretrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ("--proof_documents", "0", "--needles", "0")
+    own = "--model.rope.scaling none --model.rope.theta 1000000 --model.rope.factor 4"
+    assert extend(pretrained, "base", *own.split(), *quick) == 0
+    assert (
+        "context  256 tokens, pretrained at 64: no scaling of RoPE but a base of its own, theta 1,000,000, factor 4"
+        in capsys.readouterr().err
+    )
+    assert extend(pretrained, "base_again", "--seq_len", "512", *quick, ckpt="base/final.pth") == 0
+    rope = load_checkpoint(pretrained / "base_again" / "final.pth").config.model.rope
+    assert (rope.scaling, rope.factor, rope.theta) == ("none", 8.0, 1e6), "not YaRN over the raised base"
+
+
+@pytest.mark.parametrize(
+    ("options", "warnings"),
+    [
+        (
+            "--data.held_out 0 --data.shards_dir {}/none",
+            ["no document is longer than 64 tokens", "no text to hide needles", "less than a row of 64"],
+        ),
+        ("--proof_data {}/short.jsonl", ["no document is longer than 64 tokens, so there is no loss by position; give --proof_data"]),
+    ],
+)
+def test_what_could_not_be_proved_is_told(
+    pretrained: Path, capsys: pytest.CaptureFixture[str], options: str, warnings: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "short.jsonl").write_text('{"text": "two words"}\n' * 6)
+    given = options.format(tmp_path).split()
+    assert extend(pretrained, tmp_path.name, "--proof_documents", "2", "--needles", "1", *given) == 0
+    said = capsys.readouterr().out
+    for warning in warnings:
+        assert f"warning: {warning}" in said or f"warning: there is {warning}" in said
 
 
 def test_both_models_are_tried_in_the_precision_of_the_extension(pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +271,12 @@ def test_moments_begin_anew_or_go_on(pretrained: Path) -> None:
         ),
         (("--data.min_tokens", "100_000"), r"data\.min_tokens: no document of .* has 100,000 tokens: the longest of .* searched has \d"),
         (("--model.rope.scaling", "yarm"), r"model\.rope\.scaling: 'yarm' is not valid; .*'theta'"),
+        (("--model.d_ff", "128"), r"model\.d_ff: 128 here, but 64 in .*final\.pth; leave it out: longft extends this model"),
+        (
+            ("--model.n_head", "8", "--model.n_kv_head", "4"),
+            r"model\.n_head: 8 here, but 4 in .*final\.pth",
+        ),  # whose weights have the same shapes
+        (("--model.original_seq_len", "256", "--dry_run"), r"model\.original_seq_len: 256 here, but 64 in .*final\.pth"),
     ],
 )
 def test_a_mistake_is_one_line(pretrained: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str) -> None:

@@ -110,7 +110,7 @@ def test_columns_of_an_earlier_start_stay(shared: Path, tmp_path: Path) -> None:
         (["--eval.tasks", "humaneval"], "eval.tasks: humaneval runs programs; leave it to eval, after training"),
         (["--eval.data_dir", "nowhere"], "eval.data_dir: nowhere: no such folder"),
         (["--eval.tasks", "winogrande"], "winogrande/winogrande_xl: no such folder in --data_dir"),
-        (["--eval.ema"], "eval.ema: on, but train.ema is none; leave eval.ema out"),
+        (["--eval.ema"], "eval.ema is on, but train.ema is none; leave eval.ema out"),
     ],
 )
 def test_a_benchmark_that_cannot_run_is_known_before_training(

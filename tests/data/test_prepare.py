@@ -464,7 +464,7 @@ def test_short_lines_of_one_source_take_no_share_of_another(tmp_path: Path) -> N
     (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": "где это"}) for _ in range(10_000)))
     mix = {str(tmp_path / "a.jsonl"): 0.95, str(tmp_path / "b.jsonl"): 0.05}
     made = tokenizer_for(TokenizerConfig(vocab_size=512, sample_bytes=20_000), DataConfig(mix=mix, held_out=0), tmp_path / "out")
-    assert "г".encode() in made.surfaces
+    assert "это".encode()[:2] in made.surfaces
 
 
 def test_a_tokenizer_is_made_once_and_then_reused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -396,10 +396,14 @@ def test_the_checkpoints_of_another_run_are_set_aside(settings: Make, monkeypatc
     trained(settings("other"))
     trained(settings("run", train={"seed": 5}))
     begun, folder = settings("other").out_dir / "step_00000008", settings("run").out_dir
+    (folder / "rollbacks.json").write_text("[]")
     at_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Interrupted):
         trained(settings("run"), resume=str(begun))
-    assert f"step_00000004: is of another run than {begun}; kept as step_00000004.aside" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    for name in ("step_00000004", "metrics.csv", "rollbacks.json"):
+        assert f"{name}: is of another run than {begun}; kept as {name}.aside" in said
+    assert len((folder / "metrics.csv").read_text().splitlines()) < 3 < len((folder / "metrics.csv.aside").read_text().splitlines())
     assert sorted(found.name for found in folder.glob("step_*")) == ["step_00000004.aside", "step_00000008.aside"]
     assert (folder / "final.pth.aside").exists() and [step_of(found) for found in step_folders(begun.parent)] == [4, 8]
 

@@ -313,6 +313,24 @@ def test_the_checkpoint_that_was_given_is_the_one_that_is_finished(settings: Mak
     assert f"{path} is finished: 12 of 12 steps" in capsys.readouterr().err and not settings("second").out_dir.exists()
 
 
+def test_fewer_tokens_than_are_done_finish_nothing(settings: Make) -> None:
+    config = settings()
+    trained(config)
+    done = config.out_dir / "step_00000008"
+    fewer = settings("fewer", train={"tokens": 4 * 128})
+    with pytest.raises(
+        UserError, match=rf"train.tokens: 512 are 4 steps, and {done} has done 8; give at least 1,024, or an earlier checkpoint"
+    ):
+        run(fewer, resume=str(done), dry_run=False, allowed=("train.tokens",))
+    assert not (fewer.out_dir / "final.pth").exists()
+
+
+def test_a_dry_run_refuses_a_folder_that_holds_a_run(settings: Make) -> None:
+    trained(settings())
+    with pytest.raises(UserError, match="holds a finished run; add --resume auto"):
+        run(settings(), resume=None, dry_run=True)
+
+
 def test_a_dry_run_tells_what_a_resumed_run_would_refuse(settings: Make) -> None:
     path = trained_part(settings())
     with pytest.raises(UserError, match=r"train\.lr: 0\.5 here, but 0\.01 in .*step_00000004; set it to 0\.01"):

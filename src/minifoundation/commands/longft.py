@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minifoundation import config
-from minifoundation.commands.pretrain import layered, sources
+from minifoundation.commands.pretrain import layered, refuse_another_model, sources
 from minifoundation.config import REPOSITORY, LongftOptions, ModelConfig, RunConfig, TrainConfig
 from minifoundation.errors import UserError
 
@@ -23,8 +23,8 @@ def longft(options: LongftOptions, values: dict[str, Any]) -> None:
     """Train the model of ``options.ckpt_in`` on longer rows: its settings < YAML (default configs/longft.yaml) < command line.
 
     Raises:
-        UserError: rows shorter than the context there is, a scaling that does not go on from that of the checkpoint, or an optimizer asked
-            for that the checkpoint has not.
+        UserError: rows shorter than the context there is, a scaling that does not go on from that of the checkpoint, settings of another
+            model than the checkpoint's, or an optimizer asked for that it has not.
     """
     from minifoundation.commands.import_hf import beginning, settings_of
     from minifoundation.commands.suite import suite_for
@@ -36,8 +36,9 @@ def longft(options: LongftOptions, values: dict[str, Any]) -> None:
     checkpoint = beginning(options.ckpt_in)
     if options.config is None:
         options = options.model_copy(update={"config": DEFAULT_CONFIG})
-        if (scaling := checkpoint.config.model.rope.scaling) != "none":  # its weights have learnt these frequencies
-            values = config.merged({"model": {"rope": {"scaling": scaling}}}, values)
+        rope = checkpoint.config.model.rope
+        if rope.scaling != "none" or rope.factor > 1:  # its weights have learnt these frequencies; none and a factor are a base of its own
+            values = config.merged({"model": {"rope": {"scaling": rope.scaling}}}, values)
     base = settings_of(checkpoint) | {"out_dir": str(Path("outputs") / "longft")}
     settings = layered(options, values, below=base)
     own = layered(options, values, below={})
@@ -55,6 +56,7 @@ def longft(options: LongftOptions, values: dict[str, Any]) -> None:
     if "factor" not in asked:
         settings = config.merged(settings, {"model": {"rope": reaching(seq_len, model)}})
     run_config = config.build(RunConfig, settings, f"{options.ckpt_in}, {sources(options)}")
+    refuse_another_model(run_config.model, model, options.ckpt_in, "leave it out: longft extends this model", but="rope")
     if options.proof_data is not None:
         try:
             find_corpus(options.proof_data, run_config.data)  # a mistake in it should not show after the training

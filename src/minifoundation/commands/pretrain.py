@@ -25,7 +25,8 @@ def pretrain(options: PretrainOptions, values: dict[str, Any]) -> None:
         checkpoint = beginning(options.init_from)
         below = {"model": checkpoint.config.model.model_dump(mode="json")}
         run_config = config.build(RunConfig, layered(options, values, below=below), f"{options.init_from}, {sources(options)}")
-        _same_model(run_config.model, checkpoint.config.model, options.init_from)
+        remedy = "leave it out (longft extends the context), or train without --init_from"
+        refuse_another_model(run_config.model, checkpoint.config.model, options.init_from, remedy)
         start = Start("pretrain", checkpoint)
     from minifoundation.commands.suite import suite_for
     from minifoundation.train.run import run
@@ -37,12 +38,19 @@ MAY_DIFFER = {"vocab_size", "dropout", "init_std", "attention", "swiglu", "check
 """Settings of a model that its trained weights do not depend on; the vocabulary stays that of the weights."""
 
 
-def _same_model(asked: ModelConfig, trained: ModelConfig, path: Path) -> None:
-    for name in ModelConfig.model_fields.keys() - MAY_DIFFER:
+def refuse_another_model(asked: ModelConfig, trained: ModelConfig, path: Path, remedy: str, *, but: str | None = None) -> None:
+    """Refuse settings of another model than that whose weights are in ``path``.
+
+    Args:
+        but: one that may differ too.
+
+    Raises:
+        UserError: one differs.
+    """
+    for name in ModelConfig.model_fields:
         here, there = getattr(asked, name), getattr(trained, name)
-        if here != there:
-            problem = f"{here} here, but {there} in {path}"
-            raise UserError(f"model.{name}", problem, "leave it out (longft extends the context), or train without --init_from")
+        if here != there and name not in MAY_DIFFER and name != but:
+            raise UserError(f"model.{name}", f"{here} here, but {there} in {path}", remedy)
 
 
 def layered(options: RunOptions, values: dict[str, Any], *, below: dict[str, Any]) -> dict[str, Any]:

@@ -18,12 +18,10 @@ def suite_for(config: RunConfig) -> Suite | None:
     """Return the benchmarks that ``config`` asks for during training, None without.
 
     Raises:
-        UserError: one that does not exist or whose data cannot be read, before anything is trained; weights to average that are not there.
+        UserError: one that does not exist or whose data cannot be read, before anything is trained.
     """
     if config.eval.every_steps is None:
         return None
-    if config.eval.ema and config.train.ema is None:
-        raise UserError("eval.ema", "on, but train.ema is none", "leave eval.ema out, or average weights with --train.ema 0.999")
     return LiveSuite(config.eval)
 
 

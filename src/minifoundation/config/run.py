@@ -416,6 +416,8 @@ class RunConfig(Settings):
             self._fits_8_bits()
         if self.train.context_parallel > 1:
             self._shares_rows()
+        if self.eval.every_steps is not None and self.eval.ema and self.train.ema is None:
+            raise ValueError("eval.ema is on, but train.ema is none; leave eval.ema out, or average weights with --train.ema 0.999")
         if self.train.seq_len > self.model.max_seq_len:
             raise ValueError(
                 f"train.seq_len {self.train.seq_len} is longer than the model's {self.model.max_seq_len} "

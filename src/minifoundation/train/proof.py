@@ -38,6 +38,8 @@ class Material:
     original: int
     """Tokens of the context before any extension."""
     length: int
+    asked: int
+    """How many documents were asked for."""
     documents: list[Ids]
     short: Ids
     """Rows of the original length, from each source by its weight, (rows, original + 1)."""
@@ -78,6 +80,7 @@ def material(config: RunConfig, tokenizer: Tokenizer, *, documents: int, tries: 
     return Material(
         original=original,
         length=length,
+        asked=documents,
         documents=long,
         short=np.concatenate([rows_of(of_one, count, original) for of_one, count in zip(held_out, n_rows, strict=True)]),
         needles=Needles(tokenizer.encode, tokenizer.prefix, text, seed=config.train.seed),
@@ -153,8 +156,18 @@ def found(checkpoint: Checkpoint, on: Material, machine: Machine, *, precision: 
 
 
 def described(before: Found, after: Found, on: Material) -> list[str]:
-    """Return lines for a person; some begin with "warning": where short rows have become worse, or long ones are of no use."""
+    """Return lines for a person; some begin with "warning": short rows have become worse, or long ones are of no use or not tested."""
     lines = []
+    more = "give --proof_data, or hold out more (data.held_out)"
+    if on.asked and not before.positions:
+        lines.append(f"warning: no document is longer than {on.original:,} tokens, so there is no loss by position; {more}")
+    if on.tries and not after.needles:
+        lacks = f"rows of {on.length:,} tokens have no room for a needle" if len(on.needles.text) else "there is no text to hide needles in"
+        lines.append(f"warning: {lacks}, so none was looked for; {'give a longer --seq_len' if len(on.needles.text) else more}")
+    if before.short is None:
+        lines.append(
+            f"warning: less than a row of {on.original:,} tokens is held out, so short rows were not compared; raise data.held_out"
+        )
     if before.positions:
         lines.append("  loss by position, nats a token (before: of rows as long, and in sliding windows of the original length)")
     for old, window, new in zip(before.positions, before.sliding, after.positions, strict=True):

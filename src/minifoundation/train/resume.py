@@ -19,8 +19,10 @@ from minifoundation.checkpoint import (
 from minifoundation.config import RunConfig, dotted_names
 from minifoundation.distributed import World
 from minifoundation.errors import UserError
+from minifoundation.train.metrics import METRICS
 from minifoundation.train.plan import Plan
 from minifoundation.train.printer import Say
+from minifoundation.train.rollback import ROLLBACKS
 from minifoundation.wording import counted
 
 MAY_CHANGE = (
@@ -134,6 +136,9 @@ def set_others_aside(out_dir: Path, path: Path, step: int, say: Say) -> None:
         say(f"{final}: is after the step to continue from; kept as {set_aside(final).name}")
     if manifest.exists():
         set_aside(manifest)
+    for log in (out_dir / METRICS, out_dir / ROLLBACKS):  # of the run that goes on, its checkpoint knows what it has left out
+        if elsewhere and log.exists():
+            say(f"{log}: is of another run than {path}; kept as {set_aside(log).name}")
 
 
 def _may_change(name: str) -> bool:
@@ -165,15 +170,18 @@ def refuse_another_run(checkpoint: Checkpoint, config: RunConfig, allowed: tuple
         if not fixed:
             remedy = f"set it to {before}, start another run with --out_dir, or change it on purpose with --allow_change {name}"
         raise UserError(name, f"{now} here, but {before} in {path}", remedy)
-    rows = checkpoint.progress["samples_per_step"]
+    done, rows = checkpoint.progress["step"], checkpoint.progress["samples_per_step"]
     if planned.samples_per_step != rows:
         raise UserError(
             "train.batch_size x train.grad_accum x processes",
             f"{counted(planned.samples_per_step, 'row')} a step here, but {rows} in {path}",
             f"choose them so that their product is {rows}",
         )
-    if not checkpoint.optimizer and 0 < checkpoint.progress["step"] < planned.steps:
+    if done > planned.steps:
+        problem = f"{config.train.tokens:,} are {counted(planned.steps, 'step')}, and {path} has done {done:,}"
+        raise UserError("train.tokens", problem, f"give at least {done * planned.tokens_per_step:,}, or an earlier checkpoint")
+    if not checkpoint.optimizer and 0 < done < planned.steps:
         raise UserError(str(path), "holds no optimizer state to continue with", "give a step_ folder, or start a new phase with longft")
     if told:
         say(f"changed since {path}: {', '.join(told)}")
-    say(f"continuing from {path} at step {checkpoint.progress['step']:,} of {planned.steps:,}")
+    say(f"continuing from {path} at step {done:,} of {planned.steps:,}")

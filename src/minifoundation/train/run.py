@@ -113,7 +113,7 @@ def _run(
             refuse_another_run(resumed, config, allowed, planned, path, say)
     moments = _has_moments(config, resumed, start)
     if dry_run:
-        world.agreed(lambda: _dry_run(config, planned, machine, world, say, moments=moments))
+        world.agreed(lambda: _dry_run(config, planned, machine, world, say, moments=moments, begins=resume is None))
         return None
     world.agreed(lambda: refuse_too_large(config, machine, world, planned.split, moments=moments))
     if resumed is not None and resumed.progress["step"] >= planned.steps and not resumed.optimizer:
@@ -162,7 +162,7 @@ def _planned(asked: RunConfig, machine: Machine, world: World, say: Say, *, by_t
         return config, plan(config, world.size, split)
 
 
-def _dry_run(config: RunConfig, planned: Plan, machine: Machine, world: World, say: Say, *, moments: bool) -> None:
+def _dry_run(config: RunConfig, planned: Plan, machine: Machine, world: World, say: Say, *, moments: bool, begins: bool) -> None:
     """Print the plan of a run that is not started, and refuse what cannot work of it, as far as this is known without starting."""
     print(f"plan of {config.out_dir}:\n{describe(config, planned, machine, world.size)}\nnothing was started (--dry_run)")
     refuse_too_large(config, machine, world, planned.split, moments=moments, planned=True)
@@ -170,6 +170,8 @@ def _dry_run(config: RunConfig, planned: Plan, machine: Machine, world: World, s
         say(f"warning: {machine.name} has less memory than that: a run is refused here")
     refuse_absent(config)
     refuse_unwritable("out_dir", config.out_dir, config.out_dir, "give another folder")
+    if begins:
+        refuse_used(config.out_dir)
 
 
 def _going_on(config: RunConfig, resume: str | None) -> dict[str, str]:
