@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from minifoundation.errors import UserError
+from minifoundation.evaluate.baselines import Baselines
 from minifoundation.evaluate.protocols import ROWS
 from minifoundation.evaluate.requests import Request, read_tasks
 from minifoundation.evaluate.results import Outcome
+from minifoundation.evaluate.tables import table
 from tests.evaluate.tiny import BUNDLED, WHOLE, loaded, write_items, write_tiny_model
 
 if TYPE_CHECKING:
@@ -366,6 +368,39 @@ def test_a_metric_that_a_task_does_not_have_is_named_before_it_is_run(tiny: Mode
     monkeypatch.setattr(tiny, "loglikelihood", lambda *_, **__: pytest.fail("it was run"))
     (outcome,) = evaluated(tiny, "piqa metric=acc_nrom")
     assert outcome.not_run == "piqa metric=acc_nrom: has no metric acc_nrom; choose from acc, acc_norm"
+
+
+def test_a_score_that_is_no_share_stands_as_it_is(tiny: Model, tmp_path: Path) -> None:
+    texts = ["the king said that he would come to the king", "my lord my lord speak to my lord", "he is a man and so is a man"]
+    write_items(tmp_path / "EleutherAI/lambada_openai/default", "test", [{"text": text} for text in texts])
+    usual, perplexity = evaluated(tiny, "lambada_openai,lambada_openai metric=perplexity", data_dir=tmp_path)
+    assert usual.is_share and usual.scale == 100
+    assert not perplexity.is_share and perplexity.scale == 1
+    assert perplexity.score == pytest.approx(usual.also["perplexity"]) and perplexity.score > 1
+    assert perplexity.protocol == "0-shot, perplexity (not in percent)"
+    cells = table([perplexity], Baselines.load()).splitlines()[2].split(" | ")
+    assert cells[2].startswith(f"{perplexity.score:.1f} (perplexity")
+
+
+def test_no_task_of_a_group_is_left_out_for_its_metric(tiny: Model, tmp_path: Path) -> None:
+    folder = tmp_path / "truthfulqa/truthful_qa"
+    answers = {"best_answer": "a", "correct_answers": ["a"], "incorrect_answers": ["b"], "type": "t", "category": "c", "source": "s"}
+    write_items(folder / "generation", "validation", [{"question": "What?", **answers}])
+    targets = {"choices": ["a", "b"], "labels": [1, 0]}
+    write_items(folder / "multiple_choice", "validation", [{"question": "What?", "mc1_targets": targets, "mc2_targets": targets}])
+    (outcome,) = evaluated(tiny, "truthfulqa", data_dir=tmp_path)
+    names = "truthfulqa_gen, truthfulqa_mc1, truthfulqa_mc2"
+    assert outcome.not_run == f"truthfulqa: its tasks have no metric in common; name them one by one: {names}"
+    (outcome,) = evaluated(tiny, "truthfulqa metric=acc", data_dir=tmp_path)
+    assert outcome.not_run == f"truthfulqa metric=acc: not all of its tasks have acc; name them one by one: {names}"
+
+
+def test_documents_of_another_form_are_named(tiny: Model, tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        write_items(tmp_path / "Rowan/hellaswag/default", split, [{"x": 1}])
+    (outcome,) = evaluated(tiny, "hellaswag", data_dir=tmp_path)
+    assert outcome.not_run is not None
+    assert outcome.not_run.startswith(f"hellaswag: the files in {tmp_path} are not what lm-eval's task reads (KeyError: 'ctx_a'); compare")
 
 
 @pytest.fixture

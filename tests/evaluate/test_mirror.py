@@ -69,7 +69,10 @@ def test_the_fingerprint_is_that_of_the_content(made: Path, tmp_path_factory: py
     assert mirror.fingerprint(made) != before and mirror.fingerprint(None) is None
 
 
-@pytest.mark.parametrize(("suffix", "content"), [("parquet", b"PAR1 no"), ("jsonl", b'{"text": \n')])
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [("parquet", b"PAR1 no"), ("jsonl", b'{"text": \n'), ("jsonl", b"[1]\n"), ("jsonl", b'{"text": "a"}\n{"text": 3}\n')],
+)
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, suffix: str, content: bytes) -> None:
     folder = tmp_path / "org/name/default"
     folder.mkdir(parents=True)

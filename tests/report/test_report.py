@@ -315,7 +315,7 @@ def test_a_step_without_a_loss_is_no_spike_and_hides_none(tmp_path: Path) -> Non
         (["--evals", "EVAL", "--vendors", ","], "--vendors: ',' names no model; give names of configs/baselines.yaml"),
         (["--evals", " ,"], "report: nothing to report on; give --runs, --evals or both"),
         (["--evals", "MODEL/eval/results.json"], "MODEL/eval/results.json: is a file, not a folder; give MODEL/eval"),
-        (["--evals", "MODEL/foreign"], "MODEL/foreign/results.json: is not a result of eval of this version; run eval again"),
+        (["--evals", "MODEL/foreign"], "MODEL/foreign/results.json: is not a result of eval of this version; remove the folder"),
         (["--evals", "EVAL", "--beside", "MODEL/foreign"], "MODEL/foreign/results.json: is not a result of eval of this version"),
         (["--evals", "MODEL/proof/eval"], "MODEL/proof/parity.json: is not a proof written by export_hf; export again, or remove the file"),
         (["--evals", "EVAL", "--contamination", "MODEL"], "MODEL: is a folder; give the file: MODEL/contamination.json"),

@@ -25,7 +25,7 @@ from minifoundation.errors import UserError, refuse_unwritable
 from minifoundation.evaluate.contamination import SIZES, findings, items_of, separated
 from minifoundation.evaluate.ngrams import Index, Item
 from minifoundation.evaluate.requests import read_tasks
-from minifoundation.evaluate.results import read_items, read_results
+from minifoundation.evaluate.results import read_items, read_results, restored
 from minifoundation.evaluate.scan import Scan
 from minifoundation.evaluate.vocabulary import Vocabulary, marks_never_spelled
 from minifoundation.wording import counted, short_bytes
@@ -179,7 +179,7 @@ def _print_scores(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     of_name = {row["benchmark"]: row for row in rows}
     for result in read_results(folder)["rows"]:
         row, items = of_name.get(result["row"]["name"]), read_items(folder, result["label"])
-        if row is None or not items:
+        if row is None or not items or not restored(result).is_share:
             continue
         for n in SIZES:
             parts = separated(items, row, n, aggregate=result["row"]["aggregate"])

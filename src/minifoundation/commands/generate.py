@@ -35,7 +35,8 @@ def generate(options: GenerateOptions) -> None:
             model, tokenizer = loaded(options.model, "--model", dtype=torch.float32)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         prompt = tokenizer(options.prompt, return_tensors="pt").to(device)
-        context, length = model.config.max_position_embeddings, prompt.input_ids.shape[1]
+        context: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
+        length = prompt.input_ids.shape[1]
         if length == 0:
             raise UserError("--prompt", "is empty, and this model's texts begin with no token of their own", "give at least one character")
         if length >= context:

@@ -11,7 +11,7 @@ from typing import Any
 
 from minifoundation.config import REPOSITORY, read_yaml
 from minifoundation.errors import UserError
-from minifoundation.evaluate.results import Outcome, read_results
+from minifoundation.evaluate.results import Outcome, read_results, restored
 
 BASELINES = REPOSITORY / "configs" / "baselines.yaml"
 MARKS = {
@@ -76,9 +76,11 @@ class Baselines:
             name = f"{short_name(results['model'])} ({RERUN})"
             beside.append(name)
             for row in results["rows"]:
-                if row["score"] is not None:
-                    figures.setdefault(_rerun(row["label"]), []).append(
-                        Figure(name, "any", RERUN, str(folder), 100 * row["score"], row["shots"], row["measure"], row["n"])
+                outcome = restored(row)
+                if outcome.score is not None:
+                    score = outcome.scale * outcome.score
+                    figures.setdefault(_rerun(outcome.label), []).append(
+                        Figure(name, "any", RERUN, str(folder), score, outcome.shots, outcome.measure, outcome.n)
                     )
         return cls(figures, beside)
 

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from minifoundation.errors import UserError
 from minifoundation.evaluate.mirror import first_line, read_dataset
 from minifoundation.evaluate.model import Evaluated
-from minifoundation.evaluate.protocols import OWN
+from minifoundation.evaluate.protocols import OWN, ROWS
 from minifoundation.evaluate.requests import Request, check_names
 from minifoundation.evaluate.results import Outcome
 
@@ -215,10 +215,23 @@ def bars_of(label: str, *, silent: bool) -> Iterator[None]:
 
 
 def loaded_tasks(manager: TaskManager, request: Request, *, data_dir: Path | None, meta: dict[str, Any] | None = None) -> Any:
-    """Return lm-eval's tasks of a request with their data, as its evaluator takes them, and by name under the key ``tasks``."""
+    """Return lm-eval's tasks of a request with their data, as its evaluator takes them, and by name under the key ``tasks``.
+
+    Raises:
+        UserError: its data cannot be had, or is of another form.
+    """
     manager._factory = Factory(data_dir, request.shots, meta or {})
-    with Path(os.devnull).open("w") as quiet, contextlib.redirect_stdout(quiet), seeded():
-        loaded = manager.load(request.row.task_names)
+    try:
+        with Path(os.devnull).open("w") as quiet, contextlib.redirect_stdout(quiet), seeded():
+            loaded = manager.load(request.row.task_names)
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(request.label, f"needs a package ({first_line(error)})", "install it") from error
+    except Exception as error:  # what a task's own functions make of documents of another form
+        where = f"the files in {data_dir}" if data_dir else "what the hub holds"
+        problem = f"{where} are not what lm-eval's task reads ({first_line(error)})"
+        raise UserError(request.label, problem, "compare their columns with those of the data set") from error
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(SEED)
     return loaded
@@ -239,6 +252,10 @@ def _run_one(model: Evaluated, manager: TaskManager, request: Request, *, limit:
     if row.metric is not None and not any(row.metric in task.aggregation() for task in tasks.values()):
         known = sorted({name for task in tasks.values() for name in task.aggregation()})
         raise UserError(request.label, f"has no metric {row.metric}", f"choose from {', '.join(known)}")
+    common = set.intersection(*(set(task.aggregation()) for task in tasks.values()))
+    if not request.known and not common & ({row.metric} if row.metric else common):
+        lacks = f"not all of its tasks have {row.metric}" if row.metric else "its tasks have no metric in common"
+        raise UserError(request.label, lacks, f"name them one by one: {', '.join(tasks)}")
     if row.documents is None:  # of a task without a row here: what it has is what its data set has
         row = replace(row, documents=sum(len(task.eval_docs) for task in tasks.values()))
         request = replace(request, row=row)
@@ -271,9 +288,10 @@ def _score(outcome: Outcome, metric: str | None) -> bool:
     """Fill in the headline and the items of ``outcome`` from its samples, and return whether there is a headline."""
     row, results, samples = outcome.request.row, outcome.raw["results"], outcome.samples
     tasks = list(samples)
-    name, rule = (str(metric), row.filter) if outcome.request.known else _first_metric(results[tasks[0]], metric)
+    in_all = [key for key in results[tasks[0]] if all(key in results[task] for task in tasks)]
+    name, rule = (str(metric), row.filter) if outcome.request.known else _first_metric(in_all, metric)
     key = f"{name},{rule}"
-    scores, errors, counts = [], [], []
+    scores, errors, counts, shares = [], [], [], []
     for task in tasks:
         documents = [sample for sample in samples[task] if sample["filter"] == rule]
         documents = [sample for sample in documents if name in sample and not (row.lengths and sample[name] == -1.0)]
@@ -286,6 +304,7 @@ def _score(outcome: Outcome, metric: str | None) -> bool:
         # only where the metric is a mean over documents does their spread give its standard error
         mean = all(isinstance(value, int | float) for value in values) and math.isclose(fmean(values), scores[-1], abs_tol=1e-9)
         errors.append(stdev(values) / math.sqrt(len(values)) if mean and len(values) > 1 else math.nan)
+        shares.append(mean and all(0 <= value <= 1 for value in values))
     if not scores:
         return False
     weights = [1] * len(scores) if row.aggregate == "macro" else counts
@@ -295,6 +314,8 @@ def _score(outcome: Outcome, metric: str | None) -> bool:
     outcome.n = sum(counts)
     outcome.metric = key
     outcome.measure = row.measure if outcome.request.known else f"lm-eval's {name}"
+    outcome.is_share = (outcome.request.known and name == ROWS[row.name].metric) or all(shares)
+    outcome.measure += "" if outcome.is_share else " (not in percent)"
     outcome.also = {other: float(results[task][f"{other},none"]) for other in row.also for task in tasks}
     return True
 
@@ -314,9 +335,9 @@ def _item(task: str, sample: dict[str, Any], metric: str) -> dict[str, Any]:
     return item | {"written": answers[0], "answer": sample["filtered_resps"][0]}
 
 
-def _first_metric(results: dict[str, Any], asked: str | None) -> tuple[str, str]:
+def _first_metric(keys: Sequence[str], asked: str | None) -> tuple[str, str]:
     """Return metric and filter of a task without a row here: the one asked for, else acc_norm where there is one, else its first."""
-    keys = [key for key in results if "," in key and "_stderr," not in key]
+    keys = [key for key in keys if "," in key and "_stderr," not in key]
     usual = next((key for key in keys if key.startswith("acc_norm,")), keys[0])
     name, rule = next((key for key in keys if key.startswith(f"{asked},")), f"{asked},none" if asked else usual).split(",", 1)
     return name, rule

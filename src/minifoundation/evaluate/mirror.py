@@ -141,7 +141,7 @@ def read_file(path: Path) -> Any:
             with path.open(encoding="utf-8") as file:  # str.splitlines would cut at U+2028 and U+0085 too
                 return datasets.Dataset.from_list([json.loads(line) for line in file])
         return datasets.Dataset.from_list(parquet.read_table(path).to_pylist())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two where lines are not objects of one form
         raise UserError(str(path), f"cannot be read ({first_line(error)})", "replace the file") from None
 
 

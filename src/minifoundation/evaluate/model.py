@@ -264,8 +264,9 @@ def cut_prompts(prompts: Sequence[int], room: Sequence[int], context: int) -> in
 def _batch_tokens(network: Network) -> int:
     """Return how many tokens a batch may have, so that half of the free memory holds its activations, caches and branches of them."""
     config, width = network.model.config.get_text_config(), network.model.dtype.itemsize
-    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention: int = getattr(config, "num_attention_heads", None) or 1  # a recurrent model has none
+    heads: int = getattr(config, "num_key_value_heads", None) or attention
+    head: int = getattr(config, "head_dim", None) or config.hidden_size // attention
     a_cached_token = 2 * config.num_hidden_layers * heads * head * width
     activations = 4 * width * (config.hidden_size + (getattr(config, "intermediate_size", None) or 4 * config.hidden_size))
     states = 12 * network.vocab_size if network.body is None else 0  # then every position has its logits

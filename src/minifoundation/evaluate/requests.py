@@ -111,7 +111,7 @@ def _request(entry: str, where: str) -> Request:
     if name in SUITES:
         remedy = f"give --tasks {name} alone, with --limit for fewer documents, or copy its lines from {SUITES[name]}"
         raise UserError(where, f"{entry!r}: {name} is a suite, not a task", remedy)
-    if colon and not shots.isdigit():
+    if colon and not shots.isdecimal():
         raise UserError(where, f"{first!r} does not end in a number of shots", f"write {name}:5, or {name} alone")
     request = Request(row, int(shots) if colon else row.shots)
     for change in changes:
@@ -124,7 +124,7 @@ def _request(entry: str, where: str) -> Request:
             case "aggregate", "micro" | "macro":
                 measure = request.row.measure.removesuffix(MACRO) + MACRO * (value == "macro")
                 request = replace(request, row=replace(request.row, aggregate=value, measure=measure))
-            case "limit", _ if value.isdigit() and int(value) > 0:
+            case "limit", _ if value.isdecimal() and int(value) > 0:
                 request = replace(request, limit=int(value))
             case _:
                 raise UserError(where, f"{change!r} in {entry!r} is not understood", GRAMMAR)

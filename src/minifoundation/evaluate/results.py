@@ -26,9 +26,10 @@ IDENTITY = ("model", "dtype", "engine", "limit", "data", "versions")
 
 @dataclass
 class Outcome:
-    """What one request came to: a score with its standard error as shares (0 to 1), or the reason why there is none.
+    """What one request came to: a score with its standard error, or the reason why there is none.
 
     Attributes:
+        is_share: the score is the mean of what documents have between 0 and 1, and shown in percent; a perplexity, say, is not.
         n: documents that were scored.
         truncated: requests that were longer than the model's context and lost their beginning.
         items: a line for each document, written to ``items/``.
@@ -40,6 +41,7 @@ class Outcome:
     label: str
     score: float | None = None
     stderr: float | None = None
+    is_share: bool = True
     n: int = 0
     shots: int = 0
     metric: str = ""
@@ -56,6 +58,11 @@ class Outcome:
     @property
     def protocol(self) -> str:
         return f"{self.shots}-shot, {self.measure}"
+
+    @property
+    def scale(self) -> float:
+        """What a score is multiplied by where it is shown."""
+        return 100.0 if self.is_share else 1.0
 
     @property
     def is_sample(self) -> bool:
@@ -135,7 +142,9 @@ def read_results(folder: Path) -> dict[str, Any]:
         remedy = f"give {folder.parent}" if folder.name == RESULTS else "give a folder that eval wrote"
         raise UserError(str(folder), "is a file, not a folder", remedy) from None
     except ValueError:
-        raise UserError(str(path), "is not a result of eval of this version", "run eval again, or remove the folder") from None
+        raise UserError(
+            str(path), "is not a result of eval of this version", "remove the folder, or run eval with another --out_dir"
+        ) from None
     found: dict[str, Any] = json.loads(text)
     return found
 
@@ -178,6 +187,7 @@ class _Row(_Part):
     label: str
     score: float | None
     stderr: float | None
+    is_share: bool = True
     n: int
     shots: int
     metric: str

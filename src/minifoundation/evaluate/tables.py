@@ -14,7 +14,7 @@ FIGURES_BESIDE = 6
 
 
 def table(outcomes: Sequence[Outcome], baselines: Baselines) -> str:
-    """Return the main table in Markdown: one line an outcome, scores in percent."""
+    """Return the main table in Markdown: one line an outcome, shares in percent."""
     shown = columns(outcomes, baselines)
     header = ["benchmark", "protocol", "score", "± s.e.", "chance", "n", "truncated", *shown]
     lines = []
@@ -24,7 +24,8 @@ def table(outcomes: Sequence[Outcome], baselines: Baselines) -> str:
             lines.append([outcome.label, _not_run(outcome), "", "", _percent(chance), "", "", *[""] * len(shown)])
             continue
         also = "".join(f" ({name} {value:.4g})" for name, value in outcome.also.items())
-        cells = [outcome.label, outcome.protocol, _percent(outcome.score) + also, _percent(outcome.stderr, 2), _percent(chance)]
+        error = "" if outcome.stderr is None else f"{outcome.scale * outcome.stderr:.2f}"
+        cells = [outcome.label, outcome.protocol, f"{outcome.scale * outcome.score:.1f}{also}", error, _percent(chance if outcome.is_share else None)]
         cells.append(f"{outcome.n} of {outcome.request.row.documents}" if outcome.is_sample else str(outcome.n))
         cells.append(f"{outcome.truncated} of {outcome.requests}" if outcome.truncated else "0")
         for model in shown:
@@ -74,7 +75,9 @@ def report(outcomes: Sequence[Outcome], facts: dict[str, Any], baselines: Baseli
     ]
     if settings["limit"]:
         parts.append(f"**Only the first {settings['limit']} documents of each task were read: compare these scores with nothing.**")
-    parts.append("Scores are percent, with the standard error of their mean over documents. Truncated prompts lost their beginning.")
+    parts.append(
+        "Scores are percent unless marked, with the standard error of their mean over documents. Truncated prompts lost their beginning."
+    )
     parts.append(table(outcomes, baselines))
     if published := published_table(outcomes, baselines):
         parts += ["## Published figures", published]
@@ -102,8 +105,8 @@ def again(facts: dict[str, Any]) -> str:
     return shlex.join(words)
 
 
-def _percent(share: float | None, digits: int = 1) -> str:
-    return "" if share is None else f"{100 * share:.{digits}f}"
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
 
 
 def _markdown(header: list[str], lines: list[list[str]]) -> str:

@@ -82,7 +82,7 @@ def _metadata(content: Content, license: str | None) -> str:
             dataset_config=outcome.label,  # else the hub puts two ways of measuring on one data set together
             metric_type=outcome.metric.split(",")[0],
             metric_name=outcome.protocol,
-            metric_value=round(100 * outcome.score, 2),
+            metric_value=round(outcome.scale * outcome.score, 2),
         )
         for outcome in (content.main.outcomes if content.main else ())
         if outcome.score is not None and not outcome.is_sample and outcome.request.row.name in DATASETS

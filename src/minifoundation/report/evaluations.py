@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +75,7 @@ def lines(evaluation: Evaluation, baselines: Baselines, columns: Sequence[str], 
         figures = tuple((f"{one.score:.1f}", one.mark(outcome)) if one else None for one in best)
         row, items = found.get(outcome.request.row.name), read_items(evaluation.folder, outcome.label)
         aggregate = outcome.request.row.aggregate
-        apart = {n: separated(items, row, n, aggregate=aggregate) for n in SIZES} if row is not None and items else {}
+        apart = {n: separated(items, row, n, aggregate=aggregate) for n in SIZES} if row is not None and items and outcome.is_share else {}
         made.append(Line(outcome, figures if outcome.score is not None else tuple(None for _ in best), apart))
     return made
 
@@ -85,7 +84,7 @@ def points(evaluation: Evaluation, baselines: Baselines, columns: Sequence[str],
     """Return our scores and those of the models in ``columns`` for the plot, one figure a model and benchmark."""
     made = []
     for outcome in evaluation.outcomes:
-        if outcome.score is None:
+        if outcome.score is None or not outcome.is_share:
             continue
         chance = outcome.request.row.chance
         error = None if outcome.stderr is None else 100 * outcome.stderr
@@ -112,14 +111,14 @@ def over_tokens(evaluations: Sequence[Evaluation], runs: Sequence[Run]) -> dict[
             points = [
                 (before + tokens, 100 * score, None)
                 for tokens, score in zip(run.columns["tokens"], measured, strict=False)
-                if not math.isnan(score)
+                if 0 <= score <= 1  # a share, and not nan
             ]
             if points:
                 scores.setdefault(name.removeprefix("eval/"), []).extend(points)
         before += run.tokens
     for evaluation in evaluations:
         for outcome in evaluation.outcomes:
-            if evaluation.tokens and evaluation.imported_from == origin and outcome.score is not None:
+            if evaluation.tokens and evaluation.imported_from == origin and outcome.score is not None and outcome.is_share:
                 error = None if outcome.stderr is None else 100 * outcome.stderr
                 scores.setdefault(f"{outcome.label}", []).append((evaluation.tokens, 100 * outcome.score, error))
     return scores
