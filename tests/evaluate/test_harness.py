@@ -376,7 +376,7 @@ def test_a_score_that_is_no_share_stands_as_it_is(tiny: Model, tmp_path: Path) -
     usual, perplexity = evaluated(tiny, "lambada_openai,lambada_openai metric=perplexity", data_dir=tmp_path)
     assert usual.is_share and usual.scale == 100
     assert not perplexity.is_share and perplexity.scale == 1
-    assert perplexity.score == pytest.approx(usual.also["perplexity"]) and perplexity.score > 1
+    assert perplexity.score is not None and perplexity.score == pytest.approx(usual.also["perplexity"]) and perplexity.score > 1
     assert perplexity.protocol == "0-shot, perplexity (not in percent)"
     cells = table([perplexity], Baselines.load()).splitlines()[2].split(" | ")
     assert cells[2].startswith(f"{perplexity.score:.1f} (perplexity")

@@ -25,7 +25,8 @@ def table(outcomes: Sequence[Outcome], baselines: Baselines) -> str:
             continue
         also = "".join(f" ({name} {value:.4g})" for name, value in outcome.also.items())
         error = "" if outcome.stderr is None else f"{outcome.scale * outcome.stderr:.2f}"
-        cells = [outcome.label, outcome.protocol, f"{outcome.scale * outcome.score:.1f}{also}", error, _percent(chance if outcome.is_share else None)]
+        by_chance = _percent(chance) if outcome.is_share else ""
+        cells = [outcome.label, outcome.protocol, f"{outcome.scale * outcome.score:.1f}{also}", error, by_chance]
         cells.append(f"{outcome.n} of {outcome.request.row.documents}" if outcome.is_sample else str(outcome.n))
         cells.append(f"{outcome.truncated} of {outcome.requests}" if outcome.truncated else "0")
         for model in shown:

@@ -33,7 +33,10 @@ def supported(config: RunConfig, machine: Machine, say: Say) -> RunConfig:
         config = config.replaced(model={"checkpointing": "attention"})
     if config.train.deterministic:
         runtime.make_deterministic()
-        if machine.is_cuda and config.model.attention == "auto":  # of the fast kernels, the one whose backward follows torch's switch
+        asked = config.model.attention
+        if machine.is_cuda and asked in ("auto", "cudnn", "flash4"):  # of the fast kernels, flash is the one that follows torch's switch
+            if asked != "auto":
+                say(f"warning: model.attention: {asked} does not follow train.deterministic; using flash")
             config = config.replaced(model={"attention": "flash"})
     compiled = config.train.compile
     if compiled and (reason := runtime.can_compile(machine)):
