@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 
 LAYERS = (
     {"errors", "wording", "packages", "container"},
+    {"launch"},
     {"config", "distributed", "lock", "hf_folder"},
     {"model", "data", "evaluate", "runtime", "checkpoint"},
     {"train", "export", "report"},

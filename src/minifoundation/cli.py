@@ -283,11 +283,11 @@ def run() -> NoReturn:
             stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = (stream and cast(TextIO, Heard(stream)) for stream in (sys.stdout, sys.stderr))
     code = main()
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    several = os.environ.get("WORLD_SIZE", "") not in ("", "1")
     if code and several:
         # torchrun ends the others as soon as one has left: the one that speaks goes first, and none loses its exit code.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(2)
     if code == BROKEN_OFF or (code and several):
         # Threads that are still at work, of torch.distributed or SentencePiece, abort a process now and then when Python takes it down.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import click
 import torch
 
-from minifoundation import config, runtime
+from minifoundation import config, launch, runtime
 from minifoundation.checkpoint import write_whole
 from minifoundation.commands.pretrain import layered, sources
 from minifoundation.config import BenchOptions, RunConfig
@@ -49,7 +48,7 @@ def bench(options: BenchOptions, values: dict[str, Any]) -> None:
         if options.json_out.is_dir():
             raise UserError("--json", f"{options.json_out} is a folder", "give the path of a file")
         options.json_out.parent.mkdir(parents=True, exist_ok=True)
-    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+    if (processes := launch.world_size()) > 1:
         remedy = "start it without torchrun (benchmarks/scaling.py measures several GPUs)"
         raise UserError("torchrun", f"{processes} processes, and bench measures one GPU", remedy)
     machine = runtime.machine()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from functools import partial
@@ -10,6 +9,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minifoundation import launch
 from minifoundation.config import EvalOptions
 from minifoundation.errors import UserError
 from minifoundation.evaluate import tables
@@ -102,7 +102,7 @@ def _write(folder: Folder, outcomes: list[Outcome], facts: dict[str, Any], basel
 
 def _check_vllm(options: EvalOptions) -> None:
     """Raise a UserError when vLLM cannot do what ``options`` ask for."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = launch.world_size()
     if processes > 1:
         raise UserError("--engine", f"vllm runs in one process, {processes} were started", "start it without torchrun")
     if is_checkpoint(Path(options.model_path)):

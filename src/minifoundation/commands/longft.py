@@ -57,6 +57,10 @@ def longft(options: LongftOptions, values: dict[str, Any]) -> None:
         settings = config.merged(settings, {"model": {"rope": reaching(seq_len, model)}})
     run_config = config.build(RunConfig, settings, f"{options.ckpt_in}, {sources(options)}")
     refuse_another_model(run_config.model, model, options.ckpt_in, "leave it out: longft extends this model", but="rope")
+    rope = run_config.model.rope
+    if seq_len > model.max_seq_len and rope.scaling == "none" and rope.theta == model.rope.theta and is_first_process():
+        said = f"none, and theta is {rope.theta:,.0f} as before, so the frequencies stay those of {model.max_seq_len:,} tokens"
+        print(f"warning: model.rope.scaling: {said}; take yarn, or base: configs/longft.yaml in your YAML", file=sys.stderr)
     if options.proof_data is not None:
         try:
             find_corpus(options.proof_data, run_config.data)  # a mistake in it should not show after the training

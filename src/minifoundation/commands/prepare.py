@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from minifoundation import config
+from minifoundation import config, launch
 from minifoundation.config import PrepareConfig, PrepareOptions, RunConfig
 from minifoundation.errors import Interrupted, UserError
 from minifoundation.wording import counted
@@ -35,7 +35,7 @@ def prepare(options: PrepareOptions, values: dict[str, Any]) -> None:
     settings = config.merged({name: value for name, value in from_yaml.items() if name not in of_a_run}, values)
     chosen = config.build(PrepareConfig, settings, f"{options.config}, command line" if options.config else "command line")
     try:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if launch.world_size() > 1:
             _together(options, chosen)
         else:  # does without torch, which takes seconds to import
             from minifoundation.data.engines import cluster

@@ -68,7 +68,12 @@ def layered(options: RunOptions, values: dict[str, Any], *, below: dict[str, Any
             raise UserError("--train.precision", f"{said} contradicts {flag}, which means {precision}", "give one of them")
         given = config.merged(values, {"train": {"precision": precision}})
     from_yaml = config.read_yaml(options.config) if options.config else {}
-    return config.merged(config.merged(below, from_yaml), given)
+    beneath = config.merged(below, from_yaml)
+    off = {name for name in ("amp", "bf16") if name in options.model_fields_set and not getattr(options, name)}
+    before = (beneath.get("train") or {}).get("precision")
+    if precision is None and ((before == "bf16" and off) or (before == "fp16" and "amp" in off)):
+        given = config.merged({"train": {"precision": "fp32"}}, values)  # --no_bf16 and --no_amp
+    return config.merged(beneath, given)
 
 
 def sources(options: RunOptions) -> str:

@@ -31,8 +31,10 @@ def may_be_path(text: str | None) -> str | None:
     """Return ``text``, a path or something else that is known by name, with the home folder in place of ``~``.
 
     Raises:
-        ValueError: as ``from_home``.
+        ValueError: as ``from_home``; it is empty, as an unset variable of a shell is.
     """
+    if text is not None and not text.strip():
+        raise ValueError("is empty; give a path, or leave it out")
     return from_home(text) if text is not None and text.startswith("~") else text
 
 

@@ -13,11 +13,11 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, get_args
 
 from pydantic_core import from_json
 
-from minifoundation.config import DataConfig
+from minifoundation.config import DataConfig, QualityFilter
 from minifoundation.data.pieces import Piece, Span, pieces
 from minifoundation.data.sources import Corpus, find_corpus
 from minifoundation.data.streams import parquet, plain, unpacked, unreadable
@@ -94,7 +94,9 @@ def _empty(source: str, skipped: Mapping[str, int], columns: tuple[str, ...]) ->
     counts = Counter(skipped).most_common()
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts)
     most = counts[0][0] if counts else EMPTY
-    remedy = f"set data.text_column to one of: {', '.join(columns)}" if columns else REMEDIES.get(most, "give text in UTF-8")
+    by_filter = most.partition(":")[0] in get_args(QualityFilter) or most == "duplicate"
+    usual = "leave that filter out" if by_filter else "give text in UTF-8"
+    remedy = f"set data.text_column to one of: {', '.join(columns)}" if columns else REMEDIES.get(most, usual)
     return UserError("data.source", f"{source} holds no document" + (f" ({reasons})" if reasons else ""), remedy)
 
 

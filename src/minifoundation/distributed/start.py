@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from minifoundation import launch
 from minifoundation.distributed.world import World, mesh_of_groups
 from minifoundation.errors import Interrupted, Stopped, UserError
 from minifoundation.wording import counted, processes
@@ -29,7 +30,7 @@ WORDS = timedelta(days=7)
 
 def is_first_process() -> bool:
     """Return whether this is the first process, also before and after it is joined to the others."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return launch.number("RANK", without=0) == 0
 
 
 @contextmanager
@@ -40,12 +41,12 @@ def join(*, with_gpu: bool = True) -> Iterator[World]:
         with_gpu: each process takes a GPU where there are some; without, they only talk.
 
     Raises:
-        UserError: more processes than GPUs, or some that do not come.
+        UserError: more processes than GPUs, some that do not come, or variables that are not torchrun's.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if launch.world_size() == 1:
         yield World()
         return
-    local_rank = int(os.environ["LOCAL_RANK"])
+    local_rank = launch.number("LOCAL_RANK")
     with_gpu = with_gpu and torch.cuda.is_available()
     if with_gpu:
         if local_rank >= torch.cuda.device_count():
@@ -65,7 +66,7 @@ def join(*, with_gpu: bool = True) -> Iterator[World]:
     )
     words = dist.new_group(backend="gloo", timeout=WORDS) if device else dist.group.WORLD
     try:
-        alone = World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), words, store)
+        alone = World(rank, size, local_rank, launch.number("LOCAL_WORLD_SIZE", without=1), words, store)
         yield replace(alone, local_sizes=tuple(found for place, found in alone.of_all((local_rank, alone.local_size)) if place == 0))
     except (Stopped, Interrupted) as stop:
         stop.told = rank > 0
@@ -98,8 +99,8 @@ def _part() -> None:
 
 def _met() -> tuple[Any, int, int]:
     """Return the store that all share, this process's rank and how many there are, once all have come."""
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    host, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", 29500))
+    rank, size = launch.number("RANK"), launch.world_size()
+    host, port = os.environ.get("MASTER_ADDR", "localhost"), launch.number("MASTER_PORT", without=29500)
     seconds = round(MEETING.total_seconds())
     of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store: Any

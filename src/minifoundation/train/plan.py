@@ -144,7 +144,7 @@ def describe(config: RunConfig, plan: Plan, machine: Machine, world_size: int) -
 
 def _scaling(rope: RopeConfig) -> str:
     """Return how a context beyond that of pretraining is reached, in words."""
-    how = "no scaling of RoPE but a base of its own" if rope.scaling == "none" else f"RoPE scaled by {rope.scaling}"
+    how = "RoPE without scaling" if rope.scaling == "none" else f"RoPE scaled by {rope.scaling}"
     return f"{how}, theta {rope.theta:,.0f}, factor {rope.factor:g}"
 
 

@@ -181,7 +181,9 @@ def refuse_another_run(checkpoint: Checkpoint, config: RunConfig, allowed: tuple
         problem = f"{config.train.tokens:,} are {counted(planned.steps, 'step')}, and {path} has done {done:,}"
         raise UserError("train.tokens", problem, f"give at least {done * planned.tokens_per_step:,}, or an earlier checkpoint")
     if not checkpoint.optimizer and 0 < done < planned.steps:
-        raise UserError(str(path), "holds no optimizer state to continue with", "give a step_ folder, or start a new phase with longft")
+        raise UserError(
+            str(path), "holds no optimizer state to continue with", "give a step_ folder, or begin a new phase with --init_from"
+        )
     if told:
         say(f"changed since {path}: {', '.join(told)}")
     say(f"continuing from {path} at step {done:,} of {planned.steps:,}")

@@ -117,7 +117,7 @@ def _run(
         return None
     world.agreed(lambda: refuse_too_large(config, machine, world, planned.split, moments=moments))
     if resumed is not None and resumed.progress["step"] >= planned.steps and not resumed.optimizer:
-        say(f"{path} is finished: {planned.steps:,} of {planned.steps:,} steps")
+        say(f"{path} is finished: {planned.steps:,} of {planned.steps:,} steps; to train it further begin with --init_from {path}")
         return path
     if resume is None:
         world.agreed(lambda: refuse_used(config.out_dir))
