@@ -20,7 +20,8 @@ from minifoundation.train.plan import plan
 from tests.pretended import Pretended
 
 T = TypeVar("T")
-H100 = Machine(torch.device("cpu"), "NVIDIA H100 80GB HBM3", 80 * 2**30, 989.4e12)
+H100 = Pretended(torch.device("cpu"), "NVIDIA H100 80GB HBM3", 80 * 2**30, 989.4e12)
+CPU = Machine(torch.device("cpu"), "CPU", 80 * 2**30, None)
 
 
 def run_config(**train: Any) -> RunConfig:
@@ -48,6 +49,15 @@ def test_a_step_stays_at_the_rows_that_were_given(rows: int) -> None:
     expected = max(most for most in range(1, rows + 1) if rows % most == 0 and fits(most, rows // most))
     assert split(chosen) == (expected, rows // expected)
     assert plan(chosen, 1).samples_per_step == rows, "whatever the machine, the same step"
+
+
+def test_a_cpu_has_room_to_spare() -> None:
+    """Nothing is tried there, and a process that is too large is killed without a word."""
+    on_gpu, _ = split(with_batch_size(run_config(batch_size="auto"), H100))
+    on_cpu, _ = split(with_batch_size(run_config(batch_size="auto"), CPU))
+    assert on_cpu * 4 <= on_gpu
+    tight = replace(CPU, memory_bytes=round(1.2 * plan(run_config(batch_size=1), 1).memory_total))
+    assert split(with_batch_size(run_config(batch_size="auto"), tight)) == (1, 1), "one row is not refused for it"
 
 
 def test_not_even_one_row_is_refused() -> None:

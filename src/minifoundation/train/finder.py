@@ -22,6 +22,10 @@ from minifoundation.wording import counted
 MOST_ROWS = 64
 """More rows at once are no faster: the products are large by then."""
 
+ON_A_CPU = 5
+"""Times what is predicted of activations that a process on a CPU may take: eager blocks keep more than those by hand or compiled, kernels
+have memory of their own for their work, and the allocator keeps what was freed. There is no error to catch: the system kills the process."""
+
 PATIENCE = 60.0
 """Seconds that a process which is out of memory waits for the others, at the least."""
 
@@ -38,7 +42,15 @@ def predicted_to_fit(config: RunConfig, machine: Machine, split: Split = ALONE) 
     else:
         splits = [(2**power, 1) for power in range(MOST_ROWS.bit_length() - 1, -1, -1)]
     tried = [config.replaced(train={"batch_size": most, "grad_accum": parts}) for most, parts in splits]
-    return [one for one in tried if sum(predicted_memory(one, split).values()) <= USABLE_MEMORY * machine.memory_bytes]
+    usable = USABLE_MEMORY * machine.memory_bytes
+    fit = [one for one in tried if _needed(one, machine, split) <= usable]
+    return fit or [one for one in tried[-1:] if sum(predicted_memory(one, split).values()) <= usable]
+
+
+def _needed(config: RunConfig, machine: Machine, split: Split) -> int:
+    parts = predicted_memory(config, split)
+    times = 1 if machine.is_cuda else ON_A_CPU
+    return sum(size * (times if name in ("activations", "loss", "block_workspace") else 1) for name, size in parts.items())
 
 
 def rows_left_open(config: RunConfig) -> bool:
