@@ -24,7 +24,7 @@ MOST_ROWS = 64
 
 ON_A_CPU = 5
 """Times what is predicted of activations that a process on a CPU may take: eager blocks keep more than those by hand or compiled, kernels
-have memory of their own for their work, and the allocator keeps what was freed. There is no error to catch: the system kills the process."""
+have memory of their own, and the allocator keeps what was freed. There is no error to catch: the system kills the process."""
 
 PATIENCE = 60.0
 """Seconds that a process which is out of memory waits for the others, at the least."""
