@@ -58,6 +58,17 @@ def folder_of(config: RunConfig, source: str | None = None) -> Path:
     return shards_folder(source or str(config.data.source), config.data, tokenizer)
 
 
+def test_shards_of_another_tokenizer_are_not_used_without_a_word(settings: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    """They may have been filtered with much work, and given to a run without their tokenizer."""
+    first, second = settings(), settings("second", tokenizer={"vocab_size": 520})
+    trained(first)
+    assert "are not used" not in capsys.readouterr().err
+    trained(second)
+    assert f"those in {folder_of(first)}, of a source of that name, were made by another tokenizer" in capsys.readouterr().err
+    trained(second, resume="auto")
+    assert "are not used" not in capsys.readouterr().err
+
+
 def entries(checkpoint: Checkpoint) -> list[Entry]:
     return [Entry(**kept) for kept in checkpoint.ledger]
 

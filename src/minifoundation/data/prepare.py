@@ -113,6 +113,16 @@ def shards_folder(source: str, config: DataConfig, tokenizer: Tokenizer) -> Path
     return config.shards_dir / f"{slug}-{hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
+def made_otherwise(source: str, config: DataConfig, tokenizer: Tokenizer) -> Path | None:
+    """Return a folder of shards of a source of that name, by another tokenizer or of another column, while there are none by this one."""
+    own = shards_folder(source, config, tokenizer)
+    if any(own.glob("*.bin")):
+        return None
+    name = own.name.rpartition("-")[0]
+    alike = (folder for folder in sorted(own.parent.glob(f"{name}-*")) if folder.name.rpartition("-")[0] == name)
+    return next((folder for folder in alike if any(folder.glob("*.bin"))), None)
+
+
 def refuse_unusable(config: DataConfig, tokenizer: Tokenizer | None) -> None:
     """Refuse a source that is not there or given twice, and shards made with other settings, before work on any begins; asks no network.
 

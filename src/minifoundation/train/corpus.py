@@ -16,7 +16,7 @@ from minifoundation.data.held_out import HeldOut
 from minifoundation.data.ledger import Entry
 from minifoundation.data.loader import POLL_SECONDS, Loader, source_of
 from minifoundation.data.mixture import Mixture
-from minifoundation.data.prepare import refuse_gone, refuse_unusable, tokenizer_for
+from minifoundation.data.prepare import made_otherwise, refuse_gone, refuse_unusable, tokenizer_for
 from minifoundation.data.samples import Order, Samples
 from minifoundation.data.shards import MANIFEST, Shards
 from minifoundation.data.supply import Want, prepared
@@ -130,6 +130,9 @@ def _opened(
             progress.first_shards[source] = _first_unread(read[source], config, tokenizer, say)
         if by_length:  # what is long is known once all of it has been looked through
             samples = first_samples = max(-(-round(searched(config) * weights[source]) // seq_len), in_search)
+        if (other := made_otherwise(source, config.data, tokenizer)) is not None:
+            why = "made by another tokenizer or of another column"
+            say(f"data: shards of {source} are made now; those in {other}, of a source of that name, were {why} and are not used")
         want = Want(source, progress.first_shards.setdefault(source, 0), samples, seq_len)
         shards[source] = prepared(want, first_samples, config.data, tokenizer)
         if resumed is not None:
