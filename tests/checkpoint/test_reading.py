@@ -43,6 +43,21 @@ def test_one_that_was_set_aside_or_copied_is_whole_and_one_under_the_name_of_ano
     assert fault(other) == "manifest.json is missing or damaged"
 
 
+def test_no_older_one_is_taken_for_one_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (3, 4):
+        save_step(full(step), tmp_path, keep=2)
+    read = Path.read_bytes
+
+    def refused(path: Path) -> bytes:
+        if path == tmp_path / "step_00000004" / "manifest.json":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(UserError, match=r"step_00000004/manifest\.json: cannot be read \(Permission denied\); mend that"):
+        latest_good(tmp_path, silent)
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "no manifest", "no state"])
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, damage: str) -> None:
     good, bad = save_step(made(1), tmp_path, keep=5), save_step(made(2), tmp_path, keep=5)

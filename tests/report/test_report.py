@@ -192,6 +192,19 @@ def test_a_row_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
     assert read_run(tmp_path / "run").tokens == 400_000
 
 
+def test_a_run_that_a_spreadsheet_saved_and_one_without_a_finite_loss_are_reported(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", rows=2) / "metrics.csv"
+    text = path.read_text()
+    path.write_text(text, encoding="utf-8-sig")
+    assert read_run(tmp_path / "run").tokens == 20_000
+    header, *lines = text.splitlines()
+    place = header.split(",").index("loss")
+    lost = [",".join("nan" if i == place else cell for i, cell in enumerate(line.split(","))) for line in lines]
+    path.write_text("\n".join([header, *lost, ""]))
+    assert main(["report", "--runs", str(tmp_path / "run"), "--out_dir", str(tmp_path / "report")]) == 0
+    assert "no finite loss" in (tmp_path / "report" / "README.md").read_text()
+
+
 def test_a_sample_is_not_indexed_and_marked(made: Path) -> None:
     path = made / "hf/eval/results.json"
     content = json.loads(path.read_text())

@@ -58,6 +58,15 @@ def folder_of(config: RunConfig, source: str | None = None) -> Path:
     return shards_folder(source or str(config.data.source), config.data, tokenizer)
 
 
+def test_a_source_that_is_spelled_otherwise_is_the_same(settings: Make, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = trained(settings("first", data=SHARDS))
+    capsys.readouterr()
+    again = settings("again", data={**SHARDS, "source": f"{corpus.parent}/./{corpus.name}"})
+    trained(again, start=Start("longft", first))
+    read = entries(first)[0]
+    assert f"data: starting at shard {read.shards}, after the {read.tokens:,} tokens that the phase" in capsys.readouterr().err
+
+
 def test_shards_of_another_tokenizer_are_not_used_without_a_word(settings: Make, capsys: pytest.CaptureFixture[str]) -> None:
     """They may have been filtered with much work, and given to a run without their tokenizer."""
     first, second = settings(), settings("second", tokenizer={"vocab_size": 520})

@@ -270,6 +270,13 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool], value:
     return read
 
 
+def test_a_skipped_step_has_a_row_however_seldom_there_are_others(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(train={"tokens": 32 * 4 * 20, "spike_window": 16, "lr": 1e-3, "log_every": 10, "eval_every": 99})
+    poisoned(monkeypatch, lambda sample: sample == 41, math.nan)
+    trained(config)
+    assert [(row["step"], row["skipped"]) for row in rows(config)] == [("10", ""), ("11", "loss not finite"), ("20", "")]
+
+
 @pytest.mark.parametrize(("value", "reason"), [(math.nan, "loss not finite"), (math.inf, "loss not finite"), (100.0, "loss spike")])
 def test_a_bad_step_is_skipped_and_told_with_its_samples(
     settings: Make, monkeypatch: pytest.MonkeyPatch, capsys: Capture, value: float, reason: str

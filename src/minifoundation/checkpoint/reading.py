@@ -60,15 +60,17 @@ def fault(path: Path) -> str | None:
     A ``final.pth`` without the ``final.json`` beside it has only the checksums of its own archive, which torch does not look at.
 
     Raises:
-        UserError: it is of another format.
+        UserError: it is of another format, or may not be read.
     """
     manifest = path / MANIFEST if path.is_dir() else path.with_name(FINAL_MANIFEST)
     if not path.is_dir() and not (path.name == FINAL and manifest.exists()):
         return _archive_fault(path) if path.is_file() else "is missing"
     try:
         files = _files(manifest, path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return f"{manifest.name} is missing or damaged"
+    except OSError as error:  # it may be whole: an older one is not to be taken for it
+        raise UserError(str(manifest), f"cannot be read ({error.strerror})", "mend that, and run the same command again") from None
     folder = path if path.is_dir() else path.parent
     return next((found for name, record in files.items() if (found := _difference(folder / name, record)) is not None), None)
 

@@ -29,7 +29,7 @@ from minifoundation.data.engines import Engine, in_process, local
 from minifoundation.data.pieces import pieces
 from minifoundation.data.rows import all_documents
 from minifoundation.data.shards import PART, Manifest, Shards, intact, manifest_of, read_manifest, write_manifest
-from minifoundation.data.sources import Corpus, find_corpus, hub_corpus, is_gone, path_of
+from minifoundation.data.sources import Corpus, find_corpus, hub_corpus, is_gone, path_of, place_of
 from minifoundation.data.tokenizer import Tokenizer, train_tokenizer
 from minifoundation.errors import UserError
 from minifoundation.lock import held
@@ -134,9 +134,7 @@ def refuse_unusable(config: DataConfig, tokenizer: Tokenizer | None) -> None:
     """
     given: dict[Any, str] = {}
     for source in config.weights:
-        hub = hub_corpus(source)
-        place = hub[:2] if hub else source if is_remote(source) else path_of(source).resolve()
-        if (other := given.setdefault(place, source)) != source:  # its samples would come twice an epoch
+        if (other := given.setdefault(place_of(source), source)) != source:  # its samples would come twice an epoch
             raise UserError("data.mix", f"{other} and {source} are the same text", "name it once, with the sum of both weights")
         shards = None if tokenizer is None else _Preparation(source, config, tokenizer, None).recorded()
         if not is_remote(source) and (shards is None or not is_gone(source)):

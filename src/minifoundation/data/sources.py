@@ -140,6 +140,12 @@ def path_of(source: str) -> Path:
         raise UserError("data.source", f"{source}: there is no such user", "write the whole path") from None
 
 
+def place_of(source: str) -> Any:
+    """Return what two spellings of one source have in common: the Hub's data set and its subset, an address, or the resolved path."""
+    hub = hub_corpus(source)
+    return hub[:2] if hub else source if "://" in source and not source.startswith("file://") else path_of(source).resolve()
+
+
 def is_gone(source: str) -> bool:
     """Return whether no file is (any more) where a corpus of this machine lay."""
     root = path_of(source)

@@ -83,7 +83,10 @@ def unreadable(file: File, error: Exception) -> Exception:
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return error
     reason = error.strerror if isinstance(error, OSError) and error.strerror else remote.reason(error)
-    return UserError(file.url, f"cannot be read to its end ({reason})", "fetch the file again, or remove it from the corpus")
+    remedy = "fetch the file again, or remove it from the corpus"
+    if "too much memory" in reason:  # of zstd: the file is whole
+        remedy = "its window is larger than 128 MiB: unpack it with zstd -d --long=31, and pack it again without --long"
+    return UserError(file.url, f"cannot be read to its end ({reason})", remedy)
 
 
 @lru_cache(maxsize=4)

@@ -130,11 +130,12 @@ def _training(content: Content) -> str:
     for run in content.runs:
         bits, loss = run.last("held_out_bits_per_byte"), run.last("loss")
         train = run.settings.train
+        last = "no finite loss" if loss is None else f"last loss {loss:.3f}"
         held = "" if bits is None else f", {bits:.3f} bits per byte on held-out text"
         lines.append(
             f"* {run.phase}: {run.tokens:,} tokens in {counted(run.step, 'step')} of {run.tokens // max(1, run.step):,}, "
             f"rows of {train.seq_len:,}, peak learning rate {train.lr:g} ({train.schedule}), {train.precision}; "
-            f"last loss {loss:.3f}{held}; {run.trouble}."
+            f"{last}{held}; {run.trouble}."
         )
     ledger = content.runs[-1].ledger
     if ledger:

@@ -119,7 +119,7 @@ def read_run(folder: Path) -> Run:
     content = (folder / "metrics.csv").read_bytes()
     whole = content[: content.rfind(b"\n") + 1]  # a row that is being written, or was cut short, can end within a number
     try:
-        rows = list(csv.DictReader(io.StringIO(whole.decode(), newline="")))
+        rows = list(csv.DictReader(io.StringIO(whole.decode("utf-8-sig"), newline="")))
     except (ValueError, csv.Error) as error:
         raise UserError("--runs", f"{folder / 'metrics.csv'} is damaged ({error})", remedy) from None
     if rows and not {"step", "tokens", "loss"} <= rows[0].keys():

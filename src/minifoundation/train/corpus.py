@@ -19,6 +19,7 @@ from minifoundation.data.mixture import Mixture
 from minifoundation.data.prepare import made_otherwise, refuse_gone, refuse_unusable, tokenizer_for
 from minifoundation.data.samples import Order, Samples
 from minifoundation.data.shards import MANIFEST, Shards
+from minifoundation.data.sources import place_of
 from minifoundation.data.supply import Want, prepared
 from minifoundation.data.tokenizer import Tokenizer
 from minifoundation.distributed import World
@@ -120,14 +121,18 @@ def _opened(
     in_all = mixture.counts(progress.end(planned.steps - progress.step, size))
     at_once = mixture.counts(progress.place(size) + max(AT_ONCE // seq_len, size))
     entries = [Entry(**kept) for kept in (before.ledger if before else [])]
-    ledger = {entry.source: entry for entry in entries}  # the last one of each source
-    read = ledger | {entry.source: entry for entry in entries if entry.samples}
+    ledger = {place_of(entry.source): entry for entry in entries}  # the last one of each source, however it is spelled
+    read = ledger | {place_of(entry.source): entry for entry in entries if entry.samples}
+    known = {source: place_of(source) for source in sources}
     shards: dict[str, Shards] = {}
     wants: list[Want] = []
     searched_rows = -(-searched(config) // seq_len)
     for source, samples, first_samples, in_search in zip(sources, in_all, at_once, mixture.counts(searched_rows), strict=True):
-        if resumed is None and source in ledger:
-            progress.first_shards[source] = _first_unread(read[source], config, tokenizer, say)
+        if resumed is None and known[source] in ledger:
+            last = read[known[source]]
+            alike = (last.source, last.phase, last.first_shard)
+            tokens = sum(one.tokens for one in entries if (one.source, one.phase, one.first_shard) == alike)
+            progress.first_shards[source] = _first_unread(last, source, tokens, config, tokenizer, say)
         if by_length:  # what is long is known once all of it has been looked through
             samples = first_samples = max(-(-round(searched(config) * weights[source]) // seq_len), in_search)
         if (other := made_otherwise(source, config.data, tokenizer)) is not None:
@@ -136,10 +141,12 @@ def _opened(
         want = Want(source, progress.first_shards.setdefault(source, 0), samples, seq_len)
         shards[source] = prepared(want, first_samples, config.data, tokenizer)
         if resumed is not None:
-            _same_shards(ledger[source], shards[source])
+            _same_shards(ledger[known[source]], shards[source])
         wants.append(want)
-    if start is not None and resumed is None and ledger and ledger.keys().isdisjoint(sources):
-        say(f"data: another corpus than the phase before ({', '.join(ledger)}); reading it from the start")
+    if start is not None and resumed is None and ledger and ledger.keys().isdisjoint(known.values()):
+        say(
+            f"data: another corpus than the phase before ({', '.join(one.source for one in ledger.values())}); reading it from the start"
+        )
     windows = Loader(
         {
             source: Samples(shards[source], seq_len=seq_len, seed=config.train.seed, first_shard=progress.first_shards[source])
@@ -244,13 +251,18 @@ def with_vocabulary(config: RunConfig, before: Checkpoint | None, tokenizer: Tok
     return config.replaced(model={"vocab_size": size})
 
 
-def _first_unread(read: Entry, config: RunConfig, tokenizer: Tokenizer, say: Say) -> int:
-    """Return the first shard that an earlier phase did not read; 0 when it read another corpus, or all of this one."""
-    name = f"{read.source}: " if config.data.mix else ""
+def _first_unread(read: Entry, source: str, tokens: int, config: RunConfig, tokenizer: Tokenizer, say: Say) -> int:
+    """Return the first shard that an earlier phase did not read; 0 when it read another corpus, or all of this one.
+
+    Args:
+        source: as it is spelled now.
+        tokens: that the phase has read of it, long and short rows together.
+    """
+    name = f"{source}: " if config.data.mix else ""
     if read.samples == 0:
         return read.first_shard
     # As many shards as were read must be there before they can be compared, and one more to tell whether the corpus goes on.
-    want = Want(read.source, read.first_shard + read.shards, 1, 1)
+    want = Want(source, read.first_shard + read.shards, 1, 1)
     shards = prepared(want, 1, config.data, tokenizer)
     order = Order(shards, config.train.seq_len, read.first_shard)
     if order.sha256(read.shards) != read.shards_sha256:
@@ -260,7 +272,7 @@ def _first_unread(read: Entry, config: RunConfig, tokenizer: Tokenizer, say: Say
         say(f"data: {name}the phase before has come to the end of the corpus; reading it again from the start")
         return 0
     unread = order.turns[read.shards]
-    say(f"data: {name}starting at shard {unread}, after the {read.tokens:,} tokens that the phase before has seen")
+    say(f"data: {name}starting at shard {unread}, after the {tokens:,} tokens that the phase before has seen")
     return unread
 
 

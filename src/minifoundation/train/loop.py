@@ -330,7 +330,7 @@ class _Report:
             shown["MFU"] = f"{mfu:.1%}"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(1)
-        if evaluated or figures["step"] % self.training.config.train.log_every == 0:
+        if evaluated or figures["skipped"] or figures["step"] % self.training.config.train.log_every == 0:
             self.add(figures)
 
     def add(self, row: Row) -> None:
