@@ -144,9 +144,7 @@ def _opened(
             _same_shards(ledger[known[source]], shards[source])
         wants.append(want)
     if start is not None and resumed is None and ledger and ledger.keys().isdisjoint(known.values()):
-        say(
-            f"data: another corpus than the phase before ({', '.join(one.source for one in ledger.values())}); reading it from the start"
-        )
+        say(f"data: another corpus than the phase before ({', '.join(one.source for one in ledger.values())}); reading it from the start")
     windows = Loader(
         {
             source: Samples(shards[source], seq_len=seq_len, seed=config.train.seed, first_shard=progress.first_shards[source])
