@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from minifoundation.config import DataConfig
 from minifoundation.data import pieces, remote, rows
-from minifoundation.data.rows import all_documents
+from minifoundation.data.rows import all_documents, no_documents
+from minifoundation.data.sources import find_corpus
 from minifoundation.errors import UserError
 
 
@@ -129,6 +130,25 @@ def test_of_two_columns_of_one_name_the_first_is_read(tmp_path: Path) -> None:
 def test_the_remedy_is_that_of_what_is_wrong_most_often(tmp_path: Path, line: str, problem: str) -> None:
     (tmp_path / "a.jsonl").write_text(f"{line}\n{line}\n")
     with pytest.raises(UserError, match=problem):
+        read(tmp_path)
+
+
+def test_what_a_filter_dropped_is_not_said_to_be_of_another_encoding(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("plain text")
+    config = DataConfig(source=str(tmp_path))
+    corpus = find_corpus(str(tmp_path), config)
+    for reason in ("fineweb: char_dup_ratio", "duplicate"):
+        assert str(no_documents(corpus, config, {reason: 20})).endswith(f"(20 {reason}); leave that filter out")
+    assert str(no_documents(corpus, config, {"strange": 1})).endswith("give text in UTF-8")
+
+
+def test_a_window_too_large_for_the_reader_is_no_damage(tmp_path: Path) -> None:
+    import zstandard
+
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    writer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(writer.compress(b'{"text": "one"}\n') + writer.flush())
+    with pytest.raises(UserError, match=r"its window is larger than 128 MiB: unpack it with zstd -d --long=31"):
         read(tmp_path)
 
 

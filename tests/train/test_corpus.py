@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,13 +68,21 @@ def test_a_source_that_is_spelled_otherwise_is_the_same(settings: Make, corpus: 
     assert f"data: starting at shard {read.shards}, after the {read.tokens:,} tokens that the phase" in capsys.readouterr().err
 
 
+def test_long_and_short_documents_of_a_phase_count_together() -> None:
+    long = Entry("longft", "a", 1.0, "f", {}, "", 2, 1, "", samples=50, seq_len=64, epochs=None, part="long")
+    short = replace(long, part="short", samples=20)
+    before = replace(long, first_shard=0, part=None, samples=1000)
+    assert train_corpus._tokens(short, [before, replace(long, source="b"), long, short]) == 70 * 64
+    assert train_corpus._tokens(before, [replace(before, samples=500), before, long, short]) == 1000 * 64, "a phase that began there again"
+
+
 def test_shards_of_another_tokenizer_are_not_used_without_a_word(settings: Make, capsys: pytest.CaptureFixture[str]) -> None:
     """They may have been filtered with much work, and given to a run without their tokenizer."""
     first, second = settings(), settings("second", tokenizer={"vocab_size": 520})
     trained(first)
     assert "are not used" not in capsys.readouterr().err
     trained(second)
-    assert f"those in {folder_of(first)}, of a source of that name, were made by another tokenizer" in capsys.readouterr().err
+    assert f"those in {folder_of(first)}, of a source of that name, are of another tokenizer" in capsys.readouterr().err
     trained(second, resume="auto")
     assert "are not used" not in capsys.readouterr().err
 

@@ -29,7 +29,7 @@ from minifoundation.data.engines import Engine, in_process, local
 from minifoundation.data.pieces import pieces
 from minifoundation.data.rows import all_documents
 from minifoundation.data.shards import PART, Manifest, Shards, intact, manifest_of, read_manifest, write_manifest
-from minifoundation.data.sources import Corpus, find_corpus, hub_corpus, is_gone, path_of, place_of
+from minifoundation.data.sources import Corpus, find_corpus, is_gone, is_remote, path_of, place_of
 from minifoundation.data.tokenizer import Tokenizer, train_tokenizer
 from minifoundation.errors import UserError
 from minifoundation.lock import held
@@ -195,11 +195,6 @@ def _sample(source: str, config: DataConfig, size: int) -> Iterator[str]:
         size -= len(raw)
         if size <= 0:
             return
-
-
-def is_remote(source: str) -> bool:
-    """Return whether the text of ``source`` lies behind a network."""
-    return hub_corpus(source) is not None or ("://" in source and not source.startswith("file://"))
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,12 @@ def path_of(source: str) -> Path:
 def place_of(source: str) -> Any:
     """Return what two spellings of one source have in common: the Hub's data set and its subset, an address, or the resolved path."""
     hub = hub_corpus(source)
-    return hub[:2] if hub else source if "://" in source and not source.startswith("file://") else path_of(source).resolve()
+    return hub[:2] if hub else source if is_remote(source) else path_of(source).resolve()
+
+
+def is_remote(source: str) -> bool:
+    """Return whether the text of ``source`` lies behind a network."""
+    return hub_corpus(source) is not None or ("://" in source and not source.startswith("file://"))
 
 
 def is_gone(source: str) -> bool:

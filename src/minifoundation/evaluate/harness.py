@@ -252,10 +252,11 @@ def _run_one(model: Evaluated, manager: TaskManager, request: Request, *, limit:
     if row.metric is not None and not any(row.metric in task.aggregation() for task in tasks.values()):
         known = sorted({name for task in tasks.values() for name in task.aggregation()})
         raise UserError(request.label, f"has no metric {row.metric}", f"choose from {', '.join(known)}")
-    common = set.intersection(*(set(task.aggregation()) for task in tasks.values()))
-    if not request.known and not common & ({row.metric} if row.metric else common):
-        lacks = f"not all of its tasks have {row.metric}" if row.metric else "its tasks have no metric in common"
-        raise UserError(request.label, lacks, f"name them one by one: {', '.join(tasks)}")
+    if not request.known:
+        in_all = set.intersection(*(set(task.aggregation()) for task in tasks.values()))
+        if not in_all or (row.metric is not None and row.metric not in in_all):
+            lacks = f"not all of its tasks have {row.metric}" if row.metric else "its tasks have no metric in common"
+            raise UserError(request.label, lacks, f"name them one by one: {', '.join(tasks)}")
     if row.documents is None:  # of a task without a row here: what it has is what its data set has
         row = replace(row, documents=sum(len(task.eval_docs) for task in tasks.values()))
         request = replace(request, row=row)

@@ -130,14 +130,12 @@ def _opened(
     for source, samples, first_samples, in_search in zip(sources, in_all, at_once, mixture.counts(searched_rows), strict=True):
         if resumed is None and known[source] in ledger:
             last = read[known[source]]
-            alike = (last.source, last.phase, last.first_shard)
-            tokens = sum(one.tokens for one in entries if (one.source, one.phase, one.first_shard) == alike)
-            progress.first_shards[source] = _first_unread(last, source, tokens, config, tokenizer, say)
+            progress.first_shards[source] = _first_unread(last, source, _tokens(last, entries), config, tokenizer, say)
         if by_length:  # what is long is known once all of it has been looked through
             samples = first_samples = max(-(-round(searched(config) * weights[source]) // seq_len), in_search)
         if (other := made_otherwise(source, config.data, tokenizer)) is not None:
-            why = "made by another tokenizer or of another column"
-            say(f"data: shards of {source} are made now; those in {other}, of a source of that name, were {why} and are not used")
+            why = "of another tokenizer, column or place"
+            say(f"data: shards of {source} are made now; those in {other}, of a source of that name, are {why} and not used")
         want = Want(source, progress.first_shards.setdefault(source, 0), samples, seq_len)
         shards[source] = prepared(want, first_samples, config.data, tokenizer)
         if resumed is not None:
@@ -247,6 +245,13 @@ def with_vocabulary(config: RunConfig, before: Checkpoint | None, tokenizer: Tok
         problem = f"{size} in the checkpoint is not a multiple of 16, which train.precision fp8 needs"
         raise UserError("model.vocab_size", problem, "take bf16")
     return config.replaced(model={"vocab_size": size})
+
+
+def _tokens(last: Entry, entries: Iterable[Entry]) -> int:
+    """Return what the phase of ``last`` has read of its source; where documents are told apart by length it has two entries."""
+    alike = (last.source, last.phase, last.first_shard, last.part is None)
+    parts = {one.part: one.tokens for one in entries if (one.source, one.phase, one.first_shard, one.part is None) == alike}
+    return sum(parts.values())
 
 
 def _first_unread(read: Entry, source: str, tokens: int, config: RunConfig, tokenizer: Tokenizer, say: Say) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minifoundation.config import RopeConfig, RunConfig, TrainConfig
+from minifoundation.config import ModelConfig, RunConfig, TrainConfig
 from minifoundation.distributed import Split
 from minifoundation.errors import UserError
 from minifoundation.model.size import flops_per_token, memory_bytes, n_parameters
@@ -120,15 +120,13 @@ def describe(config: RunConfig, plan: Plan, machine: Machine, world_size: int) -
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.memory.items() if size)
     rows = {
         "model": f"{_millions(plan.parameters)} parameters: {shape}",
-        "context": f"{model.max_seq_len:,} tokens, pretrained at {model.original_seq_len:,}: {_scaling(model.rope)}",
+        **({"context": _context(model)} if model.rope.scaling != "none" or model.rope.factor > 1 else {}),
         "steps": f"{plan.steps:,} of {plan.tokens_per_step:,} tokens ({step}), {plan.warmup_steps:,} of them warm-up",
         "tokens": f"{plan.tokens:,} ({plan.tokens / plan.parameters:.1f} a parameter; Chinchilla's optimum is about 20, arXiv:2203.15556)",
         "compute": f"{flops:.3g} FLOP ({plan.flops_per_token / 1e9:.3f} GFLOP a token), {train.precision}",
         "disk": f"{plan.disk_bytes / 2**30:.1f} GiB for checkpoints, {free_disk_bytes(config.out_dir) / 2**30:.1f} GiB free",
         "memory": f"{plan.memory_total / 2**30:.1f} GiB of {machine.memory_bytes / 2**30:.1f} GiB predicted on {machine.name}: {parts}",
     }
-    if model.rope.scaling == "none" and model.rope.factor == 1:
-        del rows["context"]
     if world_size > 1:
         split = "a copy of the model on each" if plan.split.shards == 1 else f"the model in {plan.split.shards} parts"
         split += f", the optimizer in {plan.split.owners} parts" if plan.split.owners > 1 else ""
@@ -142,10 +140,12 @@ def describe(config: RunConfig, plan: Plan, machine: Machine, world_size: int) -
     return "\n".join(f"  {name:<8} {text}" for name, text in rows.items())
 
 
-def _scaling(rope: RopeConfig) -> str:
+def _context(model: ModelConfig) -> str:
     """Return how a context beyond that of pretraining is reached, in words."""
+    rope = model.rope
     how = "RoPE without scaling" if rope.scaling == "none" else f"RoPE scaled by {rope.scaling}"
-    return f"{how}, theta {rope.theta:,.0f}, factor {rope.factor:g}"
+    reach = f"{model.max_seq_len:,} tokens, pretrained at {model.original_seq_len:,}"
+    return f"{reach}: {how}, theta {rope.theta:,.0f}, factor {rope.factor:g}"
 
 
 def micro_batch(train: TrainConfig) -> str:

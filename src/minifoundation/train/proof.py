@@ -162,8 +162,10 @@ def described(before: Found, after: Found, on: Material) -> list[str]:
     if on.asked and not before.positions:
         lines.append(f"warning: no document is longer than {on.original:,} tokens, so there is no loss by position; {more}")
     if on.tries and not after.needles:
-        lacks = f"rows of {on.length:,} tokens have no room for a needle" if len(on.needles.text) else "there is no text to hide needles in"
-        lines.append(f"warning: {lacks}, so none was looked for; {'give a longer --seq_len' if len(on.needles.text) else more}")
+        lacks, remedy = "there is no text to hide needles in", more
+        if len(on.needles.text):
+            lacks, remedy = f"rows of {on.length:,} tokens have no room for a needle", "give a longer --seq_len"
+        lines.append(f"warning: {lacks}, so none was looked for; {remedy}")
     if before.short is None:
         lines.append(
             f"warning: less than a row of {on.original:,} tokens is held out, so short rows were not compared; raise data.held_out"
